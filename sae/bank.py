@@ -1,0 +1,103 @@
+"""All coders of a run: one per hookpoint and seed."""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import SparseCoderConfig, UsageError
+from .functional import Moments
+from .hookpoints import Hookpoint
+from .sparse_coder import SparseCoder, newest_coders
+
+
+class CoderBank(nn.Module):
+    """Coder names in natural order -> coders; `hookpoint[name]` says what each one reads.
+
+    A coder is named after its hookpoint; with several seeds `.seedS` is added.
+    """
+
+    def __init__(
+        self,
+        hookpoints: list[Hookpoint],
+        cfg: SparseCoderConfig,
+        seeds: tuple[int, ...],
+        device: str | torch.device,
+    ) -> None:
+        super().__init__()
+        self.hookpoint: dict[str, str] = {}
+        self._coders = nn.ModuleDict()
+        for place in hookpoints:
+            d_in = place.d_in if cfg.transcode else place.d_out
+            cfg.check(d_in, where=place.name)
+            for seed in seeds:
+                name = place.name if len(seeds) == 1 else f"{place.name}.seed{seed}"
+                # Every hookpoint and seed draws its own weights, whatever else is in the run.
+                own = zlib.crc32(place.name.encode()) + (seed << 32)
+                coder = SparseCoder(
+                    d_in,
+                    cfg,
+                    device,
+                    torch.float32,
+                    d_out=place.d_out,
+                    generator=torch.Generator().manual_seed(own % 2**63),
+                )
+                self.hookpoint[name] = place.name
+                self._coders[_key(name)] = coder
+
+    def __getitem__(self, name: str) -> SparseCoder:
+        coder = self._coders[_key(name)]
+        assert isinstance(coder, SparseCoder)
+        return coder
+
+    def items(self) -> Iterator[tuple[str, SparseCoder]]:
+        """(name, coder) pairs in natural order."""
+        return ((name, self[name]) for name in self.hookpoint)
+
+    def matmul_in(self, dtype: torch.dtype) -> None:
+        """Run the encoders' products in `dtype`; weights and everything else stay float32."""
+        for _, coder in self.items():
+            coder.matmul_dtype = dtype
+
+    def at(self, hookpoint: str) -> list[tuple[str, SparseCoder]]:
+        """(name, coder) pairs of one hookpoint, one per seed."""
+        return [(name, self[name]) for name, place in self.hookpoint.items() if place == hookpoint]
+
+    def center_(self, x: dict[str, Moments], y: dict[str, Moments]) -> None:
+        """Start every coder from the means of its hookpoint's inputs and targets."""
+        for name, coder in self.items():
+            place = self.hookpoint[name]
+            coder.center_(x[place].mean, y[place].mean)
+
+    def load_pretrained(self, source: str) -> None:
+        """Copy the weights of trained coders of the same names, from a folder or the Hub.
+
+        Raises UsageError where a hookpoint is missing there or a shape or kind differs.
+        """
+        local = Path(source).is_dir()
+        for name, coder in self.items():
+            try:
+                if local:
+                    other = SparseCoder.load_from_disk(newest_coders(Path(source)) / name)
+                else:
+                    other = SparseCoder.load_from_hub(source, name)
+            except UsageError as error:
+                raise UsageError(f"--finetune {source}: {error}") from None
+            if other.cfg.transcode != coder.cfg.transcode:
+                kind = "a transcoder" if other.cfg.transcode else "an SAE"
+                raise UsageError(f"--finetune {source}: {name} there is {kind}: see --transcode")
+            mine = {n: tuple(p.shape) for n, p in coder.named_parameters()}
+            theirs = {n: tuple(p.shape) for n, p in other.named_parameters()}
+            if mine != theirs:
+                raise UsageError(
+                    f"--finetune {source}: {name} has {theirs} there and {mine} here: set "
+                    f"--num_latents, --skip_connection and the model as there"
+                )
+            coder.load_state_dict(other.state_dict())
+            coder.normalize_decoder_()
+
+
+def _key(name: str) -> str:
+    return name.replace(".", ":")  # a module's name cannot hold a dot

@@ -1,0 +1,254 @@
+"""A run on disk. A checkpoint is complete or absent, and nothing in it is a pickle.
+
+RUN/config.json                        the run's flags (never the token)
+RUN/step_1000/manifest.json            format, step, and the SHA-256 of every file
+RUN/step_1000/<coder>/cfg.json         what other programs read, with
+RUN/step_1000/<coder>/sae.safetensors  the coder's weights
+RUN/step_1000/<coder>/resume.safetensors   the training point, optimizer state, firing record
+RUN/best/<coder>/                      with --save_best: cfg.json, sae.safetensors, fvu.json
+RUN/summary.json                       at the end of the run
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from natsort import natsorted
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .bank import CoderBank
+from .config import UsageError
+from .dead_latents import FiringRecord
+from .evaluate import HeldOut
+from .optim import CoderOptimizer
+
+FORMAT = 1
+RESUME_FILE = "resume.safetensors"
+
+# Flags that do not change what a run computes, but for rounding: they may differ on resume.
+_FREE_ON_RESUME = frozenset(
+    ("resume", "save_dir", "run_name", "save_every", "save_best", "log_every", "log_with")
+) | {"data_preprocessing_num_proc", "micro_acc_steps"}
+
+
+def open_run(folder: Path, flags: dict[str, Any], resume: bool) -> None:
+    """Create the run's folder and write its flags, or check that a resumed run has the same ones.
+
+    Raises UsageError for a folder that
+    cannot be written, one that already holds a run, or flags that differ.
+    """
+    recorded = folder / "config.json"
+    if resume:
+        if not any(checkpoints(folder)):
+            raise UsageError(
+                f"--resume: {folder} holds no whole checkpoint; check --save_dir and --run_name, "
+                f"or drop --resume to start the run"
+            )
+        before = _read_json(recorded)
+        for name, value in json.loads(json.dumps(flags)).items():
+            if name not in _FREE_ON_RESUME and before.get(name, value) != value:
+                raise UsageError(
+                    f"--resume: --{name} is {value!r} now and was {before[name]!r} when the run "
+                    f"started; give the same flags, or start a new run with --finetune"
+                )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(checkpoints(folder)):
+            raise UsageError(
+                f"--run_name {folder.name}: {folder} already holds a run; add --resume to continue "
+                f"it, or give another --run_name"
+            )
+        write_json(recorded, flags)
+    except OSError as error:
+        raise UsageError(
+            f"--save_dir {folder.parent}: cannot be written ({error.strerror}); give another folder"
+        ) from None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [f for f in folder.glob("step_*") if f.suffix == "" and (f / "manifest.json").is_file()]
+    return natsorted(found, key=lambda f: f.name)
+
+
+def save(
+    run: Path,
+    step: int,
+    seconds: float,
+    bank: CoderBank,
+    optimizers: dict[str, CoderOptimizer],
+    firing: dict[str, FiringRecord],
+) -> Path:
+    """Write one checkpoint aside, rename it into place when whole, then keep the newest two."""
+    final, aside = run / f"step_{step}", run / f"step_{step}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name, coder in bank.items():
+        with optimizers[name].trained():
+            coder.save_to_disk(aside / name)
+        state = {**optimizers[name].state_tensors(), **firing[name].state_tensors()}
+        tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
+        save_file(tensors, aside / name / RESUME_FILE)
+    files = sorted(f for f in aside.rglob("*") if f.is_file())
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "wall_seconds": seconds,
+        "sha256": {f.relative_to(aside).as_posix(): _digest(f) for f in files},
+    }
+    write_json(aside / "manifest.json", manifest)
+    for path in (*files, aside / "manifest.json", *{f.parent for f in files}, aside):
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    _flush(run)
+    for old in checkpoints(run)[:-2]:
+        # First a name that nothing takes for a checkpoint: a half-deleted one must not be found.
+        shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+    return final
+
+
+def load_coders(
+    folder: Path,
+    bank: CoderBank,
+    optimizers: dict[str, CoderOptimizer],
+    firing: dict[str, FiringRecord],
+) -> None:
+    """Restore what `save` wrote. Raises UsageError for files that are missing or damaged."""
+    for name, _ in bank.items():
+        path = folder / name / RESUME_FILE
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
+        optimizers[name].load_state_tensors(tensors)
+        firing[name].load_state_tensors(tensors)
+
+
+def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose files are all as they were written, and its manifest.
+
+    A damaged one is named and passed over. Raises UsageError if none is left.
+    """
+    problems: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        problem, manifest = _verify(folder)
+        if problem is None:
+            for line in problems:
+                print(f"{line}; using {folder}")
+            return folder, manifest
+        problems.append(problem)
+    raise UsageError(f"--resume: no checkpoint in {run} can be used: {'; '.join(problems)}")
+
+
+def keep_best(
+    run: Path,
+    step: int,
+    figures: dict[str, HeldOut],
+    bank: CoderBank,
+    optimizers: dict[str, CoderOptimizer],
+) -> None:
+    """Put each coder whose held-out FVU is its lowest so far into `RUN/best/<coder>`."""
+    for name, coder in bank.items():
+        final = run / "best" / name
+        record = final / "fvu.json"
+        if record.exists() and _read_json(record)["fvu"] <= figures[name].fvu:
+            continue
+        # Not inside best/, which holds one folder per coder and nothing else.
+        aside, old = run / f"best_{name}.tmp", run / f"best_{name}.old.tmp"
+        for left_over in (aside, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        with optimizers[name].trained():
+            coder.save_to_disk(aside)
+        write_json(aside / "fvu.json", {"step": step, "fvu": figures[name].fvu})
+        final.parent.mkdir(exist_ok=True)
+        if final.exists():
+            final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def summarize(
+    run: Path,
+    step: int,
+    seconds: float,
+    figures: dict[str, HeldOut],
+    firing: dict[str, FiringRecord],
+    dead_threshold: int,
+) -> dict[str, Any]:
+    """Write `summary.json`, what the run came to, and return it."""
+    tokens = next(iter(firing.values())).tokens
+    summary = {
+        "step": step,
+        "tokens": tokens,
+        "wall_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "hookpoints": {
+            name: {
+                "fvu": found.fvu,
+                "l0": found.l0,
+                "dead_share": float(firing[name].dead_share(dead_threshold)),
+                "path": str((run / f"step_{step}" / name).resolve()),
+            }
+            for name, found in figures.items()
+        },
+    }
+    write_json(run / "summary.json", summary)
+    return summary
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a JSON object: the file is damaged")
+    return value
+
+
+def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    try:
+        manifest = _read_json(folder / "manifest.json")
+    except UsageError as error:
+        return str(error), {}
+    if manifest.get("format") != FORMAT:
+        return f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}", {}
+    digests = manifest.get("sha256")
+    if not isinstance(digests, dict) or not digests:
+        return f"{folder}/manifest.json lists no files", {}
+    for name, digest in digests.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{folder}/manifest.json names {name}, which is outside the checkpoint", {}
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            return f"{path} is missing", {}
+        if _digest(path) != digest:
+            return f"{path} is damaged (its SHA-256 is not the recorded one)", {}
+    return None, manifest
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""The mathematics of sparse coders as pure functions of tensors: the specification.
+
+Everything here is written to be read and differentiated, not to be fast; `kernels.py` holds the
+twins that training runs, with the same signatures, and the tests hold the two against each other.
+
+Shapes, here and in the whole package: B sequences, S positions, N rows a coder sees, D d_in (d_out
+for what is reconstructed), L num_latents, K active latents per row, H hookpoints.
+
+"Gao et al." is "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .config import Activation
+
+
+def encode(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    activation: Activation = "topk",
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "N K"], Int[Tensor, "N K"]]:
+    """The k active latents of every row, in no order: their activations and indices.
+
+    pre_acts = (x - pre_bias) W_enc^T + b_enc;  top_acts = relu(select_k(pre_acts))
+
+    `topk` selects the k largest of a row, `groupmax` the largest of each of k runs of L / k
+    neighbouring latents. Where fewer than k pre_acts are positive the rest of top_acts is 0: such
+    a latent is not active and gets no gradient. `matmul_dtype` is the precision of the product.
+
+    Source: Gao et al., section 2.3 (TopK).
+    """
+    inputs = x if pre_bias is None else x - pre_bias
+    dtype = matmul_dtype or inputs.dtype
+    pre_acts = F.linear(inputs.to(dtype), W_enc.to(dtype), b_enc.to(dtype))  # [N L]
+    if activation == "topk":
+        top_acts, top_indices = pre_acts.topk(k, dim=1, sorted=False)
+    else:
+        top_acts, within = pre_acts.unflatten(1, (k, -1)).max(dim=2)
+        starts = torch.arange(k, device=x.device) * (pre_acts.shape[1] // k)
+        top_indices = within + starts
+    return top_acts.relu().to(W_enc.dtype), top_indices
+
+
+def decode(
+    top_acts: Float[Tensor, "N K"], top_indices: Int[Tensor, "N K"], W_dec: Float[Tensor, "L D"]
+) -> Float[Tensor, "N D"]:
+    """Sum the active latents' decoder rows: out_n = sum_j top_acts_nj W_dec[top_indices_nj]."""
+    return torch.einsum("nk,nkd->nd", top_acts, W_dec[top_indices])
+
+
+def squared_error(y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
+    """sum ||y - y_hat||^2 over all rows."""
+    return (y - y_hat).pow(2).sum()
+
+
+def k_aux(d_out: int) -> int:
+    """Dead latents that AuxK lets take part: d_out / 2, the reference's heuristic."""
+    return max(1, d_out // 2)
+
+
+class Moments(NamedTuple):
+    """Count, sum and sum of squares of rows, in float64; they add over forwards and ranks."""
+
+    count: Tensor
+    total: Float[Tensor, " D"]
+    total_sq: Tensor
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "N D"]) -> "Moments":
+        """The moments of one set of rows."""
+        return cls(
+            torch.tensor(float(rows.shape[0]), dtype=torch.float64, device=rows.device),
+            rows.sum(0, dtype=torch.float64),
+            torch.linalg.vector_norm(rows, dtype=torch.float64).square(),
+        )
+
+    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
+        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def mean(self) -> Float[Tensor, " D"]:
+        """sum / count."""
+        return self.total / self.count
+
+    @property
+    def total_variance(self) -> Tensor:
+        """sum ||y - y_mean||^2 = sum ||y||^2 - ||sum y||^2 / count, the denominator of FVU."""
+        return self.total_sq - self.total.square().sum() / self.count
+
+
+def accumulate(moments: dict[str, Moments], key: str, rows: Float[Tensor, "N D"]) -> None:
+    """Add the moments of `rows` to `moments[key]`."""
+    seen = Moments.of(rows)
+    moments[key] = moments[key] + seen if key in moments else seen

@@ -1,0 +1,216 @@
+"""Fast twins of `encode` and `decode` in functional.py: same signatures, numbers and gradients.
+
+What makes them fast, on the CPU and, through the same PyTorch operators, on a GPU:
+
+- `pre_acts` exist only for a few hundred rows at a time. The backward needs the indices and the
+  values of the active latents alone.
+- The top k come from a tournament over group maxima, which reads every row once.
+- The gradient of `top_acts` is a sampled product; N x K x D is never built.
+- Both weight gradients are sums of rows by latent, over one sort of `top_indices`.
+
+Every sum has a fixed order, so a step repeats bit for bit.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .config import Activation
+
+# The sampled product goes through a CSR tensor, which warns of its beta state at first use.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+
+# The product of one chunk of rows should stay in the last-level cache (CPU) or be large enough to
+# fill the device (GPU).
+_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+_GROUP = 8
+
+
+def encode(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    activation: Activation = "topk",
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "N K"], Int[Tensor, "N K"]]:
+    """Twin of `functional.encode`."""
+    return _Encode.apply(x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype)  # type: ignore[return-value]
+
+
+def decode(
+    top_acts: Float[Tensor, "N K"], top_indices: Int[Tensor, "N K"], W_dec: Float[Tensor, "L D"]
+) -> Float[Tensor, "N D"]:
+    """Twin of `functional.decode`."""
+    return _Decode.apply(top_acts, top_indices, W_dec)  # type: ignore[return-value]
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        activation: Activation,
+        pre_bias: Tensor | None,
+        matmul_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = matmul_dtype or W_enc.dtype
+        inputs = (x if pre_bias is None else x - pre_bias).to(dtype)
+        W, b = W_enc.to(dtype), b_enc.to(dtype)
+        top_acts = x.new_empty(len(x), k, dtype=W_enc.dtype)
+        top_indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+        buffer = inputs.new_empty(_chunk_rows(inputs, len(W)), len(W))
+        for start in range(0, len(x), len(buffer)):
+            rows = slice(start, start + len(buffer))
+            pre_acts = buffer[: len(inputs[rows])]
+            torch.addmm(b, inputs[rows], W.t(), out=pre_acts)
+            if activation == "topk":
+                values, indices = _top_k(pre_acts, k)
+            else:
+                values, indices = _group_max(pre_acts, k)
+            torch.relu_(values)
+            top_acts[rows], top_indices[rows] = values, indices
+        ctx.save_for_backward(inputs, W_enc, top_acts)
+        ctx.top_indices = top_indices
+        ctx.mark_non_differentiable(top_indices)
+        return top_acts, top_indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_acts: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, W_enc, top_acts = ctx.saved_tensors
+        grad_x, grad_W, grad_b, _, _, grad_bias, _ = ctx.needs_input_grad
+        grad = torch.where(top_acts > 0, grad_acts, 0).to(W_enc.dtype)
+        by_latent = _ByLatent.of(ctx.top_indices, len(W_enc))
+        d_latents = by_latent.sum(grad) if grad_b or grad_bias else None
+        return (
+            _weighted_rows(grad, ctx.top_indices, W_enc) if grad_x else None,
+            by_latent.sum_rows(grad, inputs).to(W_enc.dtype) if grad_W else None,
+            d_latents if grad_b else None,
+            None,
+            None,
+            # Gao et al., appendix D: sum the latents' gradients over rows, then multiply once.
+            -(d_latents @ W_enc) if d_latents is not None and grad_bias else None,
+            None,
+        )
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(top_acts, W_dec)
+        ctx.top_indices = top_indices
+        return _weighted_rows(top_acts, top_indices, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        top_acts, W_dec = ctx.saved_tensors
+        grad_acts = grad_W = None
+        if ctx.needs_input_grad[0]:
+            grad_acts = _sampled_product(grad_out, W_dec, ctx.top_indices)
+        if ctx.needs_input_grad[2]:
+            by_latent = _ByLatent.of(ctx.top_indices, len(W_dec))
+            grad_W = by_latent.sum_rows(top_acts, grad_out.contiguous())
+        return grad_acts, None, grad_W
+
+
+def _chunk_rows(inputs: Tensor, num_latents: int) -> int:
+    budget = _CHUNK_BYTES["cpu" if inputs.device.type == "cpu" else "cuda"]
+    rows = budget // (num_latents * inputs.element_size())
+    return max(1, min(len(inputs), max(64, rows // 64 * 64)))
+
+
+def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of every row, in no order, exactly.
+
+    They lie in the k groups with the largest maxima: a group left out has k maxima, each in a group
+    of its own, that are no smaller than anything in it.
+    """
+    n, width = values.shape
+    groups = width // _GROUP
+    if groups <= 2 * k:
+        return values.topk(k, dim=1, sorted=False)
+    # Group j holds the columns j, j + groups, j + 2 groups, ...: the maximum runs along memory.
+    members = values[:, : groups * _GROUP].view(n, _GROUP, groups)
+    _, chosen = _top_k(members.amax(1), k)  # [n K]
+    columns = (
+        chosen.unsqueeze(1) + torch.arange(_GROUP, device=values.device).view(-1, 1) * groups
+    ).flatten(1)  # [n GROUP*K]
+    if width > groups * _GROUP:
+        rest = torch.arange(groups * _GROUP, width, device=values.device)
+        columns = torch.cat([columns, rest.expand(n, -1)], dim=1)
+    top, position = values.gather(1, columns).topk(k, dim=1, sorted=False)
+    return top, columns.gather(1, position)
+
+
+def _group_max(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest entry of each of k runs of neighbouring columns."""
+    n, width = values.shape
+    top, within = values.view(n, k, width // k).max(dim=2)
+    return top, within + torch.arange(k, device=values.device) * (width // k)
+
+
+def _weighted_rows(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """out_n = sum_j weights_nj table[indices_nj], [N D]."""
+    return F.embedding_bag(indices.int(), table, per_sample_weights=weights, mode="sum")
+
+
+def _sampled_product(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    """out_nj = <rows_n, table[indices_nj]>, [N K]."""
+    n, k = indices.shape
+    wide = torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
+    pattern = torch.sparse_csr_tensor(
+        torch.arange(0, n * k + 1, k, device=rows.device),
+        indices.flatten(),
+        rows.new_zeros(n * k, dtype=wide),
+        size=(n, len(table)),
+        check_invariants=False,
+    )
+    product = torch.sparse.sampled_addmm(
+        pattern, rows.contiguous().to(wide), table.to(wide).t(), beta=0.0
+    )
+    return product.values().view(n, k).to(rows.dtype)
+
+
+class _ByLatent:
+    """The entries of `top_indices` sorted by latent, the order in which gradients are summed."""
+
+    # Encoder and decoder gradients of one forward share one sort.
+    _sorted = WeakTensorKeyDictionary()
+
+    def __init__(self, top_indices: Tensor, num_latents: int) -> None:
+        flat = top_indices.flatten()
+        self.order = torch.sort(flat.int(), stable=True).indices
+        self.counts = torch.bincount(flat, minlength=num_latents)
+        self.starts = (self.counts.cumsum(0) - self.counts).int()
+        self.rows = (self.order // top_indices.shape[1]).int()
+
+    @classmethod
+    def of(cls, top_indices: Tensor, num_latents: int) -> "_ByLatent":
+        found = cls._sorted.get(top_indices)
+        if found is None or len(found.counts) != num_latents:
+            found = cls._sorted[top_indices] = cls(top_indices, num_latents)
+        return found
+
+    def sum(self, values: Tensor) -> Tensor:
+        """out_l = sum of values_nj over the entries with top_indices_nj = l, [L]."""
+        in_order = values.flatten()[self.order]
+        return torch.segment_reduce(in_order, "sum", lengths=self.counts, unsafe=True, initial=0)
+
+    def sum_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """out_l = sum of weights_nj rows_n over the entries with top_indices_nj = l, [L D]."""
+        in_order = weights.flatten()[self.order].to(rows.dtype)
+        return F.embedding_bag(
+            self.rows, rows, self.starts, per_sample_weights=in_order, mode="sum"
+        )

@@ -1,0 +1,224 @@
+"""Optimizers by name, one set per coder; the learning rate and k as pure functions of the step."""
+
+import math
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .config import UsageError
+from .sparse_coder import SparseCoder
+
+OptimizerName = Literal["signum", "adam", "muon"]
+
+_BLOCK = 1 << 17  # elements that stay in a core's cache while every operation of an update runs
+
+
+class ScheduleFreeSignum(torch.optim.Optimizer):
+    """Sign descent with schedule-free averaging.
+
+    Three points per parameter: z takes the steps, x averages them, gradients are taken at y.
+
+        z' = z - lr sign(g),   x' = (1 - c) x + c z',   y' = beta x' + (1 - beta) z'
+        c  = lr_max^2 / sum of lr_max^2 over the steps so far   (1 / t at a constant lr)
+
+    The parameter is y and the state z; x = (y - (1 - beta) z) / beta is what a trained coder is.
+    One pass over the weights computes what schedulefree's wrapper around a sign optimizer does.
+
+    Source: Defazio et al., "The Road Less Scheduled" (arXiv 2405.15682), equations 1-3.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, beta: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "lr_max": 0.0, "weight_sum": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr, beta = group["lr"], group["beta"]
+            group["lr_max"] = max(lr, group["lr_max"])
+            weight = group["lr_max"] ** 2
+            group["weight_sum"] += weight
+            c = weight / group["weight_sum"] if group["weight_sum"] else 0.0
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "z" not in state:
+                    state["z"] = p.clone(memory_format=torch.preserve_format)
+                flat = (t.view(-1).split(_BLOCK) for t in (p, state["z"], p.grad))
+                for y, z, g in zip(*flat, strict=True):
+                    y.sub_(z, alpha=1 - beta).mul_(1 - c)  # (1 - c) beta x
+                    z.add_(g.sign(), alpha=-lr)
+                    y.add_(z, alpha=1 - beta + beta * c)
+
+    @torch.no_grad()
+    def average_(self) -> None:
+        """Set every parameter to its average x; the state stays."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "z" in self.state[p]:
+                    p.lerp_(self.state[p]["z"], 1 - 1 / group["beta"])
+
+
+class CoderOptimizer:
+    """The optimizers of one coder: all its parameters, updated and decayed together."""
+
+    def __init__(
+        self,
+        coder: SparseCoder,
+        name: OptimizerName,
+        lr: float | None = None,
+        adam_8bit: bool = False,
+    ) -> None:
+        parameters = dict(coder.named_parameters())
+        self.name: OptimizerName = name
+        self.peak_lr = default_lr(name, coder.num_latents) if lr is None else lr
+        matrices = {n: p for n, p in parameters.items() if name == "muon" and p.ndim == 2}
+        rest = {n: p for n, p in parameters.items() if n not in matrices}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.names: list[list[str]] = []
+        if matrices:
+            self._add(torch.optim.Muon(list(matrices.values()), lr=self.peak_lr), matrices)
+        if name == "signum":
+            self._add(ScheduleFreeSignum(rest.values(), lr=self.peak_lr), rest)
+        else:
+            self._add(_adam(list(rest.values()), self.peak_lr, adam_8bit), rest)
+        self.coder = coder
+
+    def _add(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+        self.optimizers.append(optimizer)
+        self.names.append(list(parameters))
+
+    def step(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """Update the coder at the learning rate of `step`; return that rate."""
+        rates = []
+        for optimizer in self.optimizers:
+            warmup = 0 if isinstance(optimizer, torch.optim.Muon) else warmup_steps
+            rates.append(self.peak_lr * lr_scale(self.name, step, total_steps, warmup))
+            for group in optimizer.param_groups:
+                group["lr"] = rates[-1]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.coder.normalize_decoder_()
+        return rates[0]
+
+    @contextmanager
+    def trained(self) -> Any:
+        """Inside, the coder is what is saved: averaged where the optimizer averages, unit-norm.
+
+        Outside, the point that training continues from, bit for bit.
+        """
+        averaging = [o for o in self.optimizers if isinstance(o, ScheduleFreeSignum)]
+        kept = {n: p.detach().clone() for n, p in self.coder.named_parameters() if averaging}
+        for optimizer in averaging:
+            optimizer.average_()
+        if averaging:
+            self.coder.normalize_decoder_()
+        try:
+            yield self.coder
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.coder.named_parameters():
+                    if name in kept:
+                        parameter.copy_(kept[name])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that resuming needs, by name: the training point and the optimizers' state."""
+        found = {f"point.{n}": p.detach() for n, p in self.coder.named_parameters()}
+        for i, (optimizer, names) in enumerate(zip(self.optimizers, self.names, strict=True)):
+            for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+                for key, value in optimizer.state[parameter].items():
+                    found[f"state.{i}.{name}.{key}"] = torch.as_tensor(value)
+            if isinstance(optimizer, ScheduleFreeSignum):
+                group = optimizer.param_groups[0]
+                for key in ("lr_max", "weight_sum"):
+                    found[f"group.{i}.{key}"] = torch.tensor(group[key], dtype=torch.float64)
+        return found
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned. Raises UsageError if it is another optimizer's."""
+        for name, parameter in self.coder.named_parameters():
+            stored = tensors.get(f"point.{name}")
+            if stored is None or stored.shape != parameter.shape:
+                raise UsageError(f"--resume: the checkpoint has no {name} of this coder's shape")
+            parameter.copy_(stored)
+        for i, (optimizer, names) in enumerate(zip(self.optimizers, self.names, strict=True)):
+            group = optimizer.param_groups[0]
+            for name, parameter in zip(names, group["params"], strict=True):
+                prefix = f"state.{i}.{name}."
+                state = {
+                    key.removeprefix(prefix): value.to(parameter.device, copy=True)
+                    for key, value in tensors.items()
+                    if key.startswith(prefix)
+                }
+                if not state:
+                    raise UsageError(
+                        f"--resume: the checkpoint has no {self.name} state for {name}"
+                    )
+                optimizer.state[parameter] = state
+            for key in ("lr_max", "weight_sum"):
+                if f"group.{i}.{key}" in tensors:
+                    group[key] = tensors[f"group.{i}.{key}"].item()
+
+
+def _adam(parameters: list[Tensor], lr: float, eight_bit: bool) -> torch.optim.Optimizer:
+    if not eight_bit:
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+    try:
+        from bitsandbytes.optim import Adam8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UsageError("--adam_8bit needs bitsandbytes: pip install bitsandbytes") from None
+    return Adam8bit(parameters, lr=lr)
+
+
+@torch.no_grad()
+def finish_gradients_(coder: SparseCoder, total_variance: Tensor) -> Tensor:
+    """Turn the summed gradients of squared errors into those of FVU; return their norm.
+
+    grad /= total_variance, and for unit-norm decoders g -= (g . w) w row by row: the part along a
+    row is what normalising would undo. Blocks of rows stay in cache between the operations.
+    """
+    square = torch.zeros((), device=coder.device)
+    scale = (1 / total_variance).to(coder.dtype)
+    for name, parameter in coder.named_parameters():
+        if parameter.grad is None:
+            continue
+        unit = name == "W_dec" and coder.cfg.normalize_decoder
+        rows = max(1, _BLOCK // parameter.shape[-1])
+        for grad, weight in zip(parameter.grad.split(rows), parameter.split(rows), strict=True):
+            grad.mul_(scale)
+            if unit:
+                grad.addcmul_(weight, torch.linalg.vecdot(grad, weight).unsqueeze(1), value=-1)
+            square += grad.square().sum()
+    return square.sqrt()
+
+
+def default_lr(name: OptimizerName, num_latents: int) -> float:
+    """The reference's peak rates: signum 5e-3 and adam 2e-4 over sqrt(L / 2^14), muon 2e-3."""
+    scale = 1 / math.sqrt(num_latents / 2**14)
+    return {"signum": 5e-3 * scale, "adam": 2e-4 * scale, "muon": 2e-3}[name]
+
+
+def lr_scale(name: OptimizerName, step: int, total_steps: int, warmup_steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0) over its peak.
+
+    signum: 1 always, its averaging stands in for a schedule. Otherwise linear from 1 / warmup_steps
+    to 1 over the warm-up, then linear to 0 at total_steps.
+    """
+    if name == "signum":
+        return 1.0
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+def k_at(step: int, k: int, k_decay_steps: int, num_latents: int, d_in: int) -> int:
+    """Active latents at `step`: from min(L, 10 d_in) linearly down to k over `k_decay_steps`."""
+    if step >= k_decay_steps:
+        return k
+    start, progress = max(k, min(num_latents, 10 * d_in)), step / k_decay_steps
+    return round(start * (1 - progress) + k * progress)

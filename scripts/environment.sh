@@ -1,0 +1,15 @@
+# Sourced by the other scripts: enter the repository and make .venv hold requirements.txt.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python="${PYTHON:-python3}"
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: Python 3.11 or newer is needed; set PYTHON to one" >&2
+    exit 2
+fi
+if ! cmp -s requirements.txt .venv/installed.txt; then
+    [ -d .venv ] || "$python" -m venv .venv
+    echo "Installing requirements.txt into .venv (a minute or two)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/installed.txt
+fi

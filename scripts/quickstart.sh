@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Train SAEs at three hookpoints of the demo LM, on its own training text. Flags are passed on.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+[ -f demo/text/train.jsonl ] || .venv/bin/python demo/make_text.py demo/text
+config=accelerate_configs/cpu.yaml
+if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    config=accelerate_configs/1gpu.yaml
+fi
+cores="$(.venv/bin/python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
+
+# A fresh name per start, so that a second quickstart does not meet the first one's run.
+exec .venv/bin/accelerate launch --config_file "$config" --num_cpu_threads_per_process "$cores" \
+    train_sae.py demo/lm demo/text/train.jsonl \
+    --hookpoints layers.1 layers.3 layers.4.mlp \
+    --ctx_len 256 --batch_size 16 --max_examples 3200 --expansion_factor 16 --k 32 \
+    --auxk_alpha 0.03125 --dead_feature_threshold 200000 \
+    --run_name "quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -170,10 +170,10 @@ def train(
     `lm` and `dataset` (with `input_ids` or text, or a tensor of token blocks) replace `cfg.model`
     and `cfg.dataset`. Raises UsageError for anything the user can mend.
     """
+    logs.check_launch(cfg.log_with)
     run = Path(cfg.save_dir) / (cfg.run_name or Path(cfg.model).name)
     tracker = None if cfg.log_with == "none" else cfg.log_with
     accelerator = Accelerator(log_with=tracker, project_dir=run)
-    logs.check_launch(accelerator, tracker)
     flags = {name: value for name, value in asdict(cfg).items() if name != "hf_token"}
     checkpoint.open_run(run, flags, cfg.resume)
 

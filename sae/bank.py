@@ -34,15 +34,16 @@ class CoderBank(nn.Module):
             cfg.check(d_in, where=place.name)
             for seed in seeds:
                 name = place.name if len(seeds) == 1 else f"{place.name}.seed{seed}"
-                # Every hookpoint and seed draws its own weights, whatever else is in the run.
-                own = zlib.crc32(place.name.encode()) + (seed << 32)
+                # Every hookpoint and seed draws its own weights, whatever else is in the run. Of a
+                # seed torch's generator reads 32 bits.
+                own = zlib.crc32(f"{place.name} {seed}".encode())
                 coder = SparseCoder(
                     d_in,
                     cfg,
                     device,
                     torch.float32,
                     d_out=place.d_out,
-                    generator=torch.Generator().manual_seed(own % 2**63),
+                    generator=torch.Generator().manual_seed(own),
                 )
                 self.hookpoint[name] = place.name
                 self._coders[_key(name)] = coder

@@ -9,7 +9,7 @@ from typing import Any, Literal
 Activation = Literal["topk", "groupmax"]
 
 
-class UsageError(ValueError):
+class UsageError(Exception):
     """What the user asked for cannot be done; it names the flag, the value and the way out."""
 
 

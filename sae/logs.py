@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,19 +21,20 @@ from .dead_latents import FiringRecord
 _HISTOGRAM_STEPS = 100
 
 
-def check_launch(accelerator: Accelerator, tracker: str | None) -> None:
-    """Raise UsageError for a tracker that is not installed, or a launch of several processes.
+def check_launch(log_with: str) -> None:
+    """Raise UsageError for several processes, or for a tracker that is not installed.
 
-    Processes can each believe to be alone; the launcher's own variable tells.
+    Processes can each believe to be alone, so it is the launcher's own variable that is asked.
     """
-    if tracker is not None and not accelerator.log_with:
-        raise UsageError(f"--log_with {tracker}: is not installed; pip install it, or use none")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if max(launched, accelerator.num_processes) > 1:
+    if launched > 1:
         raise UsageError(
             f"--num_processes {launched}: several processes are not available yet; launch one, "
             f"with accelerate_configs/cpu.yaml or accelerate_configs/1gpu.yaml"
         )
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    if log_with not in {*installed, "none"}:
+        raise UsageError(f"--log_with {log_with}: is not installed; pip install it, or use none")
 
 
 def refuse_bad_numbers(metrics: dict[str, Tensor | float], step: int, run: Path) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Read when the libraries are imported: without it an unknown name is retried for a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-# Without a network the Hub's client would retry for minutes before it says that a name is unknown.
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def tiny_lm() -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""The fast twins compute what the plain definitions say, gradients included, and build nothing large."""
+"""The fast twins compute what the plain definitions say, and build nothing large."""
 
 import copy
 from types import ModuleType
@@ -49,7 +49,7 @@ def outputs_and_gradients(
 @pytest.mark.parametrize("shift", [0.0, -4.0, -100.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_twins_agree(shape: tuple, shift: float) -> None:
-    """Outputs and every gradient equal autograd of the plain definition, also with few or no positives."""
+    """Outputs and all gradients equal the plain definition's, also with few or no positives."""
     n, d, latents, k, activation = shape
     tensors = leaves(n, d, latents, shift)
     out, grads = outputs_and_gradients(functional, tensors, k, activation)
@@ -100,7 +100,7 @@ class LargestTensor(TorchDispatchMode):
 
     numel = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         found = (t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
         sizes = [t.numel() for t in found if t.layout == torch.strided]
@@ -196,7 +196,7 @@ def plain_losses(
 
 
 def test_bfloat16_products_are_close() -> None:
-    """With the encoder's product in bfloat16 activations agree to its precision, and all is float32."""
+    """With the product in bfloat16 activations agree to its precision; the rest is float32."""
     x, W_enc, b_enc, W_dec, _ = (t.detach().float() for t in leaves(64, 32, 256))
     acts, indices = kernels.encode(x, W_enc, b_enc, 8, matmul_dtype=torch.bfloat16)
     exact = (x @ W_enc.T + b_enc).gather(1, indices)

@@ -21,11 +21,11 @@ from sae.optim import (
 class SignDescent(torch.optim.Optimizer):
     """p -= lr sign(g), for schedulefree's wrapper to average."""
 
-    def __init__(self, params, lr: float) -> None:  # noqa: ANN001
+    def __init__(self, params, lr: float) -> None:
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]  # noqa: ANN001
+    def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(p.grad.sign(), alpha=group["lr"])
@@ -53,7 +53,7 @@ def test_signum_is_schedulefree_sign_descent() -> None:
 
 @pytest.mark.parametrize("name", ["signum", "adam", "muon"])
 def test_trained_coder_is_unit_norm_and_training_point_comes_back(name: str) -> None:
-    """Inside trained() W_dec is unit-norm to 1e-5; outside, the training point returns bit for bit."""
+    """Inside trained() W_dec is unit-norm to 1e-5; outside, the point is back, bit for bit."""
     torch.manual_seed(0)
     coder = SparseCoder(16, SaeConfig(num_latents=64, k=4))
     optimizer = CoderOptimizer(coder, name)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def test_k_anneals_without_touching_the_config() -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradients_are_scaled_and_lose_what_the_norm_would_undo(normalize: bool) -> None:
-    """Gradients are divided by the variance; for unit-norm decoders the part along a row is removed."""
+    """Gradients are divided by the variance; unit-norm decoders lose the part along a row."""
     coder = SparseCoder(6, SaeConfig(num_latents=20, k=3, normalize_decoder=normalize))
     coder(torch.randn(30, 6), total_variance=1.0).fvu.backward()
     assert coder.W_dec is not None

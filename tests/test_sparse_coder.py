@@ -8,15 +8,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sae.sparse_coder as sparse_coder_module
-from sae import Sae, SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, UsageError
-from sae import functional, load_many
+from sae import (
+    Sae,
+    SaeConfig,
+    SparseCoder,
+    SparseCoderConfig,
+    TranscoderConfig,
+    UsageError,
+    functional,
+    load_many,
+)
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
 
 
 @pytest.mark.parametrize("kind", ["sae", "transcoder", "groupmax"])
 def test_coders_of_the_reference_load_with_their_numbers(kind: str) -> None:
-    """A file written by eai-sparsify 1.3.3 gives the latents, reconstruction and FVU it gave there."""
+    """A file of eai-sparsify 1.3.3 gives the latents, reconstruction and FVU it gave there."""
     coder = Sae.load_from_disk(REFERENCE / kind)
     expected = load_file(REFERENCE / f"{kind}.expected.safetensors")
     out = coder(expected["x"], expected["y"] if coder.cfg.transcode else None)
@@ -55,7 +63,9 @@ def test_readme_loading_examples(tmp_path: Path) -> None:
     assert out.sae_out.shape == x.shape and out.top_acts.shape == (3, 5, 2)
 
 
-def test_load_from_hub_asks_for_one_hookpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_from_hub_asks_for_one_hookpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a repository only the hookpoint's folder is fetched, and a missing one is named."""
     SparseCoder(8, SaeConfig(num_latents=16, k=2)).save_to_disk(tmp_path / "layers.3")
     asked = []
@@ -100,7 +110,10 @@ def test_transcoder_starts_at_zero_and_centred() -> None:
 def test_only_an_sae_subtracts_b_dec() -> None:
     """Encoding is of x - b_dec for an SAE and of x for a transcoder."""
     x = torch.randn(4, 6)
-    for cfg, shift in ((SaeConfig(num_latents=9, k=9), 1.0), (TranscoderConfig(num_latents=9, k=9), 0.0)):
+    for cfg, shift in (
+        (SaeConfig(num_latents=9, k=9), 1.0),
+        (TranscoderConfig(num_latents=9, k=9), 0.0),
+    ):
         coder = SparseCoder(6, cfg)
         coder.b_dec.data.fill_(1.0)
         expected = coder.encoder(x - shift).relu().sum(1)
@@ -180,8 +193,17 @@ def _damage(folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["not json", "no d_in", "wrong type", "huge", "other width", "truncated", "no weights"]
-    + ["foreign", "extra tensor"],
+    [
+        "not json",
+        "no d_in",
+        "wrong type",
+        "huge",
+        "other width",
+        "truncated",
+        "no weights",
+        "foreign",
+        "extra tensor",
+    ],
 )
 def test_damaged_and_foreign_files_are_refused(kind: str, tmp_path: Path) -> None:
     """A file that is damaged or another tool's gives one readable line that names it."""

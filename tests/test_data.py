@@ -1,0 +1,234 @@
+"""No token is lost or seen twice, whatever the source; the order depends on the seed alone."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sae.config import UsageError, parse_data_args
+from sae.data import TokenBlocks, TokenSource, hold_out, load_tokens
+
+LM = Path(__file__).parent.parent / "demo" / "lm"
+VOCAB = 4096
+
+
+def documents() -> list[str]:
+    """Texts with everything that text can hold: nothing, emoji, right-to-left, null bytes."""
+    odd = ["", "\x00\x00", "😀 emoji", "עברית ושלום", "<|endoftext|>", "tab\tend", " "]
+    return odd + [f"def f_{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(300)]
+
+
+def jsonl(folder: Path, texts: list[str] | None = None, column: str = "text") -> str:
+    path = folder / "docs.jsonl"
+    rows = [json.dumps({column: t}) for t in (documents() if texts is None else texts)]
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)
+
+
+def load(dataset: object, **options: object) -> TokenSource:
+    settings = {"tokenizer": str(LM), "vocab_size": VOCAB, "ctx_len": 32, **options}
+    return load_tokens(dataset, **settings)  # type: ignore[arg-type]
+
+
+def stacked(source: TokenSource) -> torch.Tensor:
+    return torch.cat(list(source.batches(torch.arange(len(source)), 7)))
+
+
+def joined(texts: list[str]) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(LM)
+    ids = []
+    for text in texts:
+        if text:
+            ids += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return ids
+
+
+def test_packing_loses_no_token(tmp_path: Path) -> None:
+    """Blocks in order are the documents joined by the end token, cut every ctx_len tokens."""
+    blocks = stacked(load(jsonl(tmp_path)))
+    expected = joined(documents())
+    whole = len(expected) // 32 * 32
+    assert blocks.flatten().tolist() == expected[:whole]
+
+
+def test_packing_does_not_depend_on_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process and three give the same blocks, though each tokenizes a part."""
+    monkeypatch.setattr("sae.data._DOCUMENTS_PER_CALL", 50)
+    one = stacked(load(jsonl(tmp_path), num_proc=1))
+    monkeypatch.setattr("sae.data._DOCUMENTS_PER_CALL", 40)  # another cache entry
+    three = stacked(load(jsonl(tmp_path), num_proc=3))
+    assert torch.equal(one, three)
+
+
+def test_a_stream_gives_the_packed_blocks_of_its_own_order(tmp_path: Path) -> None:
+    """A stream holds every token of the data, resumes at any block, and repeats itself."""
+    source = load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=3)
+    assert len(source) == 60
+    blocks = stacked(source)
+    again = load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=3)
+    late = torch.cat(list(again.batches(torch.arange(17, 60), 4)))
+    assert torch.equal(late, blocks[17:])
+    other = stacked(load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=4))
+    assert not torch.equal(other, blocks)
+    everything = len(joined(documents())) // 32
+    longer = load(jsonl(tmp_path), stream_blocks=everything + 1)
+    with pytest.raises(UsageError, match=f"ended after {everything} sequences.*--max_examples"):
+        stacked(longer)
+
+
+def test_sources_agree(tmp_path: Path) -> None:
+    """json, parquet, a saved folder, a folder of files and a Dataset give the same blocks."""
+    expected = stacked(load(jsonl(tmp_path)))
+    data = datasets.Dataset.from_dict({"text": documents()})
+    data.to_parquet(str(tmp_path / "docs.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "folder").mkdir()
+    data.select(range(150)).to_json(str(tmp_path / "folder" / "a.jsonl"))
+    data.select(range(150, len(data))).to_json(str(tmp_path / "folder" / "b.jsonl"))
+    for source in ("docs.parquet", "saved", "folder"):
+        assert torch.equal(stacked(load(str(tmp_path / source))), expected), source
+    assert torch.equal(stacked(load(data)), expected)
+
+
+def test_a_text_file_is_a_document(tmp_path: Path) -> None:
+    """Lines of a .txt file stay together."""
+    (tmp_path / "a.txt").write_text("one line\nanother line\n" * 50)
+    blocks = stacked(load(str(tmp_path / "a.txt"), ctx_len=16))
+    text = AutoTokenizer.from_pretrained(LM).decode(blocks[0])
+    assert text.startswith("one line\nanother line")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_binary_token_files(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture) -> None:
+    """A .bin file is read as it is, typed by vocabulary or flag; a partial block is announced."""
+    ids = np.arange(70, dtype=dtype)
+    ids.tofile(tmp_path / "ids.bin")
+    vocab = 4096 if dtype == "uint16" else 100_000
+    blocks = stacked(load(str(tmp_path / "ids.bin"), vocab_size=vocab))
+    assert blocks.flatten().tolist() == list(range(64))
+    assert "last 6 tokens" in capsys.readouterr().out
+    forced = stacked(load(str(tmp_path / "ids.bin"), token_dtype=dtype))
+    assert torch.equal(forced, blocks)
+
+
+def test_pretokenized_rows_are_used_as_they_are() -> None:
+    """Rows of input_ids, selected and shuffled or not, and tensors are the blocks."""
+    rows = torch.arange(120).view(10, 12)
+    data = datasets.Dataset.from_dict({"input_ids": rows.tolist()})
+    assert torch.equal(stacked(load(data)), rows)
+    assert torch.equal(stacked(load(data.select([4, 1]))), rows[[4, 1]])
+    assert torch.equal(stacked(load(rows)), rows)
+    assert load(rows).block_len == 12
+
+
+def test_blocks_start_as_the_tokenizer_starts_a_text(tmp_path: Path) -> None:
+    """Where the tokenizer begins every text with BOS, every block does, and no token is lost."""
+    bpe = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="b"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    words = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    words.save_pretrained(tmp_path / "words")
+    blocks = stacked(
+        load(jsonl(tmp_path, ["a b a", "b b"] * 5), tokenizer=str(tmp_path / "words"), ctx_len=5)
+    )
+    assert blocks[:, 0].tolist() == [0] * len(blocks)
+    expected = [2, 3, 2, 1, 3, 3, 1] * 5
+    assert blocks[:, 1:].flatten().tolist() == expected[: len(blocks) * 4]
+    stream = load(
+        jsonl(tmp_path, ["a b a"] * 9),
+        tokenizer=str(tmp_path / "words"),
+        ctx_len=5,
+        stream_blocks=4,
+    )
+    assert stacked(stream)[:, 0].tolist() == [0] * 4
+
+
+def test_order_is_a_permutation_by_seed() -> None:
+    """Every training block once, in an order that the seed decides."""
+    source = TokenBlocks([np.arange(640)], 32)
+    held, numbers = hold_out(source, 2, None, 1)
+    assert held.tolist() == [0, 1]
+    order = source.order(numbers, 7)
+    assert sorted(order.tolist()) == list(range(2, 20))
+    assert torch.equal(order, source.order(numbers, 7))
+    assert not torch.equal(order, source.order(numbers, 8))
+
+
+def test_held_out_blocks_never_train() -> None:
+    """At most a tenth and at least one block is held out, and training blocks are others."""
+    source = TokenBlocks([np.arange(3200)], 32)
+    for asked, expected in ((1, 1), (5, 5), (1000, 10)):
+        held, numbers = hold_out(source, asked, None, 4)
+        assert len(held) == expected and set(held.tolist()).isdisjoint(numbers)
+    _, numbers = hold_out(source, 5, 20, 4)
+    assert numbers == range(5, 25)
+
+
+def test_arrays_are_joined_without_a_seam() -> None:
+    """A block that lies across several arrays reads as if they were one."""
+    whole = np.arange(100)
+    source = TokenBlocks([whole[:3], whole[3:4], whole[4:4], whole[4:50], whole[50:]], 7)
+    assert stacked(source).flatten().tolist() == list(range(98))
+
+
+def test_tokenization_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second load of the same text does not tokenize again."""
+    path = jsonl(tmp_path, [f"cached {tmp_path} {i}" for i in range(200)])
+    first = stacked(load(path))
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", fail, raising=False)
+    words = AutoTokenizer.from_pretrained(LM)
+    monkeypatch.setattr(
+        type(words), "__call__", lambda s, t, **k: {"input_ids": []} if t == "" else fail()
+    )
+    assert torch.equal(stacked(load(path)), first)
+
+
+def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
+    """Each kind of bad data is refused by flag or name before training."""
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{not json\n')
+    ragged = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+    cases = [
+        (jsonl(tmp_path), {"text_column": "content"}, "--text_column content.*columns text"),
+        (str(tmp_path / "empty.jsonl"), {}, "file is empty"),
+        (str(tmp_path / "odd.bin"), {}, "3 bytes are not whole uint16 tokens"),
+        (str(tmp_path / "missing.bin"), {}, "no such file"),
+        (str(tmp_path / "nothing"), {}, "nothing here that can be read"),
+        (str(tmp_path / "bad.jsonl"), {}, "cannot be read"),
+        ("no-such/data-set", {}, "DATASET no-such/data-set"),
+        (jsonl(tmp_path), {"ctx_len": 10**6}, "less than one block"),
+        (ragged, {}, r"lengths \[1, 2\]"),
+        (torch.full((4, 8), 64), {"vocab_size": 64}, "holds token 64.*64 tokens"),
+        (jsonl(tmp_path), {"vocab_size": 100}, "MODEL has 100 tokens"),
+        (torch.zeros(3), {}, "integer token ids"),
+        (jsonl(tmp_path), {"data_args": "a=b,c"}, "--data_args"),
+        (jsonl(tmp_path), {"tokenizer": "no-such/model"}, "its tokenizer cannot be loaded"),
+    ]
+    for source, options, message in cases:
+        with pytest.raises(UsageError, match=message):
+            load(source, **options)
+    source = TokenBlocks([np.arange(320)], 32)
+    with pytest.raises(UsageError, match="--batch_size times --grad_acc_steps is 64 sequences"):
+        hold_out(source, 1, None, 64)
+    with pytest.raises(UsageError, match="--max_examples 99: the data has 9"):
+        hold_out(source, 1, 99, 1)
+
+
+def test_data_args_are_typed() -> None:
+    """Values of --data_args become numbers, booleans or strings."""
+    parsed = parse_data_args("name=en, n=3,p=0.5,flag=true,x=None")
+    assert parsed == {"name": "en", "n": 3, "p": 0.5, "flag": True, "x": None}
+    assert parse_data_args("") == {}

@@ -1,0 +1,146 @@
+"""Laws of the repository itself: sizes, imports, files, style."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("sae/*.py"), ROOT / "train_sae.py"])
+
+# What each room may import of the others: only what lies below it.
+BELOW = {
+    "config": set(),
+    "functional": {"config"},
+    "kernels": {"config"},
+    "data": {"config"},
+    "hookpoints": {"config"},
+    "dead_latents": set(),
+    "sparse_coder": {"config", "functional", "kernels"},
+    "optim": {"config", "sparse_coder"},
+    "bank": {"config", "functional", "hookpoints", "sparse_coder"},
+    "evaluate": {"bank", "functional", "hookpoints", "optim"},
+    "checkpoint": {"bank", "config", "dead_latents", "evaluate", "optim"},
+    "logs": {"bank", "config", "dead_latents"},
+    "__init__": {"config", "sparse_coder"},
+}
+
+
+def siblings(path: Path) -> set[str]:
+    """Names of the package's own modules that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {a.name for a in node.names}
+    return found  # type: ignore[return-value]
+
+
+def test_imports_only_go_down() -> None:
+    """Modules import only what lies below them; functional and kernels are strangers."""
+    assert {p.stem for p in ROOT.glob("sae/*.py")} == BELOW.keys()
+    for path in ROOT.glob("sae/*.py"):
+        assert siblings(path) <= BELOW[path.stem], path.name
+    assert "import torch" not in (ROOT / "sae/config.py").read_text()
+
+
+def test_files_stay_readable() -> None:
+    """The script is a page of under 300 lines, and no file passes 400."""
+    assert len((ROOT / "train_sae.py").read_text().splitlines()) < 300
+    for path in SOURCES:
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+def test_no_pickle_anywhere() -> None:
+    """No source reads or writes a pickle, and none runs code that came with a model."""
+    banned = re.compile(r"\bpickle\b|torch\.load\b|torch\.save\b|weights_only|trust_remote_code")
+    for path in SOURCES:
+        code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+        assert not banned.search(code), path.name
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            strings = (ast.Expr,)
+            node.body = [
+                n
+                for n in node.body
+                if not (isinstance(n, strings) and isinstance(n.value, ast.Constant))
+            ] or [ast.Pass()]
+    return tree
+
+
+def test_public_functions_say_what_they_do() -> None:
+    """Every public function, class and method has a docstring and annotations."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+                for item in node.body:
+                    if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"):
+                        stub = isinstance(item.body[0], ast.Expr) and len(item.body) == 1
+                        short = item.name in ("device", "dtype") or stub
+                        assert short or ast.get_docstring(item), f"{path.name}: {item.name}"
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert node.returns is not None, f"{path.name}: {node.name}"
+
+
+def test_style() -> None:
+    """ruff finds nothing, in rules or in format."""
+    for arguments in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *arguments, "."],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda p: p.stem
+)
+def test_launch_files_are_small_and_accelerate_reads_them(path: Path) -> None:
+    """Three to five keys, a comment on each, and accelerate's own reader takes the file."""
+    text = path.read_text()
+    assert 3 <= len(yaml.safe_load(text)) <= 5
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 1
+    assert all(
+        "#" in line for line in text.splitlines() if line and not line.startswith("num_proc")
+    )
+
+
+def test_requirements_are_bounded_and_reasoned() -> None:
+    """Every direct dependency has a bound and a reason above it; torch is pinned."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert "torch==2.13.0" in lines
+    # A reason stands above each line, or above the one before it that it shares it with.
+    for paragraph in " ".join(lines).split("#")[1:]:
+        named = re.findall(r"(?<= )[\w.]+(?=[=<>])", paragraph)
+        assert 1 <= len(named) <= 2, paragraph
+    for line in lines:
+        assert line.startswith("#") or re.search(r"==\d|>=\d[\d.]*,<\d", line), line
+    wanted = [
+        "accelerate",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "safetensors",
+        "tyro",
+        "tensorboard",
+        "pytest",
+    ]
+    assert all(any(line.startswith(name) for line in lines) for name in wanted)
+
+
+def test_demo_lm_is_small_and_holds_no_pickle() -> None:
+    """The demo LM is safetensors of at most 10 MB."""
+    files = list((ROOT / "demo/lm").iterdir())
+    assert {f.suffix for f in files} == {".json", ".safetensors"}
+    assert sum(f.stat().st_size for f in files) < 10 * 2**20

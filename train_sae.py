@@ -32,7 +32,7 @@ from sae.data import hold_out, load_tokens
 from sae.dead_latents import FiringRecord
 from sae.evaluate import HeldOut, first_moments, held_out
 from sae.functional import Moments, accumulate
-from sae.hookpoints import capture, load_lm, measure, vocab_size
+from sae.hookpoints import capture, check_length, load_lm, measure, vocab_size
 from sae.optim import CoderOptimizer, OptimizerName, finish_gradients_, k_at
 
 
@@ -170,9 +170,8 @@ def train(
     `lm` and `dataset` (with `input_ids` or text, or a tensor of token blocks) replace `cfg.model`
     and `cfg.dataset`. Raises UsageError for anything the user can mend.
     """
-    logs.check_launch(cfg.log_with)
+    tracker = logs.check_launch(cfg.log_with)
     run = Path(cfg.save_dir) / (cfg.run_name or Path(cfg.model).name)
-    tracker = None if cfg.log_with == "none" else cfg.log_with
     accelerator = Accelerator(log_with=tracker, project_dir=run)
     flags = {name: value for name, value in asdict(cfg).items() if name != "hf_token"}
     checkpoint.open_run(run, flags, cfg.resume)
@@ -192,7 +191,8 @@ def train(
     )
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
-    per_step, held_blocks = cfg.batch_size * cfg.grad_acc_steps, -(-cfg.eval_tokens // cfg.ctx_len)
+    per_step = cfg.batch_size * cfg.grad_acc_steps
+    stream_blocks = -(-cfg.eval_tokens // cfg.ctx_len) + (cfg.max_examples or 0)
     source = load_tokens(
         cfg.dataset if dataset is None else dataset,
         tokenizer=cfg.model,
@@ -202,13 +202,14 @@ def train(
         text_column=cfg.text_column,
         data_args=cfg.data_args,
         num_proc=cfg.data_preprocessing_num_proc,
-        stream_blocks=held_blocks + (cfg.max_examples or 0) if cfg.streaming else None,
+        stream_blocks=stream_blocks if cfg.streaming else None,
         shuffle_seed=cfg.shuffle_seed,
         token_dtype=cfg.token_dtype,
         revision=cfg.revision,
         token=cfg.hf_token,
     )
-    held, numbers = hold_out(source, held_blocks, cfg.max_examples, per_step)
+    check_length(lm, source.block_len)
+    held, numbers = hold_out(source, cfg.eval_tokens, cfg.max_examples, per_step)
     total_steps = len(numbers) // per_step
     order = source.order(numbers, cfg.shuffle_seed)[: total_steps * per_step]
 

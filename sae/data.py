@@ -183,14 +183,14 @@ def load_tokens(
 
 
 def hold_out(
-    source: TokenSource, held_blocks: int, max_examples: int | None, per_step: int
+    source: TokenSource, eval_tokens: int, max_examples: int | None, per_step: int
 ) -> tuple[Int[Tensor, " held"], range]:
     """Numbers of the blocks that are held out, the first of the data, and of those that train.
 
-    `held_blocks` are held out but at most a tenth of the data, and always one. `per_step` blocks
+    `eval_tokens` are held out, in whole blocks, but at most a tenth of the data. `per_step` blocks
     are what one optimizer step consumes. Raises UsageError where less than one step is left.
     """
-    held = min(held_blocks, max(1, len(source) // 10))
+    held = min(-(-eval_tokens // source.block_len), max(1, len(source) // 10))
     rest = len(source) - held
     if max_examples is not None and max_examples > rest:
         raise UsageError(
@@ -279,7 +279,10 @@ def _packed(
     rest, stride = np.empty(0, dtype=np.int64), ctx_len - len(prefix)
     for batch in dataset.iter(batch_size=_DOCUMENTS_PER_CALL):
         if "input_ids" in batch:
-            yield from (np.asarray(row, dtype=np.int64) for row in batch["input_ids"])
+            for row in batch["input_ids"]:
+                if len(row) != ctx_len:
+                    raise UsageError(f"--ctx_len {ctx_len}: the stream has input_ids of {len(row)}")
+                yield np.asarray(row, dtype=np.int64)
             continue
         documents = encode(batch)["input_ids"]
         rest = np.concatenate([rest, *(np.asarray(d, dtype=np.int64) for d in documents)])

@@ -58,8 +58,8 @@ def decode(
 
 
 def squared_error(y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """sum ||y - y_hat||^2 over all rows."""
-    return (y - y_hat).pow(2).sum()
+    """sum ||y - y_hat||^2 over all rows, a function of y_hat: the target gets no gradient."""
+    return (y.detach() - y_hat).pow(2).sum()
 
 
 def k_aux(d_out: int) -> int:
@@ -77,11 +77,13 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, rows: Float[Tensor, "N D"]) -> "Moments":
         """The moments of one set of rows."""
-        return cls(
-            torch.tensor(float(rows.shape[0]), dtype=torch.float64, device=rows.device),
-            rows.sum(0, dtype=torch.float64),
-            torch.linalg.vector_norm(rows, dtype=torch.float64).square(),
-        )
+        count = torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)
+        total, total_sq = count.new_zeros(rows.shape[1]), count.new_zeros(())
+        for block in rows.split(1024):  # the float64 copy stays small
+            wide = block.double()
+            total += wide.sum(0)
+            total_sq += torch.dot(wide.flatten(), wide.flatten())
+        return cls(count, total, total_sq)
 
     def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
         return Moments(*(a + b for a, b in zip(self, other, strict=True)))

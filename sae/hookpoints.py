@@ -108,6 +108,15 @@ def vocab_size(lm: PreTrainedModel) -> int:
     return embedding.weight.shape[0]
 
 
+def check_length(lm: PreTrainedModel, ctx_len: int) -> None:
+    """Raise UsageError for sequences longer than the LM has positions."""
+    positions = getattr(_text_config(lm.config), "max_position_embeddings", None)
+    if isinstance(positions, int) and ctx_len > positions:
+        raise UsageError(
+            f"--ctx_len {ctx_len}: {type(lm).__name__} has {positions} positions; lower --ctx_len"
+        )
+
+
 def freeze(lm: PreTrainedModel) -> PreTrainedModel:
     """Put the LM in eval mode, without gradients and without a key-value cache."""
     lm.eval().requires_grad_(False)

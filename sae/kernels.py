@@ -1,4 +1,4 @@
-"""Fast twins of `encode` and `decode` in functional.py: same signatures, numbers and gradients.
+"""Fast twins of what functional.py defines: same signatures, numbers and gradients.
 
 What makes them fast, on the CPU and, through the same PyTorch operators, on a GPU:
 
@@ -26,9 +26,8 @@ from .config import Activation
 # The sampled product goes through a CSR tensor, which warns of its beta state at first use.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 
-# The product of one chunk of rows should stay in the last-level cache (CPU) or be large enough to
-# fill the device (GPU).
-_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+# Elements of pre_acts at a time: few enough to stay in cache (CPU), enough to fill a device (GPU).
+_CHUNK = {"cpu": 6 * 2**20, "cuda": 2**27}
 _GROUP = 8
 
 
@@ -50,6 +49,11 @@ def decode(
 ) -> Float[Tensor, "N D"]:
     """Twin of `functional.decode`."""
     return _Decode.apply(top_acts, top_indices, W_dec)  # type: ignore[return-value]
+
+
+def squared_error(y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
+    """Twin of `functional.squared_error`; the gradient is of y_hat alone."""
+    return _SquaredError.apply(y, y_hat)  # type: ignore[return-value]
 
 
 class _Encode(torch.autograd.Function):
@@ -125,10 +129,24 @@ class _Decode(torch.autograd.Function):
         return grad_acts, None, grad_W
 
 
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, y_hat: Tensor) -> Tensor:
+        difference = (y_hat - y).flatten()
+        ctx.save_for_backward(difference)
+        ctx.shape = y_hat.shape
+        return torch.dot(difference, difference)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (difference,) = ctx.saved_tensors
+        return None, difference.mul_(2 * grad).view(ctx.shape)  # its last use
+
+
 def _chunk_rows(inputs: Tensor, num_latents: int) -> int:
-    budget = _CHUNK_BYTES["cpu" if inputs.device.type == "cpu" else "cuda"]
-    rows = budget // (num_latents * inputs.element_size())
-    return max(1, min(len(inputs), max(64, rows // 64 * 64)))
+    elements = _CHUNK["cpu" if inputs.device.type == "cpu" else "cuda"]
+    return max(1, min(len(inputs), max(64, elements // num_latents // 64 * 64)))
 
 
 def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -144,14 +162,16 @@ def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # Group j holds the columns j, j + groups, j + 2 groups, ...: the maximum runs along memory.
     members = values[:, : groups * _GROUP].view(n, _GROUP, groups)
     _, chosen = _top_k(members.amax(1), k)  # [n K]
-    columns = (
-        chosen.unsqueeze(1) + torch.arange(_GROUP, device=values.device).view(-1, 1) * groups
-    ).flatten(1)  # [n GROUP*K]
-    if width > groups * _GROUP:
-        rest = torch.arange(groups * _GROUP, width, device=values.device)
-        columns = torch.cat([columns, rest.expand(n, -1)], dim=1)
-    top, position = values.gather(1, columns).topk(k, dim=1, sorted=False)
-    return top, columns.gather(1, position)
+    candidates = members.gather(2, chosen.unsqueeze(1).expand(-1, _GROUP, -1)).flatten(1)
+    rest = values[:, groups * _GROUP :]
+    if rest.shape[1]:
+        candidates = torch.cat([candidates, rest], dim=1)
+    top, position = candidates.topk(k, dim=1, sorted=False)
+    member, slot = position.div(k, rounding_mode="floor"), position.remainder(k)
+    column = member * groups + chosen.gather(1, slot)
+    if rest.shape[1]:
+        column = torch.where(member < _GROUP, column, position + (groups - k) * _GROUP)
+    return top, column
 
 
 def _group_max(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +211,8 @@ class _ByLatent:
 
     def __init__(self, top_indices: Tensor, num_latents: int) -> None:
         flat = top_indices.flatten()
-        self.order = torch.sort(flat.int(), stable=True).indices
+        narrow = torch.int16 if num_latents <= 2**15 else torch.int32  # sorts faster
+        self.order = torch.sort(flat.to(narrow), stable=True).indices
         self.counts = torch.bincount(flat, minlength=num_latents)
         self.starts = (self.counts.cumsum(0) - self.counts).int()
         self.rows = (self.order // top_indices.shape[1]).int()

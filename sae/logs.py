@@ -21,8 +21,8 @@ from .dead_latents import FiringRecord
 _HISTOGRAM_STEPS = 100
 
 
-def check_launch(log_with: str) -> None:
-    """Raise UsageError for several processes, or for a tracker that is not installed.
+def check_launch(log_with: str) -> str | None:
+    """The tracker to use. Raises UsageError if it is not installed, or for several processes.
 
     Processes can each believe to be alone, so it is the launcher's own variable that is asked.
     """
@@ -35,6 +35,7 @@ def check_launch(log_with: str) -> None:
     installed = {str(tracker) for tracker in get_available_trackers()}
     if log_with not in {*installed, "none"}:
         raise UsageError(f"--log_with {log_with}: is not installed; pip install it, or use none")
+    return None if log_with == "none" else log_with
 
 
 def refuse_bad_numbers(metrics: dict[str, Tensor | float], step: int, run: Path) -> None:

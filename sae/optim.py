@@ -188,7 +188,7 @@ def finish_gradients_(coder: SparseCoder, total_variance: Tensor) -> Tensor:
         if parameter.grad is None:
             continue
         unit = name == "W_dec" and coder.cfg.normalize_decoder
-        rows = max(1, _BLOCK // parameter.shape[-1])
+        rows = max(1, _BLOCK // parameter.shape[1]) if parameter.ndim == 2 else len(parameter)
         for grad, weight in zip(parameter.grad.split(rows), parameter.split(rows), strict=True):
             grad.mul_(scale)
             if unit:

@@ -133,15 +133,14 @@ class SparseCoder(nn.Module):
         self, top_acts: Float[Tensor, "*rows K"], top_indices: Int[Tensor, "*rows K"]
     ) -> Float[Tensor, "*rows D"]:
         """top W_dec + b_dec, without the skip connection."""
-        return self._decode_rows(top_acts, top_indices) + self.b_dec
-
-    def _decode_rows(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        assert self.W_dec is not None, "this coder was loaded with decoder=False"
         k = top_acts.shape[-1]
-        rows = self.ops.decode(
-            top_acts.reshape(-1, k).to(self.dtype), top_indices.reshape(-1, k), self.W_dec
-        )
-        return rows.view(*top_acts.shape[:-1], self.d_out)
+        acts, indices = top_acts.reshape(-1, k).to(self.dtype), top_indices.reshape(-1, k)
+        out = self._decode_rows(acts, indices, self.b_dec)
+        return out.view(*top_acts.shape[:-1], self.d_out)
+
+    def _decode_rows(self, top_acts: Tensor, top_indices: Tensor, offset: Tensor) -> Tensor:
+        assert self.W_dec is not None, "this coder was loaded with decoder=False"
+        return self.ops.decode(top_acts, top_indices, self.W_dec).add_(offset)
 
     def forward(
         self,
@@ -175,16 +174,15 @@ class SparseCoder(nn.Module):
         else:
             top_acts, top_indices = self.encode(rows, k)
         offset = self.b_dec if self.W_skip is None else rows @ self.W_skip.mT + self.b_dec
-        sae_out = self._decode_rows(top_acts, top_indices) + offset
-        residual = y_rows - sae_out
-        fvu = residual.pow(2).sum() / total_variance
+        sae_out = self._decode_rows(top_acts, top_indices, offset)
+        fvu = self.ops.squared_error(y_rows, sae_out) / total_variance
 
         auxk_loss = multi_topk_fvu = fvu.new_zeros(())
         if dead_mask is not None and (dead := dead_mask.nonzero().squeeze(1)).numel():
-            auxk_loss = self._auxk_error(rows, residual.detach(), dead) / total_variance
+            auxk_loss = self._auxk_error(rows, (y_rows - sae_out).detach(), dead) / total_variance
         if self.cfg.multi_topk:
-            wide_out = self._decode_rows(wide_acts, wide_indices) + offset
-            multi_topk_fvu = functional.squared_error(y_rows, wide_out) / total_variance
+            wide_out = self._decode_rows(wide_acts, wide_indices, offset)
+            multi_topk_fvu = self.ops.squared_error(y_rows, wide_out) / total_variance
 
         return CoderOutput(
             sae_out.view(*x.shape[:-1], self.d_out),
@@ -215,7 +213,7 @@ class SparseCoder(nn.Module):
             self.matmul_dtype,
         )
         e_hat = self.ops.decode(acts, indices, self.W_dec[dead])
-        return min(len(dead) / k_aux, 1.0) * functional.squared_error(residual, e_hat)
+        return min(len(dead) / k_aux, 1.0) * self.ops.squared_error(residual, e_hat)
 
     @torch.no_grad()
     def center_(self, x_mean: Float[Tensor, " D"], y_mean: Float[Tensor, " D"]) -> None:

@@ -112,6 +112,7 @@ MISTAKES = {
         "--activation groupmax",
     ),
     "batch above the data": (f"{LM} TEXT --batch_size 5000 --ctx_len 64", "--batch_size"),
+    "more than positions": (f"{LM} TEXT --ctx_len 600 --batch_size 1", "--ctx_len 600"),
     "nothing to resume": (f"{LM} TEXT --resume", "--resume"),
     "bad flag": (f"{LM} TEXT --batch_size 0", "--batch_size 0"),
     "unwritable": (f"{LM} TEXT --save_dir FILE/x", "--save_dir"),

@@ -1,0 +1,98 @@
+"""What the README says is so: its commands parse, its Python runs, its files exist."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from train_sae import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def commands() -> list[str]:
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line.strip()]
+
+
+def test_commands_parse() -> None:
+    """Every command of the README names files that exist and flags that the script takes."""
+    seen = 0
+    for command in commands():
+        words = shlex.split(command)
+        for word in words:
+            if word.startswith(("scripts/", "accelerate_configs/", "benchmarks/")):
+                assert (ROOT / word).is_file(), command
+        if "train_sae.py" in words and "--help" not in words:
+            arguments = words[words.index("train_sae.py") + 1 :]
+            tyro.cli(TrainConfig, args=arguments, use_underscores=True)
+            seen += 1
+    assert seen >= 6
+
+
+def test_python_runs(tmp_path: Path) -> None:
+    """The README's Python, top to bottom, in one session."""
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks("python"))
+    code += "\nassert list(coders) == ['layers.3'] and reconstruction.shape == x.shape"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_map_is_complete() -> None:
+    """Every source file is on the map, and the map names no other."""
+    named = set(re.findall(r"^(train_sae\.py|sae/\w+\.py) ", README, flags=re.M))
+    files = {f"sae/{p.name}" for p in ROOT.glob("sae/*.py")} - {"sae/__init__.py"}
+    assert named == files | {"train_sae.py"}
+    assert (ROOT / "train_sae.py").read_text().count("# EDIT:") == 3
+
+
+def test_numbers_are_those_of_the_checked_in_results() -> None:
+    """The README's benchmark rows say what the result files say."""
+    for file in ROOT.glob("benchmarks/results/step*.json"):
+        result = json.loads(file.read_text())
+        for dtype in ("float32", "bfloat16"):
+            assert f"{result[dtype]['ratio']:.2f}" in README, (file.name, dtype)
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".venv/installed.txt").exists(), reason="scripts/test.sh makes .venv"
+)
+def test_quickstart(tmp_path: Path) -> None:
+    """The quickstart, shortened, from another folder, twice: it trains, and says where things are."""
+    for _ in range(2):
+        script = ROOT / "scripts/quickstart.sh"
+        flags = [
+            "--max_examples",
+            "256",
+            "--save_dir",
+            str(tmp_path / "runs"),
+            "--eval_tokens",
+            "9000",
+        ]
+        done = subprocess.run(
+            ["bash", str(script), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        summary = json.loads((run / "summary.json").read_text())
+        assert list(summary["hookpoints"]) == ["layers.1", "layers.3", "layers.4.mlp"]
+        for name, figures in summary["hookpoints"].items():
+            assert f"{name:12}  {figures['fvu']:12.4f}" in done.stdout or run != runs[-1]
+            assert figures["fvu"] < 0.6 and Path(figures["path"]).is_dir()
+    for said in ("run  ", "TensorBoard  ", "coders  ", "summary  "):
+        assert said in done.stdout

@@ -71,7 +71,7 @@ def test_numbers_are_those_of_the_checked_in_results() -> None:
     not (ROOT / ".venv/installed.txt").exists(), reason="scripts/test.sh makes .venv"
 )
 def test_quickstart(tmp_path: Path) -> None:
-    """The quickstart, shortened, from another folder, twice: it trains, and says where things are."""
+    """The quickstart, shortened, from another folder, twice: it trains and says where all is."""
     for _ in range(2):
         script = ROOT / "scripts/quickstart.sh"
         flags = [

@@ -6,8 +6,8 @@
     python train_sae.py gpt2 DATA --run_name R --resume     go on after an interruption
     accelerate launch --config_file accelerate_configs/1gpu.yaml train_sae.py MODEL DATASET
 
-The file reads in the order of execution; one turn of the loop is one optimizer step. Blocks marked
-EDIT are what experiments change. What would make a result wrong if it were changed is in sae/.
+One turn of the loop is one optimizer step. Blocks marked EDIT are what experiments change; what
+would make a result wrong is in sae/.
 """
 
 import os
@@ -167,8 +167,8 @@ def train(
 ) -> dict[str, Any]:
     """Run the training that `cfg` describes; return what `summary.json` says.
 
-    `lm` and `dataset` (with `input_ids` or text, or a tensor of token blocks) replace `cfg.model`
-    and `cfg.dataset`. Raises UsageError for anything the user can mend.
+    `lm`, frozen where it is, and `dataset` (with `input_ids` or text, or a tensor of token blocks)
+    replace `cfg.model` and `cfg.dataset`. Raises UsageError for anything the user can mend.
     """
     tracker = logs.check_launch(cfg.log_with)
     run = Path(cfg.save_dir) / (cfg.run_name or Path(cfg.model).name)
@@ -214,11 +214,12 @@ def train(
     order = source.order(numbers, cfg.shuffle_seed)[: total_steps * per_step]
 
     # Coders, and for each an optimizer and a record of what fires.
-    bank = CoderBank(measure(lm, places), cfg.coder, cfg.init_seeds, accelerator.device)
+    bank = CoderBank(measure(lm, places), cfg.coder, cfg.init_seeds, lm.device)
     bank.matmul_in(torch.bfloat16 if bf16 else torch.float32)
     choice = (cfg.optimizer, cfg.lr, cfg.adam_8bit)
     optimizers = {name: CoderOptimizer(coder, *choice) for name, coder in bank.items()}
-    firing = {name: FiringRecord(coder.num_latents, coder.device) for name, coder in bank.items()}
+    silence = cfg.dead_feature_threshold
+    firing = {n: FiringRecord(c.num_latents, silence, c.device) for n, c in bank.items()}
     first_step, seconds_before = 0, 0.0
     if cfg.resume:
         newest, manifest = checkpoint.newest_checkpoint(run)
@@ -238,8 +239,9 @@ def train(
     batches = source.batches(order[first_step * per_step :], cfg.batch_size)
     for step in range(first_step, total_steps):
         moments: dict[str, Moments] = {}
-        errors = {name: torch.zeros(3, device=accelerator.device) for name in optimizers}
-        dead = {name: firing[name].dead_mask(cfg.dead_feature_threshold) for name in firing}
+        errors = {name: torch.zeros(3, device=lm.device) for name in optimizers}
+        dead = {n: f.dead_mask() if cfg.auxk_alpha else None for n, f in firing.items()}
+        k = {name: k_at(step, cfg.k_decay_steps, coder) for name, coder in bank.items()}
 
         for tokens in islice(batches, cfg.grad_acc_steps):
             for place, (x, y) in capture(lm, tokens, places, cfg.exclude_tokens).items():
@@ -247,12 +249,10 @@ def train(
                 x, y = (x if cfg.transcode else y).float(), y.float()
                 accumulate(moments, place, y)
                 for name, coder in bank.at(place):
-                    k = k_at(step, cfg.k, cfg.k_decay_steps, coder.num_latents, coder.d_in)
-                    aux = dead[name] if cfg.auxk_alpha else None
                     pieces = (x.chunk(cfg.micro_acc_steps), y.chunk(cfg.micro_acc_steps))
                     for x_rows, y_rows in zip(*pieces, strict=True):
                         # Sums of squared errors: their denominator is known once all rows are in.
-                        out = coder(x_rows, y_rows, aux, total_variance=1.0, k=k)
+                        out = coder(x_rows, y_rows, dead[name], total_variance=1.0, k=k[name])
                         # EDIT: the loss.
                         loss = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
                         loss.backward()
@@ -272,16 +272,16 @@ def train(
             metrics[f"lr/{name}"] = optimizer.step(step, total_steps, cfg.lr_warmup_steps)
             # EDIT: what is logged.
             metrics[f"l0/{name}"] = firing[name].end_step(rows)
-            metrics[f"dead_share/{name}"] = firing[name].dead_share(cfg.dead_feature_threshold)
-        log.step(step + 1, {**metrics, "k": k}, rows, firing)
+            metrics[f"dead_share/{name}"] = firing[name].dead_share()
+            metrics[f"k/{name}"] = k[name]
+        log.step(step + 1, metrics, rows, firing)
 
         if (step + 1) % cfg.save_every == 0 or step + 1 == total_steps:
             checkpoint.save(run, step + 1, log.seconds, bank, optimizers, firing)
             if cfg.save_best:
                 checkpoint.keep_best(run, step + 1, evaluate(), bank, optimizers)
 
-    seconds, threshold = log.seconds, cfg.dead_feature_threshold
-    summary = checkpoint.summarize(run, total_steps, seconds, evaluate(), firing, threshold)
+    summary = checkpoint.summarize(run, total_steps, log.seconds, evaluate(), firing)
     log.finish(run, summary)
     return summary
 

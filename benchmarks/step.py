@@ -48,7 +48,7 @@ def step_over_product(
     torch.manual_seed(0)
     coder = SparseCoder(d, SaeConfig(num_latents=latents, k=k), device)
     coder.matmul_dtype = dtype
-    optimizer, firing = CoderOptimizer(coder, "signum"), FiringRecord(latents, device)
+    optimizer, firing = CoderOptimizer(coder, "signum"), FiringRecord(latents, 10**7, device)
     rows = torch.randn(n, d, device=device)
     x, weight = rows.to(dtype), coder.encoder.weight.detach().to(dtype)
 

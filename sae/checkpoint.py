@@ -180,7 +180,6 @@ def summarize(
     seconds: float,
     figures: dict[str, HeldOut],
     firing: dict[str, FiringRecord],
-    dead_threshold: int,
 ) -> dict[str, Any]:
     """Write `summary.json`, what the run came to, and return it."""
     tokens = next(iter(firing.values())).tokens
@@ -193,7 +192,7 @@ def summarize(
             name: {
                 "fvu": found.fvu,
                 "l0": found.l0,
-                "dead_share": float(firing[name].dead_share(dead_threshold)),
+                "dead_share": float(firing[name].dead_share()),
                 "path": str((run / f"step_{step}" / name).resolve()),
             }
             for name, found in figures.items()

@@ -9,10 +9,14 @@ class FiringRecord:
     """Counts of one coder's active latents; a latent is active where its activation is above 0.
 
     `since_fired` [L] counts the tokens trained on since each latent was last active, and ticks
-    once per optimizer step. Tokens are the rows that the coder saw, over all forwards and ranks.
+    once per optimizer step. Tokens are the rows that the coder saw, over all forwards and ranks. A
+    latent is dead after `threshold` tokens of silence.
     """
 
-    def __init__(self, num_latents: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, num_latents: int, threshold: int, device: str | torch.device = "cpu"
+    ) -> None:
+        self.threshold = threshold
         self.since_fired = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.tokens = 0
         """Rows seen since the start of the run."""
@@ -37,13 +41,13 @@ class FiringRecord:
         self._step_counts.zero_()
         return l0
 
-    def dead_mask(self, threshold: int) -> Bool[Tensor, " L"]:
+    def dead_mask(self) -> Bool[Tensor, " L"]:
         """Latents that have not fired in more than `threshold` tokens: those AuxK may revive."""
-        return self.since_fired > threshold
+        return self.since_fired > self.threshold
 
-    def dead_share(self, threshold: int) -> Tensor:
+    def dead_share(self) -> Tensor:
         """Share of latents silent for `threshold` tokens, or since the start of a shorter run."""
-        return (self.since_fired >= max(1, min(threshold, self.tokens))).double().mean()
+        return (self.since_fired >= max(1, min(self.threshold, self.tokens))).double().mean()
 
     def frequencies(self) -> Tensor:
         """log10 of each latent's recent firing frequency, for those that fired at all."""

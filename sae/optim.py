@@ -216,9 +216,10 @@ def lr_scale(name: OptimizerName, step: int, total_steps: int, warmup_steps: int
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
 
-def k_at(step: int, k: int, k_decay_steps: int, num_latents: int, d_in: int) -> int:
+def k_at(step: int, k_decay_steps: int, coder: SparseCoder) -> int:
     """Active latents at `step`: from min(L, 10 d_in) linearly down to k over `k_decay_steps`."""
+    k = coder.cfg.k
     if step >= k_decay_steps:
         return k
-    start, progress = max(k, min(num_latents, 10 * d_in)), step / k_decay_steps
+    start, progress = max(k, min(coder.num_latents, 10 * coder.d_in)), step / k_decay_steps
     return round(start * (1 - progress) + k * progress)

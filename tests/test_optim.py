@@ -98,9 +98,11 @@ def test_schedule_is_a_function_of_the_step() -> None:
 
 def test_k_anneals_without_touching_the_config() -> None:
     """k falls linearly from min(L, 10 d) to its value and stays there."""
-    assert [k_at(s, 4, 10, 1000, 8) for s in (0, 5, 10, 99)] == [80, 42, 4, 4]
-    assert k_at(0, 4, 10, 50, 8) == 50
-    assert k_at(0, 4, 0, 50, 8) == 4
+    wide, narrow = (SparseCoder(8, SaeConfig(num_latents=n, k=4)) for n in (1000, 50))
+    assert [k_at(s, 10, wide) for s in (0, 5, 10, 99)] == [80, 42, 4, 4]
+    assert k_at(0, 10, narrow) == 50
+    assert k_at(0, 0, narrow) == 4
+    assert wide.cfg.k == 4
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -144,18 +146,21 @@ def test_optimizer_state_survives_a_round_trip(name: str) -> None:
 
 def test_firing_counts_active_latents_over_tokens() -> None:
     """Only activations above 0 count; the clock is tokens and ticks once per step."""
-    record = FiringRecord(4)
+    record = FiringRecord(4, threshold=2)
     record.observe(torch.tensor([[1.0, 0.0], [2.0, 0.5]]), torch.tensor([[0, 1], [0, 2]]))
     record.observe(torch.tensor([[0.0, 0.0]]), torch.tensor([[1, 3]]))
     assert record.end_step(3) == 1.0  # 3 active in 3 rows
     assert record.since_fired.tolist() == [0, 3, 0, 3]
-    assert record.dead_mask(2).tolist() == [False, True, False, True]
-    assert not record.dead_mask(3).any()
-    assert record.dead_share(10_000) == 0.5  # a short run: never fired so far
+    assert record.dead_mask().tolist() == [False, True, False, True]
+    record.threshold = 3
+    assert not record.dead_mask().any()
+    record.threshold = 10_000
+    assert record.dead_share() == 0.5  # a short run: never fired so far
     record.observe(torch.tensor([[1.0]]), torch.tensor([[3]]))
     record.end_step(5)
     assert record.since_fired.tolist() == [5, 8, 5, 0]
-    assert record.dead_share(5) == 0.75
+    record.threshold = 5
+    assert record.dead_share() == 0.75
     torch.testing.assert_close(
         record.frequencies(), torch.log10(torch.tensor([2 / 8, 1 / 8, 1 / 8], dtype=torch.float64))
     )

@@ -235,8 +235,8 @@ def test_tensorboard_has_every_metric_once_per_step(
     summary = run(lm, tokens, settings, run_name="r", hf_token="secret", resume=True, **flags)
     folder = Path(settings["save_dir"]) / "r"
     points = scalars(folder)
-    per_coder = ("fvu", "auxk", "multi_topk_fvu", "dead_share", "l0", "lr", "grad_norm")
-    names = [f"{m}/layers.0" for m in per_coder] + ["k", "tokens", "tokens_per_second"]
+    per_coder = ("fvu", "auxk", "multi_topk_fvu", "dead_share", "l0", "lr", "k", "grad_norm")
+    names = [f"{m}/layers.0" for m in per_coder] + ["tokens", "tokens_per_second"]
     for name in names:
         assert [step for step, _ in points[name]] == list(range(1, 21)), name
     assert points["tokens"][-1][1] == summary["tokens"] == 20 * 8 * 16

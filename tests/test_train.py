@@ -17,9 +17,12 @@ from transformers import PreTrainedModel
 
 import train_sae
 from sae import SparseCoder, UsageError, load_many
-from sae.checkpoint import checkpoints
+from sae.bank import CoderBank
+from sae.checkpoint import checkpoints, keep_best
+from sae.evaluate import HeldOut
 from sae.functional import Moments
-from sae.hookpoints import capture
+from sae.hookpoints import Hookpoint, capture
+from sae.optim import CoderOptimizer, finish_gradients_
 from train_sae import TrainConfig, train
 
 Settings = dict[str, Any]
@@ -193,20 +196,28 @@ def test_coders_start_from_the_first_step_data(
         assert started[place]["encoder.bias"].count_nonzero() == 0
 
 
-def test_first_logged_fvu_is_of_all_rows_of_the_step(
+def test_first_logged_step_is_the_definition_over_all_its_rows(
     lm: PreTrainedModel, tokens: Tensor, settings: Settings
 ) -> None:
-    """The first step's FVU is one fraction over all its rows, computed here from the definition."""
+    """FVU and gradient norm of a step in six pieces equal those of all its rows at once."""
     flags = {"batch_size": 4, "grad_acc_steps": 3, "micro_acc_steps": 2, "layers": (1,)}
-    run(lm, tokens, settings, run_name="r", log_with="tensorboard", lr=1e-9, **flags)
-    logged = scalars(Path(settings["save_dir"]) / "r")["fvu/layers.1"][0][1]
+    run(lm, tokens, settings, run_name="r", log_with="tensorboard", multi_topk=True, **flags)
+    logged = scalars(Path(settings["save_dir"]) / "r")
     _, y = capture(lm, first_batches(tokens, 12), ["layers.1"])["layers.1"]
-    coder = train_sae.CoderBank(
-        train_sae.measure(lm, ["layers.1"]), TrainConfig(**settings).coder, (0,), "cpu"
-    )["layers.1"]
+    shape = TrainConfig(**settings, multi_topk=True).coder
+    coder = CoderBank(train_sae.measure(lm, ["layers.1"]), shape, (0,), "cpu")["layers.1"]
     moments = Moments.of(y)
     coder.center_(moments.mean, moments.mean)
-    assert logged == pytest.approx(coder(y).fvu.item(), rel=1e-5)
+    out = coder(y)
+    (out.fvu + out.multi_topk_fvu / 8).backward()
+    norm = finish_gradients_(coder, torch.tensor(1.0))
+    for name, expected in (
+        ("fvu", out.fvu),
+        ("multi_topk_fvu", out.multi_topk_fvu),
+        ("grad_norm", norm),
+    ):
+        first = logged[f"{name}/layers.1"][0][1]
+        assert first == pytest.approx(expected.item(), rel=1e-4), name
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -360,10 +371,10 @@ def test_finetune_starts_from_trained_coders(
 
 
 def test_save_best_keeps_the_lowest_held_out_fvu(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, tmp_path: Path
 ) -> None:
-    """best/ holds each coder at the checkpoint where its own held-out FVU was lowest."""
-    run(lm, tokens, settings, run_name="r", save_best=True, save_every=4, lr=0.3)
+    """best/ holds each coder as it was where its own held-out FVU was lowest."""
+    run(lm, tokens, settings, run_name="r", save_best=True, save_every=4)
     best = Path(settings["save_dir"]) / "r" / "best"
     assert [f.name for f in sorted(best.iterdir())] == [f"layers.{i}" for i in range(3)]
     for name, coder in load_many(best).items():
@@ -371,6 +382,17 @@ def test_save_best_keeps_the_lowest_held_out_fvu(
         _, y = capture(lm, tokens[:16], [name])[name]
         assert record["fvu"] == pytest.approx(coder(y).fvu.item(), rel=1e-5)
         assert record["step"] % 4 == 0
+
+    places = [Hookpoint(name, 8, 8) for name in ("a", "b")]
+    bank = CoderBank(places, TrainConfig(**settings).coder, (0,), "cpu")
+    optimizers = {name: CoderOptimizer(coder, "adam") for name, coder in bank.items()}
+    for step, fvus in ((1, (0.5, 0.5)), (2, (0.6, 0.4)), (3, (0.5, 0.3))):
+        for _, coder in bank.items():
+            coder.b_dec.data.fill_(step)
+        figures = {n: HeldOut(fvu, 4.0) for n, fvu in zip("ab", fvus, strict=True)}
+        keep_best(tmp_path, step, figures, bank, optimizers)
+    kept = load_many(tmp_path / "best")
+    assert kept["a"].b_dec[0] == 1 and kept["b"].b_dec[0] == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,16 +1,13 @@
 """Laws of the training run, on the real script's `train` with a tiny LM."""
 
 import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import LOSSES, Killed, Settings, assert_identical, run, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,50 +15,16 @@ from transformers import PreTrainedModel
 import train_sae
 from sae import SparseCoder, UsageError, load_many
 from sae.bank import CoderBank
-from sae.checkpoint import checkpoints, keep_best
-from sae.evaluate import HeldOut
 from sae.functional import Moments
-from sae.hookpoints import Hookpoint, capture
-from sae.optim import CoderOptimizer, finish_gradients_
-from train_sae import TrainConfig, train
-
-Settings = dict[str, Any]
-
-
-def run(lm: PreTrainedModel, tokens: Tensor, settings: Settings, **flags: Any) -> dict[str, Any]:
-    return train(TrainConfig(**{**settings, **flags}), lm=lm, dataset=tokens)
-
-
-def weights(summary: dict[str, Any]) -> dict[str, Tensor]:
-    """Every saved tensor of every coder of a run."""
-    found = {}
-    for name, figures in summary["hookpoints"].items():
-        for key, tensor in load_file(Path(figures["path"]) / "sae.safetensors").items():
-            found[f"{name}/{key}"] = tensor
-    return found
-
-
-def training_state(summary: dict[str, Any]) -> dict[str, Tensor]:
-    """Every tensor that resuming would start from."""
-    found = {}
-    for name, figures in summary["hookpoints"].items():
-        for key, tensor in load_file(Path(figures["path"]) / "resume.safetensors").items():
-            found[f"{name}/{key}"] = tensor
-    return found
-
-
-def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [n for n in a if not torch.equal(a[n], b[n])] == []
+from sae.hookpoints import capture
+from sae.optim import finish_gradients_
+from train_sae import TrainConfig
 
 
 def first_batches(tokens: Tensor, count: int, seed: int = 42) -> Tensor:
     """The blocks that the first optimizer step of `settings` consumes."""
     generator = torch.Generator().manual_seed(seed)
     return tokens[16 + torch.randperm(160, generator=generator)[:count]]
-
-
-LOSSES = {"auxk_alpha": 1 / 32, "dead_feature_threshold": 300, "multi_topk": True}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
@@ -86,78 +49,6 @@ def test_one_denominator(
             assert figures["fvu"] == pytest.approx(whole["hookpoints"][place]["fvu"], **close)
         for key, tensor in weights(other).items() if optimizer == "adam" else ():
             torch.testing.assert_close(tensor, weights(whole)[key], rtol=2e-3, atol=2e-4)
-
-
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing catches it."""
-
-
-@pytest.mark.parametrize("optimizer", ["signum", "adam", "muon"])
-def test_resume_is_invisible(
-    lm: PreTrainedModel,
-    tokens: Tensor,
-    settings: Settings,
-    optimizer: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """20 steps = killed in step 13, resumed from 10: weights, moments and counters bit for bit."""
-    flags = {
-        **LOSSES,
-        "optimizer": optimizer,
-        "save_every": 5,
-        "k_decay_steps": 15,
-        "grad_acc_steps": 2,
-        "batch_size": 4,
-        "save_best": True,
-    }
-    straight = run(lm, tokens, settings, run_name="straight", **flags)
-    forwards = 0
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        nonlocal forwards
-        forwards += 1
-        if forwards == 26:  # the second forward of step 13
-            raise Killed
-        return capture(*args, **kwargs)
-
-    monkeypatch.setattr(train_sae, "capture", dying)
-    with pytest.raises(Killed):
-        run(lm, tokens, settings, run_name="broken", **flags)
-    monkeypatch.undo()
-    resumed = run(lm, tokens, settings, run_name="broken", resume=True, **flags)
-    assert resumed["step"] == 20 and resumed["tokens"] == straight["tokens"]
-    assert_identical(weights(resumed), weights(straight))
-    assert_identical(training_state(resumed), training_state(straight))
-    for name, figures in resumed["hookpoints"].items():
-        assert figures["fvu"] == straight["hookpoints"][name]["fvu"]
-    best = Path(settings["save_dir"])
-    for path in (best / "straight" / "best").rglob("*.safetensors"):
-        other = best / "broken" / "best" / path.relative_to(best / "straight" / "best")
-        assert path.read_bytes() == other.read_bytes()
-
-
-def test_resuming_a_finished_run_changes_nothing(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings
-) -> None:
-    """--resume after the last step gives the same summary and weights."""
-    done = run(lm, tokens, settings, run_name="done")
-    again = run(lm, tokens, settings, run_name="done", resume=True)
-    assert_identical(weights(again), weights(done))
-    assert again["hookpoints"] == done["hookpoints"] and again["tokens"] == done["tokens"]
-
-
-def test_resume_refuses_other_flags(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings
-) -> None:
-    """A flag that would change the run is named; one that cannot is free."""
-    run(lm, tokens, settings, run_name="r")
-    with pytest.raises(UsageError, match="--k is 5 now and was 4"):
-        run(lm, tokens, settings, run_name="r", resume=True, **{"k": 5})
-    run(lm, tokens, settings, run_name="r", resume=True, save_every=3, log_every=7)
-    with pytest.raises(UsageError, match="--resume: .*holds no whole checkpoint"):
-        run(lm, tokens, settings, run_name="other", resume=True)
-    with pytest.raises(UsageError, match="already holds a run; add --resume"):
-        run(lm, tokens, settings, run_name="r")
 
 
 def test_coders_start_from_the_first_step_data(
@@ -370,31 +261,6 @@ def test_finetune_starts_from_trained_coders(
         run(lm, tokens, settings, run_name="third", finetune="no-such/repo")
 
 
-def test_save_best_keeps_the_lowest_held_out_fvu(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings, tmp_path: Path
-) -> None:
-    """best/ holds each coder as it was where its own held-out FVU was lowest."""
-    run(lm, tokens, settings, run_name="r", save_best=True, save_every=4)
-    best = Path(settings["save_dir"]) / "r" / "best"
-    assert [f.name for f in sorted(best.iterdir())] == [f"layers.{i}" for i in range(3)]
-    for name, coder in load_many(best).items():
-        record = json.loads((best / name / "fvu.json").read_text())
-        _, y = capture(lm, tokens[:16], [name])[name]
-        assert record["fvu"] == pytest.approx(coder(y).fvu.item(), rel=1e-5)
-        assert record["step"] % 4 == 0
-
-    places = [Hookpoint(name, 8, 8) for name in ("a", "b")]
-    bank = CoderBank(places, TrainConfig(**settings).coder, (0,), "cpu")
-    optimizers = {name: CoderOptimizer(coder, "adam") for name, coder in bank.items()}
-    for step, fvus in ((1, (0.5, 0.5)), (2, (0.6, 0.4)), (3, (0.5, 0.3))):
-        for _, coder in bank.items():
-            coder.b_dec.data.fill_(step)
-        figures = {n: HeldOut(fvu, 4.0) for n, fvu in zip("ab", fvus, strict=True)}
-        keep_best(tmp_path, step, figures, bank, optimizers)
-    kept = load_many(tmp_path / "best")
-    assert kept["a"].b_dec[0] == 1 and kept["b"].b_dec[0] == 3
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_numbers_stop_the_run_and_lose_nothing(
     lm: PreTrainedModel,
@@ -422,78 +288,6 @@ def test_bad_numbers_stop_the_run_and_lose_nothing(
         assert tensor.isfinite().all(), name
 
 
-def test_a_killed_save_leaves_the_previous_checkpoint(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in the middle of writing, a run resumes from the save before and ends the same."""
-    straight = run(lm, tokens, settings, run_name="straight", save_every=5)
-    save = SparseCoder.save_to_disk
-    calls: Iterator[int] = iter(range(1000))
-
-    def dying(self: SparseCoder, path: Path) -> None:
-        if next(calls) == 4:  # the second coder of the second checkpoint
-            (path / "half").parent.mkdir(parents=True, exist_ok=True)
-            (path / "sae.safetensors").write_bytes(b"half")
-            raise Killed
-        save(self, path)
-
-    monkeypatch.setattr(SparseCoder, "save_to_disk", dying)
-    with pytest.raises(Killed):
-        run(lm, tokens, settings, run_name="r", save_every=5)
-    monkeypatch.undo()
-    folder = Path(settings["save_dir"]) / "r"
-    assert [f.name for f in folder.glob("step_*") if f.suffix == ""] == ["step_5"]
-    assert list(load_many(folder)) == [f"layers.{i}" for i in range(3)]
-    resumed = run(lm, tokens, settings, run_name="r", save_every=5, resume=True)
-    assert_identical(training_state(resumed), training_state(straight))
-
-
-def test_damaged_checkpoints_are_passed_over(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings, capsys: pytest.CaptureFixture
-) -> None:
-    """A flipped bit, a missing file or a broken manifest is named and the older checkpoint used."""
-    straight = run(lm, tokens, settings, run_name="r", save_every=10)
-    folder = Path(settings["save_dir"]) / "r"
-    shutil.copytree(folder, folder.parent / "kept")
-    victim = Path("step_20/layers.1/resume.safetensors")
-
-    def flip(path: Path) -> None:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-
-    damages = {
-        "is damaged": lambda: flip(folder / victim),
-        "is missing": lambda: (folder / victim).unlink(),
-        "cannot be read": lambda: (folder / "step_20/manifest.json").write_text("{"),
-        "has format 99": lambda: (folder / "step_20/manifest.json").write_text('{"format": 99}'),
-        "outside the checkpoint": lambda: (folder / "step_20/manifest.json").write_text(
-            '{"format": 1, "sha256": {"../config.json": "0"}}'
-        ),
-    }
-    for message, damage in damages.items():
-        shutil.rmtree(folder)
-        shutil.copytree(folder.parent / "kept", folder)
-        damage()
-        resumed = run(lm, tokens, settings, run_name="r", save_every=10, resume=True)
-        printed = capsys.readouterr().out
-        assert message in printed and "step_20" in printed, message
-        assert_identical(training_state(resumed), training_state(straight))
-    flip(folder / victim)
-    flip(folder / "step_10/layers.0/sae.safetensors")
-    with pytest.raises(UsageError, match="no checkpoint in .* can be used.*step_20.*step_10"):
-        run(lm, tokens, settings, run_name="r", save_every=10, resume=True)
-
-
-def test_unwritable_save_dir(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings, tmp_path: Path
-) -> None:
-    """A folder that cannot be made is named before anything is loaded."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="--save_dir .*cannot be written"):
-        run(lm, tokens, {**settings, "save_dir": str(tmp_path / "file")})
-
-
 def test_k_decay_and_groupmax_and_bfloat16_run(
     lm: PreTrainedModel, tokens: Tensor, settings: Settings
 ) -> None:
@@ -508,30 +302,3 @@ def test_k_decay_and_groupmax_and_bfloat16_run(
         for figures in summary["hookpoints"].values():
             assert 0 < figures["fvu"] < 2
             assert json.loads((Path(figures["path"]) / "cfg.json").read_text())["k"] == 4
-
-
-def test_resume_after_sigkill_of_the_script(tmp_path: Path, tokens: Tensor) -> None:
-    """The real script, killed by SIGKILL after a save and resumed, ends in the same bits."""
-    lm = Path(__file__).parent.parent / "demo" / "lm"
-    tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
-
-    def command(name: str, *more: str) -> list[str]:
-        script = str(Path(__file__).parent.parent / "train_sae.py")
-        flags = "--layers 0 --ctx_len 16 --batch_size 4 --num_latents 64 --k 4 --save_every 3"
-        data = [str(lm), str(tmp_path / "ids.bin"), "--save_dir", str(tmp_path), "--run_name", name]
-        return [sys.executable, script, *data, *flags.split(), "--log_with", "none", *more]
-
-    subprocess.run(command("straight"), check=True, capture_output=True)
-    killed = subprocess.Popen(
-        command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not checkpoints(tmp_path / "killed") and killed.poll() is None:
-        pass
-    killed.kill()
-    killed.wait()
-    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
-    for file in ("sae.safetensors", "resume.safetensors"):
-        a, b = (
-            next((tmp_path / n).glob(f"step_45/layers.0/{file}")) for n in ("straight", "killed")
-        )
-        assert a.read_bytes() == b.read_bytes()

@@ -79,7 +79,11 @@ class _Encode(torch.autograd.Function):
             pre_acts = buffer[: len(inputs[rows])]
             torch.addmm(b, inputs[rows], W.t(), out=pre_acts)
             if activation == "topk":
-                values, indices = _top_k(pre_acts, k)
+                # The bits of bfloat16 order positive numbers as int16 does, which compares faster;
+                # negative ones fall behind them in any order, and relu drops them all.
+                keys = pre_acts.view(torch.int16) if dtype == torch.bfloat16 else pre_acts
+                values, indices = _top_k(keys, k)
+                values = values.view(dtype)
             else:
                 values, indices = _group_max(pre_acts, k)
             torch.relu_(values)

@@ -195,6 +195,15 @@ def plain_losses(
     return fvu + aux / 32 + multi / 8, [fvu, aux, multi]
 
 
+def test_bfloat16_selection_is_exact() -> None:
+    """With a bfloat16 product the active latents are exactly those of its own pre-activations."""
+    x, W_enc, b_enc, _, _ = (t.detach().float() for t in leaves(64, 32, 2048, shift=-9.0))
+    fast, _ = kernels.encode(x, W_enc, b_enc, 32, matmul_dtype=torch.bfloat16)
+    plain, _ = functional.encode(x, W_enc, b_enc, 32, matmul_dtype=torch.bfloat16)
+    assert 0 < (plain > 0).float().mean() < 1  # some rows have fewer than k positives
+    assert torch.equal(fast.sort(1).values, plain.sort(1).values)
+
+
 def test_bfloat16_products_are_close() -> None:
     """With the product in bfloat16 activations agree to its precision; the rest is float32."""
     x, W_enc, b_enc, W_dec, _ = (t.detach().float() for t in leaves(64, 32, 256))

@@ -171,8 +171,8 @@ def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if rest.shape[1]:
         candidates = torch.cat([candidates, rest], dim=1)
     top, position = candidates.topk(k, dim=1, sorted=False)
-    member, slot = position.div(k, rounding_mode="floor"), position.remainder(k)
-    column = member * groups + chosen.gather(1, slot)
+    member = position.div(k, rounding_mode="floor")
+    column = member * groups + chosen.gather(1, position - member * k)
     if rest.shape[1]:
         column = torch.where(member < _GROUP, column, position + (groups - k) * _GROUP)
     return top, column

@@ -193,7 +193,7 @@ def finish_gradients_(coder: SparseCoder, total_variance: Tensor) -> Tensor:
             grad.mul_(scale)
             if unit:
                 grad.addcmul_(weight, torch.linalg.vecdot(grad, weight).unsqueeze(1), value=-1)
-            square += grad.square().sum()
+            square += torch.dot(grad.flatten(), grad.flatten())
     return square.sqrt()
 
 

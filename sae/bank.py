@@ -31,6 +31,8 @@ class CoderBank(nn.Module):
         self._coders = nn.ModuleDict()
         for place in hookpoints:
             d_in = place.d_in if cfg.transcode else place.d_out
+            if d_in == 0:
+                raise UsageError(f"--transcode: {place.name} takes token ids, not activations")
             cfg.check(d_in, where=place.name)
             for seed in seeds:
                 name = place.name if len(seeds) == 1 else f"{place.name}.seed{seed}"

@@ -167,6 +167,8 @@ def load_tokens(
     prefix = tuple(words("")["input_ids"][:1])
     encode = partial(_tokenize, tokenizer=words, column=text_column)
     if stream_blocks is not None:
+        if isinstance(data, datasets.Dataset):
+            data = data.to_iterable_dataset()
         mixed = data.shuffle(seed=shuffle_seed, buffer_size=10_000)
         return TokenStream(lambda: _packed(mixed, encode, ctx_len, prefix), stream_blocks, ctx_len)
     # `datasets` caches the result under a fingerprint of the text, the tokenizer and the column.
@@ -252,6 +254,8 @@ def _tokenizer(name: str, revision: str | None, token: str | None) -> PreTrained
     except Exception as error:  # each tokenizer's backend has errors of its own
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"MODEL {name}: its tokenizer cannot be loaded. {reason}") from None
+    if not tokenizer("text").input_ids:
+        raise UsageError(f"MODEL {name}: it has no tokenizer; give token ids (.bin, input_ids)")
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
         raise UsageError(f"MODEL {name}: its tokenizer has no end token to put between documents")
     return tokenizer
@@ -263,6 +267,8 @@ def _tokenize(
     """Token ids of every document that is not empty, each with one end token behind it."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     texts = [text for text in batch[column] if text]
+    if strange := next((text for text in texts if not isinstance(text, str)), None):
+        raise UsageError(f"--text_column {column}: holds {strange!r}, which is not text")
     if not texts:
         return {"input_ids": []}
     # Long documents are the point of packing: the tokenizer's length warning does not apply.

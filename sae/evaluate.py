@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .bank import CoderBank
+from .config import UsageError
 from .functional import Moments, accumulate
 from .hookpoints import capture
 from .optim import CoderOptimizer
@@ -32,13 +33,21 @@ def first_moments(
     batches: Iterable[Int[Tensor, "B S"]],
     exclude_tokens: tuple[int, ...] = (),
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """Moments of every hookpoint's inputs and of its outputs over all rows of the batches."""
+    """Moments of every hookpoint's inputs and of its outputs over all rows of the batches.
+
+    Raises UsageError where no row is left.
+    """
     inputs: dict[str, Moments] = {}
     outputs: dict[str, Moments] = {}
     for tokens in batches:
         for place, pair in capture(lm, tokens, places, exclude_tokens).items():
             for found, rows in zip((inputs, outputs), pair, strict=True):
                 accumulate(found, place, rows.float())
+    if not all(moments.count for moments in outputs.values()):
+        raise UsageError(
+            f"--exclude_tokens {' '.join(map(str, exclude_tokens[:9]))}: leaves no token of the "
+            f"first step; exclude fewer"
+        )
     return inputs, outputs
 
 

@@ -247,8 +247,10 @@ def capture(
 
     def store(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, y = _first_tensor((args, kwargs)), _first_tensor(output)
-        if x is None or y is None:
-            raise UsageError(f"hookpoint {name}: {type(modules[name]).__name__} passes no tensors")
+        if y is None:
+            raise UsageError(f"hookpoint {name}: {type(modules[name]).__name__} returns no tensor")
+        if x is None:  # an embedding takes token ids: no input activations
+            x = y[..., :0]
         seen[name] = (_rows(name, x, tokens, keep), _rows(name, y, tokens, keep))
         if len(seen) == len(hookpoints):
             raise _LastHookpoint
@@ -292,7 +294,7 @@ def _first_tensor(value: Any) -> Tensor | None:
 
 
 def _rows(name: str, tensor: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
-    if tensor.ndim < 2 or tensor[..., 0].numel() != tokens.numel():
+    if tensor.ndim < 2 or tensor.shape[:-1].numel() != tokens.numel():
         raise UsageError(
             f"hookpoint {name} passes a tensor of shape {tuple(tensor.shape)}, which is not one "
             f"row per token ({tuple(tokens.shape)}): take it out of --hookpoints"

@@ -117,17 +117,17 @@ class SparseCoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "*rows D"], k: int | None = None) -> EncoderOutput:
         """The `k` (default: the config's) active latents of every row of `x`."""
-        rows = x.reshape(-1, self.d_in).to(self.dtype)
+        k = k or self.cfg.k
         encoded = self.ops.encode(
-            rows,
+            x.reshape(-1, self.d_in).to(self.dtype),
             self.encoder.weight,
             self.encoder.bias,
-            k or self.cfg.k,
+            k,
             self.cfg.activation,
             None if self.cfg.transcode else self.b_dec,
             self.matmul_dtype,
         )
-        return EncoderOutput(*(t.view(*x.shape[:-1], -1) for t in encoded))
+        return EncoderOutput(*(t.view(*x.shape[:-1], k) for t in encoded))
 
     def decode(
         self, top_acts: Float[Tensor, "*rows K"], top_indices: Int[Tensor, "*rows K"]
@@ -186,8 +186,8 @@ class SparseCoder(nn.Module):
 
         return CoderOutput(
             sae_out.view(*x.shape[:-1], self.d_out),
-            top_acts.view(*x.shape[:-1], -1),
-            top_indices.view(*x.shape[:-1], -1),
+            top_acts.view(*x.shape[:-1], k),
+            top_indices.view(*x.shape[:-1], k),
             fvu,
             auxk_loss,
             multi_topk_fvu,

@@ -1,6 +1,7 @@
 """No token is lost or seen twice, whatever the source; the order depends on the seed alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -75,6 +76,8 @@ def test_a_stream_gives_the_packed_blocks_of_its_own_order(tmp_path: Path) -> No
     again = load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=3)
     late = torch.cat(list(again.batches(torch.arange(17, 60), 4)))
     assert torch.equal(late, blocks[17:])
+    saved = datasets.Dataset.from_dict({"text": documents()})
+    assert stacked(load(saved, stream_blocks=60)).shape == blocks.shape
     other = stacked(load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=4))
     assert not torch.equal(other, blocks)
     everything = len(joined(documents())) // 32
@@ -186,10 +189,11 @@ def test_tokenization_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", fail, raising=False)
-    words = AutoTokenizer.from_pretrained(LM)
+    kind = type(AutoTokenizer.from_pretrained(LM))
+    call = kind.__call__
+    # A single string is the loader's look at what the tokenizer adds; a list is a batch of documents.
     monkeypatch.setattr(
-        type(words), "__call__", lambda s, t, **k: {"input_ids": []} if t == "" else fail()
+        kind, "__call__", lambda s, t, **k: call(s, t, **k) if isinstance(t, str) else fail()
     )
     assert torch.equal(stacked(load(path)), first)
 
@@ -199,6 +203,8 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "odd.bin").write_bytes(b"123")
     (tmp_path / "nothing").mkdir()
+    numbers = datasets.Dataset.from_dict({"text": [3, 4]})
+    shutil.copytree(LM, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{not json\n')
     ragged = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]})
     cases = [
@@ -214,6 +220,8 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
         (torch.full((4, 8), 64), {"vocab_size": 64}, "holds token 64.*64 tokens"),
         (jsonl(tmp_path), {"vocab_size": 100}, "MODEL has 100 tokens"),
         (torch.zeros(3), {}, "integer token ids"),
+        (numbers, {}, "--text_column text: holds 3, which is not text"),
+        (jsonl(tmp_path), {"tokenizer": str(tmp_path / "mute")}, "it has no tokenizer"),
         (jsonl(tmp_path), {"data_args": "a=b,c"}, "--data_args"),
         (jsonl(tmp_path), {"tokenizer": "no-such/model"}, "its tokenizer cannot be loaded"),
     ]

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sae.config import UsageError
+from sae.bank import CoderBank
+from sae.config import TranscoderConfig, UsageError
 from sae.hookpoints import capture, choose_hookpoints, freeze, load_lm, measure, vocab_size
 
 LAYERS = {
@@ -216,6 +217,10 @@ def test_what_cannot_be_hooked_is_named(tmp_path: Path) -> None:
         choose_hookpoints(lm, layers=(3,))
     with pytest.raises(UsageError, match="not one row per token"):
         measure(lm, ["layers.0.self_attn.q_norm"])
+    embedding = measure(lm, ["embed_tokens"])
+    assert (embedding[0].d_in, embedding[0].d_out) == (0, 32)
+    with pytest.raises(UsageError, match="--transcode: embed_tokens takes token ids"):
+        CoderBank(embedding, TranscoderConfig(), (0,), "cpu")
     lm.never = nn.Linear(2, 2)
     with pytest.raises(UsageError, match="never does not run"):
         measure(lm, ["never"])

@@ -24,7 +24,7 @@ BELOW = {
     "sparse_coder": {"config", "functional", "kernels"},
     "optim": {"config", "sparse_coder"},
     "bank": {"config", "functional", "hookpoints", "sparse_coder"},
-    "evaluate": {"bank", "functional", "hookpoints", "optim"},
+    "evaluate": {"bank", "config", "functional", "hookpoints", "optim"},
     "checkpoint": {"bank", "config", "dead_latents", "evaluate", "optim"},
     "logs": {"bank", "config", "dead_latents"},
     "__init__": {"config", "sparse_coder"},

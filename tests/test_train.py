@@ -288,6 +288,22 @@ def test_bad_numbers_stop_the_run_and_lose_nothing(
         assert tensor.isfinite().all(), name
 
 
+def test_excluding_every_token_is_refused(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """Forwards without a row are fine, a first step without a row is refused."""
+    rare = tokens.clone()
+    rare[rare == 7] = 8
+    for block in range(0, 200, 8):
+        rare[block, 1 + block // 8 % 15] = 7
+    every = tuple(i for i in range(64) if i != 7)
+    with pytest.raises(UsageError, match="--exclude_tokens .*leaves no token"):
+        run(lm, tokens, settings, run_name="none", exclude_tokens=tuple(range(64)))
+    flags = {"batch_size": 1, "grad_acc_steps": 160, "auxk_alpha": 1.0, "multi_topk": True}
+    summary = run(lm, rare, settings, run_name="few", exclude_tokens=every, **flags)
+    assert summary["tokens"] == (rare[16:176] == 7).sum()
+
+
 def test_k_decay_and_groupmax_and_bfloat16_run(
     lm: PreTrainedModel, tokens: Tensor, settings: Settings
 ) -> None:

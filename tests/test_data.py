@@ -191,7 +191,7 @@ def test_tokenization_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     kind = type(AutoTokenizer.from_pretrained(LM))
     call = kind.__call__
-    # A single string is the loader's look at what the tokenizer adds; a list is a batch of documents.
+    # A string is the loader's look at what the tokenizer adds; a list is a batch of documents.
     monkeypatch.setattr(
         kind, "__call__", lambda s, t, **k: call(s, t, **k) if isinstance(t, str) else fail()
     )

@@ -17,22 +17,18 @@ def run(lm: PreTrainedModel, tokens: Tensor, settings: Settings, **flags: Any) -
     return train(TrainConfig(**{**settings, **flags}), lm=lm, dataset=tokens)
 
 
-def weights(summary: dict[str, Any]) -> dict[str, Tensor]:
-    """Every saved tensor of every coder of a run."""
+def weights(summary: dict[str, Any], file: str = "sae.safetensors") -> dict[str, Tensor]:
+    """Every tensor of one file of every coder of a run."""
     found = {}
     for name, figures in summary["hookpoints"].items():
-        for key, tensor in load_file(Path(figures["path"]) / "sae.safetensors").items():
+        for key, tensor in load_file(Path(figures["path"]) / file).items():
             found[f"{name}/{key}"] = tensor
     return found
 
 
 def training_state(summary: dict[str, Any]) -> dict[str, Tensor]:
     """Every tensor that resuming would start from."""
-    found = {}
-    for name, figures in summary["hookpoints"].items():
-        for key, tensor in load_file(Path(figures["path"]) / "resume.safetensors").items():
-            found[f"{name}/{key}"] = tensor
-    return found
+    return weights(summary, "resume.safetensors")
 
 
 def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ from sae.data import hold_out, load_tokens
 from sae.dead_latents import FiringRecord
 from sae.evaluate import HeldOut, first_moments, held_out
 from sae.functional import Moments, accumulate
-from sae.hookpoints import capture, check_length, load_lm, measure, vocab_size
+from sae.hookpoints import capture, load_lm, measure, token_limits, working_dtype
 from sae.optim import CoderOptimizer, OptimizerName, finish_gradients_, k_at
 
 
@@ -177,18 +177,20 @@ def train(
     checkpoint.open_run(run, flags, cfg.resume)
 
     # The language model, frozen, and no more of it than the hookpoints need.
-    bf16 = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if cfg.mixed_precision != "auto":
-        bf16 = cfg.mixed_precision == "bf16"
+    dtype = working_dtype(cfg.mixed_precision, accelerator.device)
     lm, places = load_lm(
         cfg.model if lm is None else lm,
         choose=(cfg.hookpoints, cfg.layers, cfg.layer_stride),
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         device=accelerator.device,
         revision=cfg.revision,
         token=cfg.hf_token,
         load_in_8bit=cfg.load_in_8bit,
     )
+
+    # Coders, one per hookpoint and seed.
+    bank = CoderBank(measure(lm, places), cfg.coder, cfg.init_seeds, lm.device)
+    bank.matmul_in(dtype)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     per_step = cfg.batch_size * cfg.grad_acc_steps
@@ -196,7 +198,7 @@ def train(
     source = load_tokens(
         cfg.dataset if dataset is None else dataset,
         tokenizer=cfg.model,
-        vocab_size=vocab_size(lm),
+        limits=token_limits(lm),
         ctx_len=cfg.ctx_len,
         split=cfg.split,
         text_column=cfg.text_column,
@@ -208,14 +210,11 @@ def train(
         revision=cfg.revision,
         token=cfg.hf_token,
     )
-    check_length(lm, source.block_len)
     held, numbers = hold_out(source, cfg.eval_tokens, cfg.max_examples, per_step)
     total_steps = len(numbers) // per_step
     order = source.order(numbers, cfg.shuffle_seed)[: total_steps * per_step]
 
-    # Coders, and for each an optimizer and a record of what fires.
-    bank = CoderBank(measure(lm, places), cfg.coder, cfg.init_seeds, lm.device)
-    bank.matmul_in(torch.bfloat16 if bf16 else torch.float32)
+    # For each coder an optimizer and a record of what fires.
     choice = (cfg.optimizer, cfg.lr, cfg.adam_8bit)
     optimizers = {name: CoderOptimizer(coder, *choice) for name, coder in bank.items()}
     silence = cfg.dead_feature_threshold

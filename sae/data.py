@@ -125,7 +125,7 @@ def load_tokens(
     dataset: str | datasets.Dataset | Tensor,
     *,
     tokenizer: str,
-    vocab_size: int,
+    limits: tuple[int, int | None],
     ctx_len: int,
     split: str = "train",
     text_column: str = "text",
@@ -141,27 +141,28 @@ def load_tokens(
 
     Text is joined with the end-of-document token between documents and cut into blocks; no token
     is lost but those of the last partial block. A set with `input_ids` is used as it is.
-    `stream_blocks` asks for a stream, of that many blocks. Raises UsageError where the data cannot
-    be found, read, or belongs to another vocabulary.
+    `limits` are the LM's vocabulary size and positions. `stream_blocks` asks for a stream, of that
+    many blocks. Raises UsageError where the data cannot be found, read, or do not fit the LM.
     """
     streaming = stream_blocks is not None
     if isinstance(dataset, Tensor):
-        return _checked(_from_tensor(dataset), "dataset", vocab_size)
+        return _checked(_from_tensor(dataset), "dataset", limits)
     name = dataset if isinstance(dataset, str) else "dataset"
     if isinstance(dataset, str) and dataset.endswith(".bin"):
-        return _checked(_from_bin(dataset, ctx_len, vocab_size, token_dtype), name, vocab_size)
+        return _checked(_from_bin(dataset, ctx_len, limits[0], token_dtype), name, limits)
     arguments = parse_data_args(data_args)
     data: Any = dataset
     if isinstance(dataset, str):
         data = _open(dataset, split, arguments, streaming, token)
     columns = data.column_names or list(next(iter(data), {}))
     if "input_ids" in columns and not streaming:
-        return _checked(_from_rows(data, name), name, vocab_size)
+        return _checked(_from_rows(data, name), name, limits)
     if "input_ids" not in columns and text_column not in columns:
         raise UsageError(
             f"--text_column {text_column}: DATASET {name} has the columns {', '.join(columns)}; "
             f"name the one that holds text"
         )
+    _check_length(ctx_len, limits[1])  # before hours of tokenizing
     words = _tokenizer(tokenizer, revision, token)
     # The reference lets the tokenizer start every block (with BOS, say); LMs trained so need it.
     prefix = tuple(words("")["input_ids"][:1])
@@ -181,7 +182,7 @@ def load_tokens(
         num_proc=min(num_proc, max(1, len(data) // _DOCUMENTS_PER_CALL)),
         desc="Tokenizing",
     )
-    return _checked(TokenBlocks(_flat(ids), ctx_len - len(prefix), prefix), name, vocab_size)
+    return _checked(TokenBlocks(_flat(ids), ctx_len - len(prefix), prefix), name, limits)
 
 
 def hold_out(
@@ -343,16 +344,25 @@ def _flat(dataset: datasets.Dataset) -> list[np.ndarray]:
     return [chunk.flatten().to_numpy() for chunk in chunks if len(chunk.flatten())]
 
 
-def _checked(blocks: TokenBlocks, name: str, vocab_size: int) -> TokenBlocks:
+def _check_length(length: int, positions: int | None) -> None:
+    if positions is not None and length > positions:
+        raise UsageError(
+            f"--ctx_len {length}: MODEL has {positions} positions; lower --ctx_len, or give "
+            f"shorter rows of input_ids"
+        )
+
+
+def _checked(blocks: TokenBlocks, name: str, limits: tuple[int, int | None]) -> TokenBlocks:
+    _check_length(blocks.block_len, limits[1])
     if len(blocks) == 0:
         raise UsageError(
             f"DATASET {name}: {blocks.tokens} tokens are less than one block of "
             f"{blocks.stride}: lower --ctx_len or give more data"
         )
     largest = blocks.largest_token()
-    if largest >= vocab_size:
+    if largest >= limits[0]:
         raise UsageError(
-            f"DATASET {name}: holds token {largest}, and MODEL has {vocab_size} tokens: the data "
+            f"DATASET {name}: holds token {largest}, and MODEL has {limits[0]} tokens: the data "
             f"were made with another tokenizer (or --token_dtype is wrong)"
         )
     return blocks

@@ -102,19 +102,19 @@ def load_lm(
     return lm, names
 
 
-def vocab_size(lm: PreTrainedModel) -> int:
-    """Number of token ids that the LM's embedding holds."""
+def working_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """What the LM and the encoders' products run in: `no`, `bf16`, or `auto`, by the device."""
+    if mixed_precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        mixed_precision = "bf16" if fast else "no"
+    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+
+
+def token_limits(lm: PreTrainedModel) -> tuple[int, int | None]:
+    """Number of token ids in the LM's embedding, and of its positions where it has a limit."""
     embedding: Any = lm.get_input_embeddings()
-    return embedding.weight.shape[0]
-
-
-def check_length(lm: PreTrainedModel, ctx_len: int) -> None:
-    """Raise UsageError for sequences longer than the LM has positions."""
     positions = getattr(_text_config(lm.config), "max_position_embeddings", None)
-    if isinstance(positions, int) and ctx_len > positions:
-        raise UsageError(
-            f"--ctx_len {ctx_len}: {type(lm).__name__} has {positions} positions; lower --ctx_len"
-        )
+    return embedding.weight.shape[0], positions if isinstance(positions, int) else None
 
 
 def freeze(lm: PreTrainedModel) -> PreTrainedModel:

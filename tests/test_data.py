@@ -32,7 +32,7 @@ def jsonl(folder: Path, texts: list[str] | None = None, column: str = "text") ->
 
 
 def load(dataset: object, **options: object) -> TokenSource:
-    settings = {"tokenizer": str(LM), "vocab_size": VOCAB, "ctx_len": 32, **options}
+    settings = {"tokenizer": str(LM), "limits": (VOCAB, 10**7), "ctx_len": 32, **options}
     return load_tokens(dataset, **settings)  # type: ignore[arg-type]
 
 
@@ -114,7 +114,7 @@ def test_binary_token_files(tmp_path: Path, dtype: str, capsys: pytest.CaptureFi
     ids = np.arange(70, dtype=dtype)
     ids.tofile(tmp_path / "ids.bin")
     vocab = 4096 if dtype == "uint16" else 100_000
-    blocks = stacked(load(str(tmp_path / "ids.bin"), vocab_size=vocab))
+    blocks = stacked(load(str(tmp_path / "ids.bin"), limits=(vocab, None)))
     assert blocks.flatten().tolist() == list(range(64))
     assert "last 6 tokens" in capsys.readouterr().out
     forced = stacked(load(str(tmp_path / "ids.bin"), token_dtype=dtype))
@@ -217,9 +217,11 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
         ("no-such/data-set", {}, "DATASET no-such/data-set"),
         (jsonl(tmp_path), {"ctx_len": 10**6}, "less than one block"),
         (ragged, {}, r"lengths \[1, 2\]"),
-        (torch.full((4, 8), 64), {"vocab_size": 64}, "holds token 64.*64 tokens"),
-        (jsonl(tmp_path), {"vocab_size": 100}, "MODEL has 100 tokens"),
+        (torch.full((4, 8), 64), {"limits": (64, None)}, "holds token 64.*64 tokens"),
+        (jsonl(tmp_path), {"limits": (100, None)}, "MODEL has 100 tokens"),
         (torch.zeros(3), {}, "integer token ids"),
+        (jsonl(tmp_path), {"limits": (VOCAB, 31)}, "--ctx_len 32: MODEL has 31 positions"),
+        (torch.ones(4, 9, dtype=int), {"limits": (VOCAB, 8)}, "--ctx_len 9: MODEL has 8"),
         (numbers, {}, "--text_column text: holds 3, which is not text"),
         (jsonl(tmp_path), {"tokenizer": str(tmp_path / "mute")}, "it has no tokenizer"),
         (jsonl(tmp_path), {"data_args": "a=b,c"}, "--data_args"),

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 
 from sae.bank import CoderBank
 from sae.config import TranscoderConfig, UsageError
-from sae.hookpoints import capture, choose_hookpoints, freeze, load_lm, measure, vocab_size
+from sae.hookpoints import capture, choose_hookpoints, freeze, load_lm, measure, token_limits
 
 LAYERS = {
     "hidden_size": 32,
@@ -172,7 +172,7 @@ def test_no_gradient_no_cache(tmp_path: Path) -> None:
     """Captured rows carry no graph, and no key-value cache is built."""
     make(hf.LlamaConfig(**LAYERS), tmp_path)
     lm, _ = load_lm(str(tmp_path))
-    assert lm.config.use_cache is False and vocab_size(lm) == 64
+    assert lm.config.use_cache is False and token_limits(lm) == (64, 64)
     cached: list[bool] = []
     lm.layers[0].self_attn.register_forward_hook(
         lambda m, a, k, o: cached.append(k.get("past_key_values") is not None), with_kwargs=True

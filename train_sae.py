@@ -27,8 +27,9 @@ from tyro.conf import Positional, arg
 
 from sae import checkpoint, logs
 from sae.bank import CoderBank
+from sae.blocks import hold_out
 from sae.config import Activation, SparseCoderConfig, UsageError, check_flags
-from sae.data import hold_out, load_tokens
+from sae.data import load_tokens
 from sae.dead_latents import FiringRecord
 from sae.evaluate import HeldOut, first_moments, held_out
 from sae.functional import Moments, accumulate
@@ -171,8 +172,8 @@ def train(
     replace `cfg.model` and `cfg.dataset`. Raises UsageError for anything the user can mend.
     """
     tracker = logs.check_launch(cfg.log_with)
-    run = Path(cfg.save_dir) / (cfg.run_name or Path(cfg.model).name)
-    accelerator = Accelerator(log_with=tracker, project_dir=run)
+    run = Path(cfg.save_dir) / (cfg.run_name or Path(cfg.model).resolve().name)
+    accelerator = Accelerator(not torch.cuda.is_available(), log_with=tracker, project_dir=run)
     flags = {name: value for name, value in asdict(cfg).items() if name != "hf_token"}
     checkpoint.open_run(run, flags, cfg.resume)
 
@@ -197,7 +198,7 @@ def train(
     stream_blocks = -(-cfg.eval_tokens // cfg.ctx_len) + (cfg.max_examples or 0)
     source = load_tokens(
         cfg.dataset if dataset is None else dataset,
-        tokenizer=cfg.model,
+        tokenizer=lm.name_or_path or cfg.model,
         limits=token_limits(lm),
         ctx_len=cfg.ctx_len,
         split=cfg.split,
@@ -211,7 +212,7 @@ def train(
         token=cfg.hf_token,
     )
     held, numbers = hold_out(source, cfg.eval_tokens, cfg.max_examples, per_step)
-    total_steps = len(numbers) // per_step
+    total_steps, data = len(numbers) // per_step, source.fingerprint
     order = source.order(numbers, cfg.shuffle_seed)[: total_steps * per_step]
 
     # For each coder an optimizer and a record of what fires.
@@ -221,9 +222,7 @@ def train(
     firing = {n: FiringRecord(c.num_latents, silence, c.device) for n, c in bank.items()}
     first_step, seconds_before = 0, 0.0
     if cfg.resume:
-        newest, manifest = checkpoint.newest_checkpoint(run)
-        checkpoint.load_coders(newest, bank, optimizers, firing)
-        first_step, seconds_before = manifest["step"], manifest["wall_seconds"]
+        first_step, seconds_before = checkpoint.load(run, data, bank, optimizers, firing)
     elif cfg.finetune is not None:
         bank.load_pretrained(cfg.finetune)
     else:
@@ -265,8 +264,8 @@ def train(
             for metric, error in zip(("fvu", "auxk", "multi_topk_fvu"), errors[name], strict=True):
                 metrics[f"{metric}/{name}"] = error / seen.total_variance
             metrics[f"grad_norm/{name}"] = finish_gradients_(coder, seen.total_variance)
-        logs.refuse_bad_numbers(metrics, step, run)
-        rows = int(seen.count)
+        logs.refuse_bad_numbers(metrics, step + 1, run)
+        rows = int(next(iter(moments.values())).count)
         for name, optimizer in optimizers.items():
             metrics[f"lr/{name}"] = optimizer.step(step, total_steps, cfg.lr_warmup_steps)
             # EDIT: what is logged.
@@ -276,9 +275,9 @@ def train(
         log.step(step + 1, metrics, rows, firing)
 
         if (step + 1) % cfg.save_every == 0 or step + 1 == total_steps:
-            checkpoint.save(run, step + 1, log.seconds, bank, optimizers, firing)
             if cfg.save_best:
                 checkpoint.keep_best(run, step + 1, evaluate(), bank, optimizers)
+            checkpoint.save(run, step + 1, log.seconds, data, bank, optimizers, firing)
 
     summary = checkpoint.summarize(run, total_steps, log.seconds, evaluate(), firing)
     log.finish(run, summary)

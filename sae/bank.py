@@ -60,7 +60,7 @@ class CoderBank(nn.Module):
         return ((name, self[name]) for name in self.hookpoint)
 
     def matmul_in(self, dtype: torch.dtype) -> None:
-        """Run the encoders' products in `dtype`; weights and everything else stay float32."""
+        """Run the encoders' products, forward and backward, in `dtype`; weights stay float32."""
         for _, coder in self.items():
             coder.matmul_dtype = dtype
 
@@ -82,6 +82,8 @@ class CoderBank(nn.Module):
         local = Path(source).is_dir()
         for name, coder in self.items():
             try:
+                if local and not (newest_coders(Path(source)) / name).is_dir():
+                    raise UsageError(f"it has no {name}; give the folder that holds {name}")
                 if local:
                     other = SparseCoder.load_from_disk(newest_coders(Path(source)) / name)
                 else:

@@ -1,6 +1,6 @@
 """A run on disk. A checkpoint is complete or absent, and nothing in it is a pickle.
 
-RUN/config.json                        the run's flags (never the token)
+RUN/run.json                           the run's flags (never the token)
 RUN/step_1000/manifest.json            format, step, and the SHA-256 of every file
 RUN/step_1000/<coder>/cfg.json         what other programs read, with
 RUN/step_1000/<coder>/sae.safetensors  the coder's weights
@@ -30,9 +30,10 @@ FORMAT = 1
 RESUME_FILE = "resume.safetensors"
 
 # Flags that do not change what a run computes, but for rounding: they may differ on resume.
-_FREE_ON_RESUME = frozenset(
-    ("resume", "save_dir", "run_name", "save_every", "save_best", "log_every", "log_with")
-) | {"data_preprocessing_num_proc", "micro_acc_steps"}
+_FREE_ON_RESUME = {
+    *("resume", "save_dir", "run_name", "save_every", "save_best", "log_every", "log_with"),
+    *("data_preprocessing_num_proc", "micro_acc_steps"),
+}
 
 
 def open_run(folder: Path, flags: dict[str, Any], resume: bool) -> None:
@@ -41,7 +42,9 @@ def open_run(folder: Path, flags: dict[str, Any], resume: bool) -> None:
     Raises UsageError for a folder that
     cannot be written, one that already holds a run, or flags that differ.
     """
-    recorded = folder / "config.json"
+    recorded = folder / "run.json"
+    for left_over in folder.glob("step_*.tmp"):  # of a save or a deletion that was cut off
+        shutil.rmtree(left_over, ignore_errors=True)
     if resume:
         if not any(checkpoints(folder)):
             raise UsageError(
@@ -50,10 +53,10 @@ def open_run(folder: Path, flags: dict[str, Any], resume: bool) -> None:
             )
         before = _read_json(recorded)
         for name, value in json.loads(json.dumps(flags)).items():
-            if name not in _FREE_ON_RESUME and before.get(name, value) != value:
+            if name not in _FREE_ON_RESUME and before.get(name) != value:
                 raise UsageError(
-                    f"--resume: --{name} is {value!r} now and was {before[name]!r} when the run "
-                    f"started; give the same flags, or start a new run with --finetune"
+                    f"--resume: --{name} is {value!r} now and was {before.get(name)!r} when the "
+                    f"run started; give the same flags, or start a new run with --finetune"
                 )
         return
     try:
@@ -80,11 +83,34 @@ def save(
     run: Path,
     step: int,
     seconds: float,
+    data: dict[str, int],
     bank: CoderBank,
     optimizers: dict[str, CoderOptimizer],
     firing: dict[str, FiringRecord],
-) -> Path:
-    """Write one checkpoint aside, rename it into place when whole, then keep the newest two."""
+) -> None:
+    """Write one checkpoint aside, rename it into place when whole, then keep the newest two.
+
+    `data` is the fingerprint of what the run trains on. Raises UsageError if the disk does not
+    take it; the checkpoints before stay.
+    """
+    try:
+        _save(run, step, seconds, data, bank, optimizers, firing)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"--save_dir {run.parent}: step {step} cannot be saved ({error}); make room, then "
+            f"--resume from the last checkpoint"
+        ) from None
+
+
+def _save(
+    run: Path,
+    step: int,
+    seconds: float,
+    data: dict[str, int],
+    bank: CoderBank,
+    optimizers: dict[str, CoderOptimizer],
+    firing: dict[str, FiringRecord],
+) -> None:
     final, aside = run / f"step_{step}", run / f"step_{step}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -99,6 +125,7 @@ def save(
         "format": FORMAT,
         "step": step,
         "wall_seconds": seconds,
+        "data": data,
         "sha256": {f.relative_to(aside).as_posix(): _digest(f) for f in files},
     }
     write_json(aside / "manifest.json", manifest)
@@ -111,16 +138,25 @@ def save(
     for old in checkpoints(run)[:-2]:
         # First a name that nothing takes for a checkpoint: a half-deleted one must not be found.
         shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
-    return final
 
 
-def load_coders(
-    folder: Path,
+def load(
+    run: Path,
+    data: dict[str, int],
     bank: CoderBank,
     optimizers: dict[str, CoderOptimizer],
     firing: dict[str, FiringRecord],
-) -> None:
-    """Restore what `save` wrote. Raises UsageError for files that are missing or damaged."""
+) -> tuple[int, float]:
+    """Restore what `save` wrote last; return its step and the wall seconds until then.
+
+    Raises UsageError for files that are missing or damaged, or a run on other data.
+    """
+    folder, manifest = newest_checkpoint(run)
+    if manifest["data"] != data:
+        raise UsageError(
+            f"--resume: the data are {data} now and were {manifest['data']} when {folder} was "
+            f"saved; give the same data, or start a new run with --finetune"
+        )
     for name, _ in bank.items():
         path = folder / name / RESUME_FILE
         try:
@@ -129,6 +165,7 @@ def load_coders(
             raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
         optimizers[name].load_state_tensors(tensors)
         firing[name].load_state_tensors(tensors)
+    return manifest["step"], manifest["wall_seconds"]
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
@@ -157,13 +194,15 @@ def keep_best(
     """Put each coder whose held-out FVU is its lowest so far into `RUN/best/<coder>`."""
     for name, coder in bank.items():
         final = run / "best" / name
+        aside, old = run / f"best_{name}.tmp", run / f"best_{name}.old.tmp"
+        if old.exists() and not final.exists():  # cut off between the two renames
+            old.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
         record = final / "fvu.json"
         if record.exists() and _read_json(record)["fvu"] <= figures[name].fvu:
             continue
         # Not inside best/, which holds one folder per coder and nothing else.
-        aside, old = run / f"best_{name}.tmp", run / f"best_{name}.old.tmp"
-        for left_over in (aside, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         with optimizers[name].trained():
             coder.save_to_disk(aside)
         write_json(aside / "fvu.json", {"step": step, "fvu": figures[name].fvu})
@@ -205,7 +244,8 @@ def summarize(
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _flush(aside)
     os.replace(aside, path)
 
 
@@ -227,8 +267,8 @@ def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
     if manifest.get("format") != FORMAT:
         return f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}", {}
     digests = manifest.get("sha256")
-    if not isinstance(digests, dict) or not digests:
-        return f"{folder}/manifest.json lists no files", {}
+    if not isinstance(digests, dict) or not {"step", "wall_seconds", "data"} <= manifest.keys():
+        return f"{folder}/manifest.json is incomplete", {}
     for name, digest in digests.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{folder}/manifest.json names {name}, which is outside the checkpoint", {}

@@ -142,6 +142,10 @@ def check_flags(flags: Any) -> None:
         refuse("adam_8bit", f"belongs to --optimizer adam, not {flags.optimizer}")
     if flags.resume and flags.finetune:
         refuse("finetune", "starts a new run, --resume continues one: give one of the two")
+    if flags.resume and flags.adam_8bit:
+        refuse("resume", "the state of --adam_8bit is not kept: start a new run with --finetune")
+    if flags.shuffle_seed < 0:
+        refuse("shuffle_seed", "must be 0 or more")
     if flags.streaming and flags.max_examples is None:
         refuse("streaming", "a stream has no length: give --max_examples, the blocks to train on")
     if flags.loss_fn != "fvu":

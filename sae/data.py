@@ -1,124 +1,20 @@
-"""Text to token blocks: load, pack, hold out, order.
-
-Every source ends as a sequence of blocks [S] of token ids, read by number. Which blocks a step sees
-is a pure function of the seed and the step, so a resumed run needs no state but its step.
-"""
+"""Text to token blocks: find it, tokenize it, check it against the LM."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .blocks import TokenBlocks, TokenSource, TokenStream, check_ids
 from .config import UsageError, parse_data_args
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _DOCUMENTS_PER_CALL = 1000
-
-
-class TokenSource(Protocol):
-    """What the trainer reads from: numbered blocks of `block_len` token ids."""
-
-    @property
-    def block_len(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]: ...
-
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]: ...
-
-
-@dataclass(frozen=True)
-class TokenBlocks:
-    """Blocks of tokens cut from arrays that may stay on disk, as if the arrays were joined.
-
-    A block is `prefix` (none, or the token that the LM expects at the start) and `stride` tokens.
-    """
-
-    arrays: list[np.ndarray]
-    stride: int
-    prefix: tuple[int, ...] = ()
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([len(a) for a in self.arrays])
-
-    @property
-    def block_len(self) -> int:
-        """Tokens in a block."""
-        return len(self.prefix) + self.stride
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the arrays, those of a last partial block too."""
-        return sum(len(a) for a in self.arrays)
-
-    def __len__(self) -> int:
-        return self.tokens // self.stride
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Block number `index`, [S] int64."""
-        begin, missing = index * self.stride, self.stride
-        pieces = [np.asarray(self.prefix, dtype=np.int64)]
-        which = int(np.searchsorted(self._ends, begin, side="right"))
-        while missing:
-            offset = begin - (self._ends[which] - len(self.arrays[which]))
-            pieces.append(self.arrays[which][offset : offset + missing])
-            begin, missing, which = begin + len(pieces[-1]), missing - len(pieces[-1]), which + 1
-        return np.concatenate(pieces).astype(np.int64)
-
-    def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]:
-        """The numbers in an order that depends on the seed alone."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(len(numbers), generator=generator) + numbers.start
-
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]:
-        """Batches of the blocks numbered by `order`; the last one may be smaller."""
-        for numbers in order.split(batch_size):
-            yield torch.from_numpy(np.stack([self[int(i)] for i in numbers]))
-
-    def largest_token(self) -> int:
-        """The largest token id."""
-        return max(int(a.max()) for a in self.arrays if len(a))
-
-
-@dataclass(frozen=True)
-class TokenStream:
-    """Blocks read in the order of a stream; asking for a block means reading all before it."""
-
-    blocks: Callable[[], Iterator[np.ndarray]]
-    length: int
-    block_len: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]:
-        """The numbers as they come: the seed that the stream was opened with shuffled it."""
-        return torch.arange(numbers.start, numbers.stop)
-
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]:
-        """Batches of consecutive blocks from number `order[0]` on; the last one may be smaller."""
-        first = int(order[0]) if len(order) else 0
-        stream = islice(self.blocks(), first, first + len(order))
-        read = 0
-        while rows := list(islice(stream, batch_size)):
-            read += len(rows)
-            yield torch.from_numpy(np.stack(rows))
-        if read < len(order):
-            raise UsageError(
-                f"--streaming: the data set ended after {first + read:,} sequences of "
-                f"{self.block_len} tokens, those held out included: lower --max_examples"
-            )
 
 
 def load_tokens(
@@ -165,13 +61,17 @@ def load_tokens(
     _check_length(ctx_len, limits[1])  # before hours of tokenizing
     words = _tokenizer(tokenizer, revision, token)
     # The reference lets the tokenizer start every block (with BOS, say); LMs trained so need it.
-    prefix = tuple(words("")["input_ids"][:1])
+    prefix = _leading_tokens(words)
+    if ctx_len <= len(prefix):
+        raise UsageError(f"--ctx_len {ctx_len}: the tokenizer's first token alone fills a sequence")
     encode = partial(_tokenize, tokenizer=words, column=text_column)
     if stream_blocks is not None:
         if isinstance(data, datasets.Dataset):
             data = data.to_iterable_dataset()
         mixed = data.shuffle(seed=shuffle_seed, buffer_size=10_000)
-        return TokenStream(lambda: _packed(mixed, encode, ctx_len, prefix), stream_blocks, ctx_len)
+        return TokenStream(
+            lambda: _packed(mixed, encode, ctx_len, prefix), stream_blocks, ctx_len, limits[0]
+        )
     # `datasets` caches the result under a fingerprint of the text, the tokenizer and the column.
     ids = data.map(
         encode,
@@ -183,31 +83,6 @@ def load_tokens(
         desc="Tokenizing",
     )
     return _checked(TokenBlocks(_flat(ids), ctx_len - len(prefix), prefix), name, limits)
-
-
-def hold_out(
-    source: TokenSource, eval_tokens: int, max_examples: int | None, per_step: int
-) -> tuple[Int[Tensor, " held"], range]:
-    """Numbers of the blocks that are held out, the first of the data, and of those that train.
-
-    `eval_tokens` are held out, in whole blocks, but at most a tenth of the data. `per_step` blocks
-    are what one optimizer step consumes. Raises UsageError where less than one step is left.
-    """
-    held = min(-(-eval_tokens // source.block_len), max(1, len(source) // 10))
-    rest = len(source) - held
-    if max_examples is not None and max_examples > rest:
-        raise UsageError(
-            f"--max_examples {max_examples}: the data has {rest} sequences of {source.block_len} "
-            f"tokens beside the {held} held out; leave the flag out to use them all"
-        )
-    used = rest if max_examples is None else max_examples
-    if used < per_step:
-        raise UsageError(
-            f"--batch_size times --grad_acc_steps is {per_step} sequences of {source.block_len} "
-            f"tokens, and there are {used} beside the {held} held out: lower --batch_size or "
-            f"--ctx_len, or give more data"
-        )
-    return torch.arange(held), range(held, held + used)
 
 
 def _open(
@@ -230,10 +105,16 @@ def _open(
             for file in files:
                 if file.stat().st_size == 0:
                     raise UsageError(f"DATASET {file}: the file is empty")
+            kinds = sorted({f.suffix for f in files})
+            if len({_READERS[kind] for kind in kinds}) > 1:
+                raise UsageError(
+                    f"DATASET {name}: holds {' and '.join(kinds)} files; give a folder of one "
+                    f"kind, or one file"
+                )
             reader = _READERS[files[0].suffix]
             if reader == "text":  # a file is a document
                 arguments = {"sample_by": "document", **arguments}
-            names = [str(f) for f in files if _READERS[f.suffix] == reader]
+            names = [str(f) for f in files]
             return datasets.load_dataset(
                 reader, data_files={split: names}, split=split, streaming=streaming, **arguments
             )
@@ -260,6 +141,13 @@ def _tokenizer(name: str, revision: str | None, token: str | None) -> PreTrained
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
         raise UsageError(f"MODEL {name}: its tokenizer has no end token to put between documents")
     return tokenizer
+
+
+def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts before a text: nothing, or one token such as BOS."""
+    bare = tokenizer("text", add_special_tokens=False).input_ids
+    whole = tokenizer("text").input_ids
+    return () if whole[: len(bare)] == bare else tuple(whole[:1])
 
 
 def _tokenize(
@@ -326,6 +214,10 @@ def _from_bin(name: str, ctx_len: int, vocab_size: int, token_dtype: str | None)
 
 
 def _from_rows(dataset: datasets.Dataset, name: str) -> TokenBlocks:
+    kind = dataset.features["input_ids"]
+    ids = getattr(kind, "feature", None)
+    if not isinstance(ids, datasets.Value) or "int" not in ids.dtype:
+        raise UsageError(f"DATASET {name}: its input_ids are {kind}, not lists of integers")
     if dataset._indices is not None:  # a selection or shuffle is a view until it is flattened
         dataset = dataset.flatten_indices()
     chunks = dataset.data.column("input_ids").chunks
@@ -359,10 +251,5 @@ def _checked(blocks: TokenBlocks, name: str, limits: tuple[int, int | None]) -> 
             f"DATASET {name}: {blocks.tokens} tokens are less than one block of "
             f"{blocks.stride}: lower --ctx_len or give more data"
         )
-    largest = blocks.largest_token()
-    if largest >= limits[0]:
-        raise UsageError(
-            f"DATASET {name}: holds token {largest}, and MODEL has {limits[0]} tokens: the data "
-            f"were made with another tokenizer (or --token_dtype is wrong)"
-        )
+    check_ids(f"DATASET {name}", *blocks.token_range(), limits[0])
     return blocks

@@ -59,7 +59,10 @@ def held_out(
     batches: Iterable[Int[Tensor, "B S"]],
     exclude_tokens: tuple[int, ...] = (),
 ) -> dict[str, HeldOut]:
-    """Figures of every coder as it would be saved, over all rows of the batches at once."""
+    """Figures of every coder as it would be saved, over all rows of the batches at once.
+
+    Raises UsageError where the rows define no FVU.
+    """
     places = list(dict.fromkeys(bank.hookpoint.values()))
     zero = torch.zeros((), dtype=torch.float64, device=lm.device)
     errors, active = dict.fromkeys(bank.hookpoint, zero), dict.fromkeys(bank.hookpoint, zero)
@@ -75,6 +78,12 @@ def held_out(
                     out = coder(x if coder.cfg.transcode else y, y, total_variance=1.0)
                     errors[name] = errors[name] + out.fvu
                     active[name] = active[name] + (out.top_acts > 0).sum()
+    for name, place in bank.hookpoint.items():
+        if place not in moments or not (errors[name] / moments[place].total_variance).isfinite():
+            raise UsageError(
+                f"--eval_tokens: held-out FVU at {place} is not a number: too few tokens are held "
+                f"out (see --exclude_tokens), or the activations hold NaN or Inf"
+            )
     return {
         name: HeldOut(
             fvu=float(errors[name] / moments[place].total_variance),

@@ -60,7 +60,7 @@ def load_lm(
         config = AutoConfig.from_pretrained(name, revision=revision, token=token)
         with torch.device("meta"):
             skeleton = AutoModel.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config's checks raise errors of many kinds
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"MODEL {name}: no such language model here or on the Hub; give a folder with "
@@ -224,7 +224,11 @@ def _dummy_tokens(lm: PreTrainedModel) -> Tensor:
 
 def measure(lm: PreTrainedModel, names: Iterable[str]) -> list[Hookpoint]:
     """The widths at each hookpoint, by one forward of eight tokens."""
-    captured = capture(lm, _dummy_tokens(lm), list(names))
+    try:
+        captured = capture(lm, _dummy_tokens(lm), list(names))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"MODEL: {type(lm).__name__} cannot read text. {reason}") from None
     return [Hookpoint(name, x.shape[-1], y.shape[-1]) for name, (x, y) in captured.items()]
 
 

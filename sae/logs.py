@@ -39,7 +39,7 @@ def check_launch(log_with: str) -> str | None:
 
 
 def refuse_bad_numbers(metrics: dict[str, Tensor | float], step: int, run: Path) -> None:
-    """Raise UsageError if a metric is NaN or infinite, before the update that it would spoil."""
+    """Raise UsageError if a metric of step number `step` is NaN or infinite, before the update."""
     names = list(metrics)
     values = torch.stack([torch.as_tensor(metrics[n]).double() for n in names])
     if bool(values.isfinite().all()):
@@ -50,8 +50,9 @@ def refuse_bad_numbers(metrics: dict[str, Tensor | float], step: int, run: Path)
     metric, _, place = bad.partition("/")
     raise UsageError(
         f"step {step}: {metric} at {place} is {value}: the LM's activations there, or the loss, "
-        f"hold NaN or Inf, or the targets are constant. No update was made and {run} keeps its "
-        f"last checkpoint. Try --mixed_precision no, a lower --lr, or another hookpoint"
+        f"hold NaN or Inf, or the targets are constant (see --exclude_tokens). No update was made "
+        f"and {run} keeps its last checkpoint. Try --mixed_precision no, a lower --lr, or another "
+        f"hookpoint"
     )
 
 

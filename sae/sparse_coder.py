@@ -118,8 +118,13 @@ class SparseCoder(nn.Module):
     def encode(self, x: Float[Tensor, "*rows D"], k: int | None = None) -> EncoderOutput:
         """The `k` (default: the config's) active latents of every row of `x`."""
         k = k or self.cfg.k
+        encoded = self._encode_rows(x.reshape(-1, self.d_in).to(self.dtype), k)
+        return EncoderOutput(*(t.view(*x.shape[:-1], k) for t in encoded))
+
+    def _encode_rows(self, rows: Tensor, k: int) -> EncoderOutput:
+        # No view of the result: the kernels know by top_indices' identity what they sorted before.
         encoded = self.ops.encode(
-            x.reshape(-1, self.d_in).to(self.dtype),
+            rows,
             self.encoder.weight,
             self.encoder.bias,
             k,
@@ -127,7 +132,7 @@ class SparseCoder(nn.Module):
             None if self.cfg.transcode else self.b_dec,
             self.matmul_dtype,
         )
-        return EncoderOutput(*(t.view(*x.shape[:-1], k) for t in encoded))
+        return EncoderOutput(*encoded)
 
     def decode(
         self, top_acts: Float[Tensor, "*rows K"], top_indices: Int[Tensor, "*rows K"]
@@ -169,10 +174,10 @@ class SparseCoder(nn.Module):
             total_variance = functional.Moments.of(y_rows).total_variance.to(self.dtype)
 
         if self.cfg.multi_topk:
-            wide_acts, wide_indices = self.encode(rows, min(4 * k, self.num_latents))
+            wide_acts, wide_indices = self._encode_rows(rows, min(4 * k, self.num_latents))
             top_acts, top_indices = self._narrow(rows, wide_acts, wide_indices, k)
         else:
-            top_acts, top_indices = self.encode(rows, k)
+            top_acts, top_indices = self._encode_rows(rows, k)
         offset = self.b_dec if self.W_skip is None else rows @ self.W_skip.mT + self.b_dec
         sae_out = self._decode_rows(top_acts, top_indices, offset)
         fvu = self.ops.squared_error(y_rows, sae_out) / total_variance
@@ -196,7 +201,7 @@ class SparseCoder(nn.Module):
     def _narrow(self, rows: Tensor, acts: Tensor, indices: Tensor, k: int) -> EncoderOutput:
         """The k active latents among the 4k, without a second product where topk allows it."""
         if self.cfg.activation == "groupmax":
-            return self.encode(rows, k)
+            return self._encode_rows(rows, k)
         top_acts, position = acts.topk(k, dim=1)
         return EncoderOutput(top_acts, indices.gather(1, position))
 
@@ -257,7 +262,7 @@ class SparseCoder(nn.Module):
                 shapes = {
                     name: tuple(stored.get_slice(name).get_shape()) for name in list(stored.keys())
                 }
-                expected = _expected_shapes(cfg, d_in, shapes.get("b_dec", (d_in,))[0])
+                expected = _expected_shapes(cfg, d_in, (*shapes.get("b_dec", ()), d_in)[0])
                 if shapes != expected:
                     raise UsageError(
                         f"{file} holds {shapes}, but {path / 'cfg.json'} describes {expected}: "
@@ -291,6 +296,8 @@ class SparseCoder(nn.Module):
             root = newest_coders(Path(name))
         else:
             root = _snapshot(str(name), None if pattern is None else f"{pattern}/*")
+        if not root.is_dir():
+            raise UsageError(f"{root} is not a folder: give a folder of coders")
         if layers is None:
             found = [f.name for f in root.iterdir() if (f / "cfg.json").is_file()]
             layers = [f for f in found if pattern is None or fnmatch(f, pattern)]
@@ -328,7 +335,7 @@ load_many = SparseCoder.load_many
 def newest_coders(folder: Path) -> Path:
     """`folder` itself if it holds coders, else its newest `step_*` checkpoint.
 
-    Checkpoints are renamed into place when whole, so every one that has its name is complete.
+    A checkpoint is renamed into place when it is whole.
     """
     steps = natsorted((f for f in folder.glob("step_*") if f.suffix == ""), key=lambda f: f.name)
     return steps[-1] if steps else folder

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import LOSSES, Killed, Settings, assert_identical, run, training_state, weights
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ from sae.checkpoint import checkpoints, keep_best
 from sae.evaluate import HeldOut
 from sae.hookpoints import Hookpoint, capture
 from sae.optim import CoderOptimizer
-from train_sae import TrainConfig
+from train_sae import TrainConfig, train
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "muon"])
@@ -65,6 +66,50 @@ def test_resume_is_invisible(
     for path in (best / "straight" / "best").rglob("*.safetensors"):
         other = best / "broken" / "best" / path.relative_to(best / "straight" / "best")
         assert path.read_bytes() == other.read_bytes()
+
+
+def test_resume_refuses_other_data(lm: PreTrainedModel, tokens: Tensor, settings: Settings) -> None:
+    """Data that grew, shrank or changed since the run was saved are refused."""
+    settings = {**settings, "max_examples": None}
+    run(lm, tokens, settings, run_name="r")
+    changed = tokens.clone()
+    changed[0, 0] += 1
+    for other in (torch.cat([tokens, tokens]), tokens[:100], changed):
+        with pytest.raises(UsageError, match="--resume: the data are"):
+            run(lm, other, settings, run_name="r", resume=True)
+    record = Path(settings["save_dir"]) / "r" / "run.json"
+    record.write_text("{}")
+    with pytest.raises(UsageError, match="--resume: --"):
+        run(lm, tokens, settings, run_name="r", resume=True)
+
+
+def test_a_run_never_overwrites_the_model(
+    tmp_path: Path, lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """With the model's own folder as the run's folder, the model's files stay as they are."""
+    lm.save_pretrained(tmp_path / "models" / "lm")
+    before = (tmp_path / "models" / "lm" / "config.json").read_bytes()
+    flags = {"model": str(tmp_path / "models" / "lm"), "save_dir": str(tmp_path / "models")}
+    train(TrainConfig(**{**settings, **flags}), dataset=tokens)
+    assert (tmp_path / "models" / "lm" / "config.json").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that the disk refuses says so, and the checkpoint before it resumes."""
+    run(lm, tokens, settings, run_name="r", save_every=10)
+    shutil.rmtree(Path(settings["save_dir"]) / "r" / "step_20")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sae.checkpoint.save_file", full)
+    with pytest.raises(UsageError, match="--save_dir .*step 20 cannot be saved .*No space left"):
+        run(lm, tokens, settings, run_name="r", save_every=10, resume=True)
+    monkeypatch.undo()
+    assert run(lm, tokens, settings, run_name="r", save_every=10, resume=True)["step"] == 20
+    assert not list((Path(settings["save_dir"]) / "r").glob("*.tmp"))
 
 
 def test_resuming_a_finished_run_changes_nothing(
@@ -162,7 +207,8 @@ def test_damaged_checkpoints_are_passed_over(
         "cannot be read": lambda: (folder / "step_20/manifest.json").write_text("{"),
         "has format 99": lambda: (folder / "step_20/manifest.json").write_text('{"format": 99}'),
         "outside the checkpoint": lambda: (folder / "step_20/manifest.json").write_text(
-            '{"format": 1, "sha256": {"../config.json": "0"}}'
+            '{"format": 1, "step": 20, "wall_seconds": 1, "data": {}, '
+            '"sha256": {"../run.json": "0"}}'
         ),
     }
     for message, damage in damages.items():

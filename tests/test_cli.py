@@ -14,7 +14,7 @@ from sae import UsageError
 from train_sae import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-LM, TEXT = "demo/lm", "demo/make_lm.py"
+LM = "demo/lm"
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -102,7 +102,7 @@ def test_impossible_flags_are_refused_by_name(line: str, message: str) -> None:
 MISTAKES = {
     "unknown model": ("no-such/model data", "MODEL no-such/model"),
     "unknown data set": (f"{LM} no-such/data", "DATASET no-such/data"),
-    "no such hookpoint": (f"{LM} {TEXT} --hookpoints layers.9", "nearest are layers."),
+    "no such hookpoint": (f"{LM} TEXT --hookpoints layers.9", "nearest are layers."),
     "k above num_latents": (
         f"{LM} TEXT --num_latents 8 --k 9 --ctx_len 64 --batch_size 2",
         "--k 9 is larger than the 8",

@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sae.blocks import TokenBlocks, TokenSource, hold_out
 from sae.config import UsageError, parse_data_args
-from sae.data import TokenBlocks, TokenSource, hold_out, load_tokens
+from sae.data import load_tokens
 
 LM = Path(__file__).parent.parent / "demo" / "lm"
 VOCAB = 4096
@@ -78,6 +79,8 @@ def test_a_stream_gives_the_packed_blocks_of_its_own_order(tmp_path: Path) -> No
     assert torch.equal(late, blocks[17:])
     saved = datasets.Dataset.from_dict({"text": documents()})
     assert stacked(load(saved, stream_blocks=60)).shape == blocks.shape
+    with pytest.raises(UsageError, match="the stream: holds token .*MODEL has 100 tokens"):
+        stacked(load(jsonl(tmp_path), stream_blocks=60, limits=(100, None)))
     other = stacked(load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=4))
     assert not torch.equal(other, blocks)
     everything = len(joined(documents())) // 32
@@ -138,6 +141,8 @@ def test_blocks_start_as_the_tokenizer_starts_a_text(tmp_path: Path) -> None:
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     words = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     words.save_pretrained(tmp_path / "words")
+    with pytest.raises(UsageError, match="--ctx_len 1: the tokenizer's first token"):
+        load(jsonl(tmp_path), tokenizer=str(tmp_path / "words"), ctx_len=1)
     blocks = stacked(
         load(jsonl(tmp_path, ["a b a", "b b"] * 5), tokenizer=str(tmp_path / "words"), ctx_len=5)
     )
@@ -203,6 +208,9 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "odd.bin").write_bytes(b"123")
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for name in ("note.txt", "docs.jsonl"):
+        (tmp_path / "mixed" / name).write_text("a note")
     numbers = datasets.Dataset.from_dict({"text": [3, 4]})
     shutil.copytree(LM, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{not json\n')
@@ -222,6 +230,9 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
         (torch.zeros(3), {}, "integer token ids"),
         (jsonl(tmp_path), {"limits": (VOCAB, 31)}, "--ctx_len 32: MODEL has 31 positions"),
         (torch.ones(4, 9, dtype=int), {"limits": (VOCAB, 8)}, "--ctx_len 9: MODEL has 8"),
+        (torch.full((4, 8), -1), {}, "holds token -1"),
+        (datasets.Dataset.from_dict({"input_ids": [[1.5]]}), {}, "not lists of integers"),
+        (str(tmp_path / "mixed"), {}, "holds .jsonl and .txt files"),
         (numbers, {}, "--text_column text: holds 3, which is not text"),
         (jsonl(tmp_path), {"tokenizer": str(tmp_path / "mute")}, "it has no tokenizer"),
         (jsonl(tmp_path), {"data_args": "a=b,c"}, "--data_args"),

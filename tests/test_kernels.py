@@ -59,6 +59,20 @@ def test_twins_agree(shape: tuple, shift: float) -> None:
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("multi_topk", [False, True])
+def test_encoder_and_decoder_share_one_sort(
+    multi_topk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward and backward sorts each set of top_indices once."""
+    sorts = []
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda *a, **k: sorts.append(1) or sort(*a, **k))
+    coder = SparseCoder(8, SparseCoderConfig(num_latents=32, k=2, multi_topk=multi_topk))
+    out = coder(torch.randn(9, 8))
+    (out.fvu + out.multi_topk_fvu).backward()
+    assert len(sorts) == 1 + multi_topk
+
+
 def test_silent_latents_get_no_gradient() -> None:
     """A selected latent whose activation is 0 moves nothing."""
     tensors = leaves(6, 4, 8, shift=-100.0)

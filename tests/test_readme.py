@@ -94,5 +94,7 @@ def test_quickstart(tmp_path: Path) -> None:
         for name, figures in summary["hookpoints"].items():
             assert f"{name:12}  {figures['fvu']:12.4f}" in done.stdout or run != runs[-1]
             assert figures["fvu"] < 0.6 and Path(figures["path"]).is_dir()
+    bar = done.stderr.rsplit("\r", 1)[-1]
+    assert "fvu 0." in bar and "tokens/s" in bar and "16/16" in bar
     for said in ("run  ", "TensorBoard  ", "coders  ", "summary  "):
         assert said in done.stdout

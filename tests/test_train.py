@@ -279,7 +279,7 @@ def test_bad_numbers_stop_the_run_and_lose_nothing(
         return rows
 
     monkeypatch.setattr(train_sae, "capture", spoiled)
-    with pytest.raises(UsageError, match=r"step 7: \w+ at layers\.1 is (nan|inf|-inf).*checkpoint"):
+    with pytest.raises(UsageError, match=r"step 8: \w+ at layers\.1 is (nan|inf|-inf).*checkpoint"):
         run(lm, tokens, settings, run_name="r", save_every=5)
     monkeypatch.undo()
     for name, tensor in weights(

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +164,11 @@ def test_a_killed_save_leaves_the_previous_checkpoint(
     lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of writing, a run resumes from the save before and ends the same."""
-    straight = run(lm, tokens, settings, run_name="straight", save_every=5)
+    straight = run(lm, tokens, settings, run_name="straight", save_every=5, save_best=True)
     save = SparseCoder.save_to_disk
-    calls: Iterator[int] = iter(range(1000))
 
     def dying(self: SparseCoder, path: Path) -> None:
-        if next(calls) == 4:  # the second coder of the second checkpoint
+        if path.parent.name == "step_10.tmp" and path.name == "layers.1":
             (path / "half").parent.mkdir(parents=True, exist_ok=True)
             (path / "sae.safetensors").write_bytes(b"half")
             raise Killed
@@ -178,13 +176,16 @@ def test_a_killed_save_leaves_the_previous_checkpoint(
 
     monkeypatch.setattr(SparseCoder, "save_to_disk", dying)
     with pytest.raises(Killed):
-        run(lm, tokens, settings, run_name="r", save_every=5)
+        run(lm, tokens, settings, run_name="r", save_every=5, save_best=True)
     monkeypatch.undo()
     folder = Path(settings["save_dir"]) / "r"
     assert [f.name for f in folder.glob("step_*") if f.suffix == ""] == ["step_5"]
     assert list(load_many(folder)) == [f"layers.{i}" for i in range(3)]
-    resumed = run(lm, tokens, settings, run_name="r", save_every=5, resume=True)
+    resumed = run(lm, tokens, settings, run_name="r", save_every=5, save_best=True, resume=True)
     assert_identical(training_state(resumed), training_state(straight))
+    best = Path(settings["save_dir"]) / "straight" / "best"
+    for path in (f for f in best.rglob("*") if f.is_file()):
+        assert path.read_bytes() == (folder / "best" / path.relative_to(best)).read_bytes()
 
 
 def test_damaged_checkpoints_are_passed_over(

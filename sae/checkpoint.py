@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,51 +95,34 @@ def save(
     `data` is the fingerprint of what the run trains on. Raises UsageError if the disk does not
     take it; the checkpoints before stay.
     """
-    try:
-        _save(run, step, seconds, data, bank, optimizers, firing)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"--save_dir {run.parent}: step {step} cannot be saved ({error}); make room, then "
-            f"--resume from the last checkpoint"
-        ) from None
-
-
-def _save(
-    run: Path,
-    step: int,
-    seconds: float,
-    data: dict[str, int],
-    bank: CoderBank,
-    optimizers: dict[str, CoderOptimizer],
-    firing: dict[str, FiringRecord],
-) -> None:
-    final, aside = run / f"step_{step}", run / f"step_{step}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name, coder in bank.items():
-        with optimizers[name].trained():
-            coder.save_to_disk(aside / name)
-        state = {**optimizers[name].state_tensors(), **firing[name].state_tensors()}
-        tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
-        save_file(tensors, aside / name / RESUME_FILE)
-    files = sorted(f for f in aside.rglob("*") if f.is_file())
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "wall_seconds": seconds,
-        "data": data,
-        "sha256": {f.relative_to(aside).as_posix(): _digest(f) for f in files},
-    }
-    write_json(aside / "manifest.json", manifest)
-    for path in (*files, aside / "manifest.json", *{f.parent for f in files}, aside):
-        _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    _flush(run)
-    for old in checkpoints(run)[:-2]:
-        # First a name that nothing takes for a checkpoint: a half-deleted one must not be found.
-        shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+    with _on_disk(run, step):
+        final, aside = run / f"step_{step}", run / f"step_{step}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for name, coder in bank.items():
+            with optimizers[name].trained():
+                coder.save_to_disk(aside / name)
+            state = {**optimizers[name].state_tensors(), **firing[name].state_tensors()}
+            tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
+            save_file(tensors, aside / name / RESUME_FILE)
+        files = sorted(f for f in aside.rglob("*") if f.is_file())
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "wall_seconds": seconds,
+            "data": data,
+            "sha256": {f.relative_to(aside).as_posix(): _digest(f) for f in files},
+        }
+        write_json(aside / "manifest.json", manifest)
+        for path in (*files, aside / "manifest.json", *{f.parent for f in files}, aside):
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        _flush(run)
+        for old in checkpoints(run)[:-2]:
+            # First a name that nothing takes for a checkpoint: half deleted it must not be found.
+            shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
 
 
 def load(
@@ -191,26 +176,30 @@ def keep_best(
     bank: CoderBank,
     optimizers: dict[str, CoderOptimizer],
 ) -> None:
-    """Put each coder whose held-out FVU is its lowest so far into `RUN/best/<coder>`."""
-    for name, coder in bank.items():
-        final = run / "best" / name
-        aside, old = run / f"best_{name}.tmp", run / f"best_{name}.old.tmp"
-        if old.exists() and not final.exists():  # cut off between the two renames
-            old.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-        record = final / "fvu.json"
-        if record.exists() and _read_json(record)["fvu"] <= figures[name].fvu:
-            continue
-        # Not inside best/, which holds one folder per coder and nothing else.
-        shutil.rmtree(aside, ignore_errors=True)
-        with optimizers[name].trained():
-            coder.save_to_disk(aside)
-        write_json(aside / "fvu.json", {"step": step, "fvu": figures[name].fvu})
-        final.parent.mkdir(exist_ok=True)
-        if final.exists():
-            final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+    """Put each coder whose held-out FVU is its lowest so far into `RUN/best/<coder>`.
+
+    Raises UsageError if the disk does not take it.
+    """
+    with _on_disk(run, step):
+        for name, coder in bank.items():
+            final = run / "best" / name
+            aside, old = run / f"best_{name}.tmp", run / f"best_{name}.old.tmp"
+            if old.exists() and not final.exists():  # cut off between the two renames
+                old.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+            record = final / "fvu.json"
+            if record.exists() and _read_json(record)["fvu"] <= figures[name].fvu:
+                continue
+            # Not inside best/, which holds one folder per coder and nothing else.
+            shutil.rmtree(aside, ignore_errors=True)
+            with optimizers[name].trained():
+                coder.save_to_disk(aside)
+            write_json(aside / "fvu.json", {"step": step, "fvu": figures[name].fvu})
+            final.parent.mkdir(exist_ok=True)
+            if final.exists():
+                final.rename(old)
+            aside.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def summarize(
@@ -239,6 +228,17 @@ def summarize(
     }
     write_json(run / "summary.json", summary)
     return summary
+
+
+@contextmanager
+def _on_disk(run: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"--save_dir {run.parent}: step {step} cannot be saved ({error}); make room, then "
+            f"--resume from the last checkpoint"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -103,10 +103,13 @@ def test_a_full_disk_is_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sae.checkpoint.save_file", full)
-    with pytest.raises(UsageError, match="--save_dir .*step 20 cannot be saved .*No space left"):
-        run(lm, tokens, settings, run_name="r", save_every=10, resume=True)
-    monkeypatch.undo()
+    # Once where the checkpoint is written, once where the best coders are.
+    for writer in ("sae.checkpoint.save_file", "sae.sparse_coder.save_file"):
+        flags = {"save_every": 10, "save_best": "sparse_coder" in writer, "resume": True}
+        monkeypatch.setattr(writer, full)
+        with pytest.raises(UsageError, match="--save_dir .*step 20 cannot be saved .*No space"):
+            run(lm, tokens, settings, run_name="r", **flags)
+        monkeypatch.undo()
     assert run(lm, tokens, settings, run_name="r", save_every=10, resume=True)["step"] == 20
     assert not list((Path(settings["save_dir"]) / "r").glob("*.tmp"))
 

@@ -45,8 +45,10 @@ def open_run(folder: Path, flags: dict[str, Any], resume: bool) -> None:
     cannot be written, one that already holds a run, or flags that differ.
     """
     recorded = folder / "run.json"
-    for left_over in folder.glob("step_*.tmp"):  # of a save or a deletion that was cut off
-        shutil.rmtree(left_over, ignore_errors=True)
+    for left_over in folder.glob("*.tmp"):  # of a save or a deletion that was cut off
+        # Cut off between two renames, .old.tmp is the only best coder: keep_best puts it back.
+        if not left_over.name.endswith(".old.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
     if resume:
         if not any(checkpoints(folder)):
             raise UsageError(

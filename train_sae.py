@@ -1,18 +1,19 @@
 """Train sparse autoencoders or transcoders on the activations of a frozen language model.
 
     python train_sae.py MODEL DATASET                       SAEs on every layer's residual stream
-    python train_sae.py gpt2 DATA --hookpoints "h.*.attn"   on modules chosen by glob
     python train_sae.py gpt2 DATA --hookpoints "h.*.mlp" --transcode --skip_connection
     python train_sae.py gpt2 DATA --run_name R --resume     go on after an interruption
-    accelerate launch --config_file accelerate_configs/1gpu.yaml train_sae.py MODEL DATASET
+    accelerate launch --config_file accelerate_configs/8gpu.yaml train_sae.py MODEL DATASET
+    ... --distribute_modules                                each coder on one rank only
+    ... --dry_run                                           who holds what, and no more
 
 One turn of the loop is one optimizer step. Blocks marked EDIT are what experiments change; what
 would make a result wrong is in sae/.
 """
 
 import os
-import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,15 +26,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from tyro.conf import Positional, arg
 
-from sae import checkpoint, logs
-from sae.bank import CoderBank
+from sae import checkpoint, dry_run, launch, logs, watch
+from sae.bank import CoderBank, costs
 from sae.blocks import hold_out
-from sae.config import Activation, SparseCoderConfig, UsageError, check_flags
-from sae.data import load_tokens
+from sae.config import Activation, SparseCoderConfig, check_flags
+from sae.data import TEXT_FLAGS, load_tokens
 from sae.dead_latents import FiringRecord
-from sae.evaluate import HeldOut, first_moments, held_out
+from sae.evaluate import first_moments, held_out
+from sae.exchange import Exchange
 from sae.functional import Moments, accumulate
-from sae.hookpoints import capture, load_lm, measure, token_limits, working_dtype
+from sae.hookpoints import capture, find_hookpoints, load_lm, measure, token_limits
 from sae.optim import CoderOptimizer, OptimizerName, finish_gradients_, k_at
 
 
@@ -96,7 +98,7 @@ class TrainConfig:
     dead_feature_threshold: int = 10_000_000
     """Tokens without firing after which a latent counts as dead."""
     batch_size: int = 32
-    """Sequences per LM forward."""
+    """Sequences per rank and LM forward."""
     grad_acc_steps: int = 1
     """LM forwards per optimizer step."""
     micro_acc_steps: int = 1
@@ -134,7 +136,13 @@ class TrainConfig:
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """bf16 runs the LM and the encoder product in bfloat16; auto: on GPUs that have it."""
     distribute_modules: bool = False
-    """Keep each coder on one rank only."""
+    """Keep each coder on one rank only, and send that rank the rows of all ranks."""
+    layer_to_rank: tuple[str, ...] = ()
+    """Owners by hand, "layers.0=0 layers.1=1" or a .json file; default: by cost."""
+    timeout: float = 10.0
+    """Minutes that a rank waits for another before the run ends."""
+    dry_run: bool = False
+    """Print hookpoints, owners and memory per rank, from the LM's config alone."""
     save_dir: str = "checkpoints"
     """Folder of runs."""
     run_name: str | None = None
@@ -147,9 +155,7 @@ class TrainConfig:
     """At every checkpoint, keep each coder whose held-out FVU is its lowest so far in best/."""
     log_every: int = 1
     """Optimizer steps between log entries."""
-    log_with: Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "none"] = (
-        "tensorboard"
-    )
+    log_with: logs.Tracker = "tensorboard"
     """Tracker that accelerate writes to."""
 
     def __post_init__(self) -> None:
@@ -168,83 +174,76 @@ def train(
 ) -> dict[str, Any]:
     """Run the training that `cfg` describes; return what `summary.json` says.
 
-    `lm`, frozen where it is, and `dataset` (with `input_ids` or text, or a tensor of token blocks)
+    `lm`, which is frozen, and `dataset` (with `input_ids` or text, or a tensor of token blocks)
     replace `cfg.model` and `cfg.dataset`. Raises UsageError for anything the user can mend.
     """
-    tracker = logs.check_launch(cfg.log_with)
+    # The launch. Ranks that were not started alike, or do not know each other, end here.
     run = Path(cfg.save_dir) / (cfg.run_name or Path(cfg.model).resolve().name)
-    accelerator = Accelerator(not torch.cuda.is_available(), log_with=tracker, project_dir=run)
+    dtype = launch.working_dtype(cfg.mixed_precision)
+    hub: dict[str, Any] = {"revision": cfg.revision, "token": cfg.hf_token}
+    choose = (cfg.hookpoints, cfg.layers, cfg.layer_stride)
+    skeleton, places = find_hookpoints(lm or cfg.model, *choose, **hub)
+    accelerator = Accelerator(**launch.arguments(run, cfg.log_with, dtype, cfg.timeout))
+    ranks = launch.join(accelerator, cfg.timeout)
+    per_step = cfg.batch_size * cfg.grad_acc_steps * ranks.world
     flags = {name: value for name, value in asdict(cfg).items() if name != "hf_token"}
-    checkpoint.open_run(run, flags, cfg.resume)
+    checkpoint.open_run(run, {**flags, "sequences_per_step": per_step}, ranks)
 
     # The language model, frozen, and no more of it than the hookpoints need.
-    dtype = working_dtype(cfg.mixed_precision, accelerator.device)
-    lm, places = load_lm(
-        cfg.model if lm is None else lm,
-        choose=(cfg.hookpoints, cfg.layers, cfg.layer_stride),
-        dtype=dtype,
-        device=accelerator.device,
-        revision=cfg.revision,
-        token=cfg.hf_token,
-        load_in_8bit=cfg.load_in_8bit,
-    )
+    if lm is None:
+        lm = load_lm(cfg.model, skeleton, places, dtype, ranks.device, cfg.load_in_8bit, **hub)
+    lm = launch.shard(accelerator, lm)
 
-    # Coders, one per hookpoint and seed.
-    bank = CoderBank(measure(lm, places), cfg.coder, cfg.init_seeds, lm.device)
-    bank.matmul_in(dtype)
+    # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
+    hookpoints = measure(lm, places, ranks.device)
+    cost = costs(hookpoints, cfg.coder, cfg.init_seeds)
+    exchange = Exchange(ranks, cost, cfg.distribute_modules, cfg.layer_to_rank)
+    bank = CoderBank(exchange.here(hookpoints), cfg.coder, cfg.init_seeds, ranks.device, dtype)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
-    per_step = cfg.batch_size * cfg.grad_acc_steps
     stream_blocks = -(-cfg.eval_tokens // cfg.ctx_len) + (cfg.max_examples or 0)
-    source = load_tokens(
-        cfg.dataset if dataset is None else dataset,
-        tokenizer=lm.name_or_path or cfg.model,
-        limits=token_limits(lm),
-        ctx_len=cfg.ctx_len,
-        split=cfg.split,
-        text_column=cfg.text_column,
-        data_args=cfg.data_args,
-        num_proc=cfg.data_preprocessing_num_proc,
-        stream_blocks=stream_blocks if cfg.streaming else None,
-        shuffle_seed=cfg.shuffle_seed,
-        token_dtype=cfg.token_dtype,
-        revision=cfg.revision,
-        token=cfg.hf_token,
-    )
+    with ranks.main_first():
+        source = load_tokens(
+            cfg.dataset if dataset is None else dataset,
+            tokenizer=lm.name_or_path or cfg.model,
+            limits=token_limits(lm),
+            stream_blocks=stream_blocks if cfg.streaming else None,
+            **{name: flags[name] for name in TEXT_FLAGS},
+            **hub,
+        )
     held, numbers = hold_out(source, cfg.eval_tokens, cfg.max_examples, per_step)
     total_steps, data = len(numbers) // per_step, source.fingerprint
     order = source.order(numbers, cfg.shuffle_seed)[: total_steps * per_step]
 
     # For each coder an optimizer and a record of what fires.
-    choice = (cfg.optimizer, cfg.lr, cfg.adam_8bit)
-    optimizers = {name: CoderOptimizer(coder, *choice) for name, coder in bank.items()}
+    rule = (cfg.optimizer, cfg.lr, cfg.adam_8bit)
+    optimizers = {name: CoderOptimizer(coder, *rule) for name, coder in bank.items()}
     silence = cfg.dead_feature_threshold
     firing = {n: FiringRecord(c.num_latents, silence, c.device) for n, c in bank.items()}
-    first_step, seconds_before = 0, 0.0
-    if cfg.resume:
-        first_step, seconds_before = checkpoint.load(run, data, bank, optimizers, firing)
-    elif cfg.finetune is not None:
+    coders = (exchange, bank, optimizers)
+    first_step, seconds = checkpoint.load(run, data, *coders, firing) if cfg.resume else (0, 0.0)
+    if cfg.finetune is not None:
         bank.load_pretrained(cfg.finetune)
-    else:
-        first_batches = source.batches(order[:per_step], cfg.batch_size)
-        bank.center_(*first_moments(lm, places, first_batches, cfg.exclude_tokens))
+    elif not cfg.resume:
+        first_batches = ranks.batches(source, order[:per_step], cfg.batch_size)
+        bank.center_(*first_moments(lm, places, first_batches, ranks, cfg.exclude_tokens))
+    evaluate = partial(held_out, lm, *coders, source, held, cfg.exclude_tokens)
 
-    def evaluate() -> dict[str, HeldOut]:
-        return held_out(lm, bank, optimizers, source.batches(held, 1), cfg.exclude_tokens)
-
-    log = logs.RunLog(accelerator, cfg.log_every, first_step, total_steps, seconds_before)
-    log.start(flags, bank, held_tokens=len(held) * source.block_len)
-    batches = source.batches(order[first_step * per_step :], cfg.batch_size)
+    log = logs.RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
+    log.start(held_tokens=len(held) * source.block_len)
+    batches = ranks.batches(source, order[first_step * per_step :], cfg.batch_size)
     for step in range(first_step, total_steps):
+        rows = 0
         moments: dict[str, Moments] = {}
-        errors = {name: torch.zeros(3, device=lm.device) for name in optimizers}
+        errors = {name: torch.zeros(3, device=ranks.device) for name in optimizers}
         dead = {n: f.dead_mask() if cfg.auxk_alpha else None for n, f in firing.items()}
         k = {name: k_at(step, cfg.k_decay_steps, coder) for name, coder in bank.items()}
 
         for tokens in islice(batches, cfg.grad_acc_steps):
-            for place, (x, y) in capture(lm, tokens, places, cfg.exclude_tokens).items():
-                # EDIT: what goes in and what should come out.
-                x, y = (x if cfg.transcode else y).float(), y.float()
+            # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
+            pairs = capture(lm, tokens, places, cfg.exclude_tokens, inputs=cfg.transcode)
+            rows += len(pairs[places[0]][1])
+            for place, (x, y) in exchange.to_owners(pairs).items():
                 accumulate(moments, place, y)
                 for name, coder in bank.at(place):
                     pieces = (x.chunk(cfg.micro_acc_steps), y.chunk(cfg.micro_acc_steps))
@@ -258,14 +257,17 @@ def train(
                         firing[name].observe(out.top_acts, out.top_indices)
 
         # One denominator for all rows of the step, then one update.
-        metrics: dict[str, Tensor | float] = {}
+        sums = [t for seen in moments.values() for t in seen]
+        counts = [record.step_counts for record in firing.values()]
+        exchange.sum_replicas_(*sums, *errors.values(), *counts, *bank.gradients())
+        rows = sum(ranks.gather(rows))
+        metrics: dict[str, Tensor | float] = {**ranks.traffic()}
         for name, coder in bank.items():
             seen = moments[bank.hookpoint[name]]
             for metric, error in zip(("fvu", "auxk", "multi_topk_fvu"), errors[name], strict=True):
                 metrics[f"{metric}/{name}"] = error / seen.total_variance
             metrics[f"grad_norm/{name}"] = finish_gradients_(coder, seen.total_variance)
-        logs.refuse_bad_numbers(metrics, step + 1, run)
-        rows = int(next(iter(moments.values())).count)
+        logs.refuse_bad_numbers(metrics, step + 1, run, ranks)
         for name, optimizer in optimizers.items():
             metrics[f"lr/{name}"] = optimizer.step(step, total_steps, cfg.lr_warmup_steps)
             # EDIT: what is logged.
@@ -274,23 +276,23 @@ def train(
             metrics[f"k/{name}"] = k[name]
         log.step(step + 1, metrics, rows, firing)
 
-        if (step + 1) % cfg.save_every == 0 or step + 1 == total_steps:
+        stop = ranks.stop_reason()
+        if stop or (step + 1) % cfg.save_every == 0 or step + 1 == total_steps:
             if cfg.save_best:
-                checkpoint.keep_best(run, step + 1, evaluate(), bank, optimizers)
-            checkpoint.save(run, step + 1, log.seconds, data, bank, optimizers, firing)
+                checkpoint.keep_best(run, step + 1, evaluate(), *coders)
+            checkpoint.save(run, step + 1, log.seconds, data, *coders, firing)
+        if stop:
+            log.stop(stop, step + 1)
 
-    summary = checkpoint.summarize(run, total_steps, log.seconds, evaluate(), firing)
-    log.finish(run, summary)
-    return summary
+    summary = checkpoint.summarize(run, total_steps, log.seconds, evaluate(), exchange, firing)
+    return log.finish(run, summary)
 
 
 def main() -> None:
-    """Train what the command line asks for; a mistake that the user can mend ends with code 2."""
-    try:
-        train(tyro.cli(TrainConfig, description=__doc__, use_underscores=True))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Train what the command line asks for; the README lists the exit codes."""
+    with watch.exit_codes():
+        cfg = tyro.cli(TrainConfig, description=__doc__, use_underscores=True)
+        dry_run.show(cfg) if cfg.dry_run else train(cfg)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import SparseCoderConfig, UsageError
 from .functional import Moments
@@ -25,15 +25,15 @@ class CoderBank(nn.Module):
         cfg: SparseCoderConfig,
         seeds: tuple[int, ...],
         device: str | torch.device,
+        matmul_dtype: torch.dtype = torch.float32,
     ) -> None:
+        """`matmul_dtype`: the encoders' products, forward and backward; weights are float32."""
         super().__init__()
+        self.transcode = cfg.transcode
         self.hookpoint: dict[str, str] = {}
         self._coders = nn.ModuleDict()
         for place in hookpoints:
-            d_in = place.d_in if cfg.transcode else place.d_out
-            if d_in == 0:
-                raise UsageError(f"--transcode: {place.name} takes token ids, not activations")
-            cfg.check(d_in, where=place.name)
+            d_in = _d_in(place, cfg)
             for seed in seeds:
                 name = place.name if len(seeds) == 1 else f"{place.name}.seed{seed}"
                 # Every hookpoint and seed draws its own weights, whatever else is in the run. Of a
@@ -47,6 +47,7 @@ class CoderBank(nn.Module):
                     d_out=place.d_out,
                     generator=torch.Generator().manual_seed(own),
                 )
+                coder.matmul_dtype = matmul_dtype
                 self.hookpoint[name] = place.name
                 self._coders[_key(name)] = coder
 
@@ -59,14 +60,16 @@ class CoderBank(nn.Module):
         """(name, coder) pairs in natural order."""
         return ((name, self[name]) for name in self.hookpoint)
 
-    def matmul_in(self, dtype: torch.dtype) -> None:
-        """Run the encoders' products, forward and backward, in `dtype`; weights stay float32."""
-        for _, coder in self.items():
-            coder.matmul_dtype = dtype
-
     def at(self, hookpoint: str) -> list[tuple[str, SparseCoder]]:
         """(name, coder) pairs of one hookpoint, one per seed."""
         return [(name, self[name]) for name, place in self.hookpoint.items() if place == hookpoint]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of every parameter, zeros where no row has reached it."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self.parameters() if p.grad is not None]
 
     def center_(self, x: dict[str, Moments], y: dict[str, Moments]) -> None:
         """Start every coder from the means of its hookpoint's inputs and targets."""
@@ -102,6 +105,27 @@ class CoderBank(nn.Module):
                 )
             coder.load_state_dict(other.state_dict())
             coder.normalize_decoder_()
+
+
+def costs(
+    hookpoints: list[Hookpoint], cfg: SparseCoderConfig, seeds: tuple[int, ...]
+) -> dict[str, int]:
+    """Hookpoint -> seeds * num_latents * (d_in + d_out), what its coders weigh in a plan.
+
+    Raises UsageError for a coder that cannot be.
+    """
+    found = {}
+    for place in hookpoints:
+        d_in = _d_in(place, cfg)
+        if d_in == 0:
+            raise UsageError(f"--transcode: {place.name} takes token ids, not activations")
+        cfg.check(d_in, where=place.name)
+        found[place.name] = len(seeds) * cfg.latents(d_in) * (d_in + place.d_out)
+    return found
+
+
+def _d_in(place: Hookpoint, cfg: SparseCoderConfig) -> int:
+    return place.d_in if cfg.transcode else place.d_out
 
 
 def _key(name: str) -> str:

@@ -118,20 +118,25 @@ class TokenStream:
         return torch.arange(numbers.start, numbers.stop)
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]:
-        """Batches of consecutive blocks from number `order[0]` on; the last one may be smaller."""
+        """Batches of the blocks whose numbers `order` gives, ascending; the last may be smaller."""
         first = int(order[0]) if len(order) else 0
-        stream = islice(self.blocks(), first, first + len(order))
-        read = 0
-        while rows := list(islice(stream, batch_size)):
-            read += len(rows)
+        stream = enumerate(islice(self.blocks(), first, None), first)
+        number, block = -1, np.empty(0)
+        for numbers in order.split(batch_size) if len(order) else ():
+            rows = []
+            for wanted in numbers.tolist():
+                while number < wanted:
+                    number, block = next(stream, (-1, block))
+                    if number < 0:
+                        raise UsageError(
+                            f"--streaming: the data set ended before sequence {wanted:,} of "
+                            f"{self.block_len} tokens, those held out included: lower "
+                            f"--max_examples"
+                        )
+                rows.append(block)
             batch = np.stack(rows)
             check_ids("the stream", int(batch.min()), int(batch.max()), self.vocab_size)
             yield torch.from_numpy(batch)
-        if read < len(order):
-            raise UsageError(
-                f"--streaming: the data set ended after {first + read:,} sequences of "
-                f"{self.block_len} tokens, those held out included: lower --max_examples"
-            )
 
 
 def hold_out(

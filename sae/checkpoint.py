@@ -15,9 +15,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from natsort import natsorted
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,38 +28,59 @@ from .bank import CoderBank
 from .config import UsageError
 from .dead_latents import FiringRecord
 from .evaluate import HeldOut
+from .exchange import Exchange
 from .optim import CoderOptimizer
+from .ranks import Ranks
+from .sparse_coder import SparseCoder
 
 FORMAT = 1
 RESUME_FILE = "resume.safetensors"
 
+_PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
+
 # Flags that do not change what a run computes, but for rounding: they may differ on resume.
 _FREE_ON_RESUME = {
     *("resume", "save_dir", "run_name", "save_every", "save_best", "log_every", "log_with"),
-    *("data_preprocessing_num_proc", "micro_acc_steps"),
+    *("data_preprocessing_num_proc", "micro_acc_steps", "batch_size", "grad_acc_steps"),
+    *("distribute_modules", "layer_to_rank", "timeout", "dry_run"),
 }
 
 
-def open_run(folder: Path, flags: dict[str, Any], resume: bool) -> None:
+def open_run(folder: Path, flags: dict[str, Any], ranks: Ranks) -> None:
     """Create the run's folder and write its flags, or check that a resumed run has the same ones.
 
-    Raises UsageError for a folder that
-    cannot be written, one that already holds a run, or flags that differ.
+    Rank 0 does it, once all ranks were found to have the same flags and the same packages. Raises
+    UsageError where they have not, for a folder that cannot be written, one that already holds a
+    run, or flags that differ.
     """
+    versions = {f"the version of {package}": version(package) for package in _PACKAGES}
+    ranks.same({**{f"--{name}": value for name, value in flags.items()}, **versions})
+    with ranks.together():
+        if ranks.main:
+            _open_run(folder, flags)
+
+
+def _open_run(folder: Path, flags: dict[str, Any]) -> None:
     recorded = folder / "run.json"
     for left_over in folder.glob("*.tmp"):  # of a save or a deletion that was cut off
         # Cut off between two renames, .old.tmp is the only best coder: keep_best puts it back.
         if not left_over.name.endswith(".old.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
-    if resume:
+    if flags["resume"]:
         if not any(checkpoints(folder)):
             raise UsageError(
                 f"--resume: {folder} holds no whole checkpoint; check --save_dir and --run_name, "
                 f"or drop --resume to start the run"
             )
         before = _read_json(recorded)
+        if flags["sequences_per_step"] != _sequences_per_step(before):
+            raise UsageError(
+                f"--resume: --batch_size times --grad_acc_steps times the number of ranks is "
+                f"{flags['sequences_per_step']} now and was {_sequences_per_step(before)} when "
+                f"the run started: choose the two so that it is the same on this many ranks"
+            )
         for name, value in json.loads(json.dumps(flags)).items():
-            if name not in _FREE_ON_RESUME and before.get(name) != value:
+            if name not in {*_FREE_ON_RESUME, "sequences_per_step"} and before.get(name) != value:
                 raise UsageError(
                     f"--resume: --{name} is {value!r} now and was {before.get(name)!r} when the "
                     f"run started; give the same flags, or start a new run with --finetune"
@@ -77,6 +100,12 @@ def open_run(folder: Path, flags: dict[str, Any], resume: bool) -> None:
         ) from None
 
 
+def _sequences_per_step(flags: dict[str, Any]) -> Any:
+    # Runs from before there were several ranks did not write it.
+    alone = flags.get("batch_size", 0) * flags.get("grad_acc_steps", 0)
+    return flags.get("sequences_per_step", alone)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = [f for f in folder.glob("step_*") if f.suffix == "" and (f / "manifest.json").is_file()]
@@ -88,86 +117,110 @@ def save(
     step: int,
     seconds: float,
     data: dict[str, int],
+    exchange: Exchange,
     bank: CoderBank,
     optimizers: dict[str, CoderOptimizer],
     firing: dict[str, FiringRecord],
 ) -> None:
     """Write one checkpoint aside, rename it into place when whole, then keep the newest two.
 
-    `data` is the fingerprint of what the run trains on. Raises UsageError if the disk does not
-    take it; the checkpoints before stay.
+    Every rank writes the coders it owns; the first one begins and ends. `data` is the fingerprint
+    of what the run trains on. Raises UsageError, on all ranks, if the disk does not take it or if
+    replicas of a coder differ; the checkpoints before stay.
     """
-    with _on_disk(run, step):
-        final, aside = run / f"step_{step}", run / f"step_{step}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name, coder in bank.items():
+    ranks = exchange.ranks
+    if not exchange.distributed:
+        ranks.same({f"the sum of the weights of {n}": _sum(coder) for n, coder in bank.items()})
+    final, aside = run / f"step_{step}", run / f"step_{step}.tmp"
+    with ranks.together(), _on_disk(run, step):
+        if ranks.main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+    digests: dict[str, str] = {}
+    with ranks.together(), _on_disk(run, step):
+        if not aside.is_dir():
+            raise UsageError(
+                f"--save_dir {run.parent}: {aside} was made by rank 0 and is not there on this "
+                f"rank: give a folder that all machines share"
+            )
+        for name in filter(lambda name: exchange.writes(bank.hookpoint[name]), bank.hookpoint):
             with optimizers[name].trained():
-                coder.save_to_disk(aside / name)
+                bank[name].save_to_disk(aside / name)
             state = {**optimizers[name].state_tensors(), **firing[name].state_tensors()}
             tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
             save_file(tensors, aside / name / RESUME_FILE)
-        files = sorted(f for f in aside.rglob("*") if f.is_file())
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "wall_seconds": seconds,
-            "data": data,
-            "sha256": {f.relative_to(aside).as_posix(): _digest(f) for f in files},
-        }
-        write_json(aside / "manifest.json", manifest)
-        for path in (*files, aside / "manifest.json", *{f.parent for f in files}, aside):
-            _flush(path)
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
-        _flush(run)
-        for old in checkpoints(run)[:-2]:
-            # First a name that nothing takes for a checkpoint: half deleted it must not be found.
-            shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+            for file in sorted((aside / name).iterdir()):
+                digests[file.relative_to(aside).as_posix()] = _digest(file)
+                _flush(file)
+            _flush(aside / name)
+    digests = ranks.merge(digests)
+    with ranks.together(), _on_disk(run, step):
+        if ranks.main:
+            manifest = {"format": FORMAT, "step": step, "wall_seconds": seconds, "data": data}
+            manifest["sha256"] = dict(sorted(digests.items()))
+            write_json(aside / "manifest.json", manifest)
+            _flush(aside)
+            if final.exists():
+                shutil.rmtree(final)
+            aside.rename(final)
+            _flush(run)
+            for old in checkpoints(run)[:-2]:
+                # First a name that nothing takes for a checkpoint: half deleted it must not be
+                # found.
+                shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+
+
+def _sum(coder: SparseCoder) -> float:
+    return sum(float(p.detach().sum(dtype=torch.float64)) for p in coder.parameters())
 
 
 def load(
     run: Path,
     data: dict[str, int],
+    exchange: Exchange,
     bank: CoderBank,
     optimizers: dict[str, CoderOptimizer],
     firing: dict[str, FiringRecord],
 ) -> tuple[int, float]:
     """Restore what `save` wrote last; return its step and the wall seconds until then.
 
-    Raises UsageError for files that are missing or damaged, or a run on other data.
+    Every rank reads the coders that it trains, whoever wrote them. Raises UsageError for files
+    that are missing or damaged, or a run on other data.
     """
-    folder, manifest = newest_checkpoint(run)
+    ranks = exchange.ranks
+    folder, manifest = newest_checkpoint(run, ranks)
     if manifest["data"] != data:
         raise UsageError(
             f"--resume: the data are {data} now and were {manifest['data']} when {folder} was "
             f"saved; give the same data, or start a new run with --finetune"
         )
-    for name, _ in bank.items():
-        path = folder / name / RESUME_FILE
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
-        optimizers[name].load_state_tensors(tensors)
-        firing[name].load_state_tensors(tensors)
+    with ranks.together():
+        for name, _ in bank.items():
+            path = folder / name / RESUME_FILE
+            try:
+                tensors = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
+            optimizers[name].load_state_tensors(tensors)
+            firing[name].load_state_tensors(tensors)
     return manifest["step"], manifest["wall_seconds"]
 
 
-def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
+def newest_checkpoint(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint whose files are all as they were written, and its manifest.
 
-    A damaged one is named and passed over. Raises UsageError if none is left.
+    Every rank checks a part of the files. A damaged checkpoint is named and passed over. Raises
+    UsageError if none is left.
     """
     problems: list[str] = []
     for folder in reversed(checkpoints(run)):
-        problem, manifest = _verify(folder)
-        if problem is None:
-            for line in problems:
+        problem, manifest = _verify(folder, ranks.rank, ranks.world)
+        found = ranks.merge({} if problem is None else {folder.name: problem})
+        if not found:
+            for line in problems if ranks.main else ():
                 print(f"{line}; using {folder}")
             return folder, manifest
-        problems.append(problem)
+        problems.extend(found.values())
     raise UsageError(f"--resume: no checkpoint in {run} can be used: {'; '.join(problems)}")
 
 
@@ -175,15 +228,18 @@ def keep_best(
     run: Path,
     step: int,
     figures: dict[str, HeldOut],
+    exchange: Exchange,
     bank: CoderBank,
     optimizers: dict[str, CoderOptimizer],
 ) -> None:
     """Put each coder whose held-out FVU is its lowest so far into `RUN/best/<coder>`.
 
-    Raises UsageError if the disk does not take it.
+    Raises UsageError, on all ranks, if the disk does not take it.
     """
-    with _on_disk(run, step):
+    with exchange.ranks.together(), _on_disk(run, step):
         for name, coder in bank.items():
+            if not exchange.writes(bank.hookpoint[name]):
+                continue
             final = run / "best" / name
             aside, old = run / f"best_{name}.tmp", run / f"best_{name}.old.tmp"
             if old.exists() and not final.exists():  # cut off between the two renames
@@ -209,10 +265,14 @@ def summarize(
     step: int,
     seconds: float,
     figures: dict[str, HeldOut],
+    exchange: Exchange,
     firing: dict[str, FiringRecord],
 ) -> dict[str, Any]:
     """Write `summary.json`, what the run came to, and return it."""
-    tokens = next(iter(firing.values())).tokens
+    ranks = exchange.ranks
+    dead = exchange.merge({name: float(record.dead_share()) for name, record in firing.items()})
+    tokens = max(ranks.gather(max((record.tokens for record in firing.values()), default=0)))
+    seconds = ranks.merge({"seconds": seconds} if ranks.main else {})["seconds"]
     summary = {
         "step": step,
         "tokens": tokens,
@@ -222,13 +282,14 @@ def summarize(
             name: {
                 "fvu": found.fvu,
                 "l0": found.l0,
-                "dead_share": float(firing[name].dead_share()),
+                "dead_share": dead[name],
                 "path": str((run / f"step_{step}" / name).resolve()),
             }
             for name, found in figures.items()
         },
     }
-    write_json(run / "summary.json", summary)
+    if ranks.main:
+        write_json(run / "summary.json", summary)
     return summary
 
 
@@ -261,7 +322,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
+def _verify(folder: Path, part: int, parts: int) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a checkpoint, and its manifest; of its files every parts-th is read."""
     try:
         manifest = _read_json(folder / "manifest.json")
     except UsageError as error:
@@ -271,7 +333,7 @@ def _verify(folder: Path) -> tuple[str | None, dict[str, Any]]:
     digests = manifest.get("sha256")
     if not isinstance(digests, dict) or not {"step", "wall_seconds", "data"} <= manifest.keys():
         return f"{folder}/manifest.json is incomplete", {}
-    for name, digest in digests.items():
+    for name, digest in list(digests.items())[part::parts]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{folder}/manifest.json names {name}, which is outside the checkpoint", {}
         path = folder / name

@@ -150,8 +150,10 @@ def check_flags(flags: Any) -> None:
         refuse("streaming", "a stream has no length: give --max_examples, the blocks to train on")
     if flags.loss_fn != "fvu":
         refuse("loss_fn", "end-to-end losses are not available yet: use --loss_fn fvu")
-    if flags.distribute_modules:
-        refuse("distribute_modules", "is not available yet: drop it, one process trains all coders")
+    if flags.layer_to_rank and not flags.distribute_modules:
+        refuse("layer_to_rank", "says where coders live, which --distribute_modules asks for")
+    if not 0 < flags.timeout < 1e6:
+        refuse("timeout", "must be a number of minutes above 0")
     if flags.run_name is not None and (
         flags.run_name in ("", ".", "..") or "/" in flags.run_name or "\\" in flags.run_name
     ):

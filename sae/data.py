@@ -16,6 +16,12 @@ from .config import UsageError, parse_data_args
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _DOCUMENTS_PER_CALL = 1000
 
+TEXT_FLAGS = (
+    *("ctx_len", "split", "text_column", "data_args", "shuffle_seed", "token_dtype"),
+    "data_preprocessing_num_proc",
+)
+"""Arguments of `load_tokens` that are flags of the script, by the same names."""
+
 
 def load_tokens(
     dataset: str | datasets.Dataset | Tensor,
@@ -26,7 +32,7 @@ def load_tokens(
     split: str = "train",
     text_column: str = "text",
     data_args: str = "",
-    num_proc: int = 1,
+    data_preprocessing_num_proc: int = 1,
     stream_blocks: int | None = None,
     shuffle_seed: int = 42,
     token_dtype: str | None = None,
@@ -79,7 +85,7 @@ def load_tokens(
         batch_size=_DOCUMENTS_PER_CALL,
         remove_columns=columns,
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-        num_proc=min(num_proc, max(1, len(data) // _DOCUMENTS_PER_CALL)),
+        num_proc=min(data_preprocessing_num_proc, max(1, len(data) // _DOCUMENTS_PER_CALL)),
         desc="Tokenizing",
     )
     return _checked(TokenBlocks(_flat(ids), ctx_len - len(prefix), prefix), name, limits)

@@ -23,22 +23,23 @@ class FiringRecord:
         self.recent = torch.zeros_like(self.since_fired)
         """Times each latent was active since `clear_recent`, over `recent_rows` rows."""
         self.recent_rows = 0
-        self._step_counts = torch.zeros_like(self.since_fired)
+        self.step_counts = torch.zeros_like(self.since_fired)
+        """Times each latent was active in the step at hand, on this rank until they are summed."""
 
     def observe(self, top_acts: Tensor, top_indices: Tensor) -> None:
         """Count one forward's active latents."""
         active = (top_acts > 0).flatten().to(torch.int64)
-        self._step_counts.scatter_add_(0, top_indices.flatten(), active)
+        self.step_counts.scatter_add_(0, top_indices.flatten(), active)
 
     def end_step(self, rows: int) -> Tensor:
         """Close an optimizer step of `rows` rows; return its L0, the active latents per row."""
         self.since_fired += rows
-        self.since_fired[self._step_counts > 0] = 0
+        self.since_fired[self.step_counts > 0] = 0
         self.tokens += rows
-        self.recent += self._step_counts
+        self.recent += self.step_counts
         self.recent_rows += rows
-        l0 = self._step_counts.sum() / rows
-        self._step_counts.zero_()
+        l0 = self.step_counts.sum() / rows
+        self.step_counts.zero_()
         return l0
 
     def dead_mask(self) -> Bool[Tensor, " L"]:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from natsort import natsorted
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -37,38 +38,57 @@ class _LastHookpoint(Exception):
     """Raised by a hook when everything asked for is captured: the rest of the LM need not run."""
 
 
-def load_lm(
-    name: str | PreTrainedModel,
+def find_hookpoints(
+    model: str | PreTrainedModel,
+    patterns: tuple[str, ...] = (),
+    layers: tuple[int, ...] = (),
+    layer_stride: int = 1,
     *,
-    choose: tuple[tuple[str, ...], tuple[int, ...], int] = ((), (), 1),
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
     revision: str | None = None,
     token: str | None = None,
-    load_in_8bit: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load a frozen LM up to the last hookpoint; return it and the hookpoints in natural order.
+    """The LM without its weights, from its config alone, and the chosen hookpoints.
 
-    `choose` are the globs, layers and stride of `choose_hookpoints`. An LM that is loaded already
-    is only frozen. The module names come from the config alone; layers after the last hookpoint
-    are then not read from disk. Raises UsageError for an unknown model, a hookpoint that matches
-    nothing, and weights that the hookpoints depend on but the checkpoint lacks.
+    The LM's config keeps no more layers than the hookpoints need. An LM that is loaded already is
+    returned, frozen. Raises UsageError for an unknown model or a hookpoint that matches nothing.
     """
-    if not isinstance(name, str):
-        return freeze(name), choose_hookpoints(name, *choose)
+    if not isinstance(model, str):
+        return freeze(model), choose_hookpoints(model, patterns, layers, layer_stride)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, token=token)
+        config = AutoConfig.from_pretrained(model, revision=revision, token=token)
         with torch.device("meta"):
-            skeleton = AutoModel.from_config(config)
+            skeleton = AutoModel.from_config(config, dtype=torch.bfloat16)
     except Exception as error:  # a config's checks raise errors of many kinds
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"MODEL {name}: no such language model here or on the Hub; give a folder with "
+            f"MODEL {model}: no such language model here or on the Hub; give a folder with "
             f"config.json and safetensors, or a Hub id (and --hf_token if it is gated). {reason}"
         ) from None
-    names = choose_hookpoints(skeleton, *choose)
-    _keep_layers(config, layers_needed(skeleton, names))
+    names = choose_hookpoints(skeleton, patterns, layers, layer_stride)
+    needed = layers_needed(skeleton, names)
+    if needed is not None:
+        layers_left_out: Any = skeleton.base_model.get_submodule(text_layers(skeleton)[0])
+        del layers_left_out[needed:]
+        _text_config(config).num_hidden_layers = needed
+    return freeze(skeleton), names
 
+
+def load_lm(
+    name: str,
+    skeleton: PreTrainedModel,
+    hookpoints: list[str],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    load_in_8bit: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PreTrainedModel:
+    """The frozen LM with its weights, as far as `find_hookpoints` left its config.
+
+    Under ZeRO-3 it is read straight into shards. Raises UsageError for weights that cannot be read,
+    that the hookpoints depend on but the files lack, or that are not of the wanted dtype.
+    """
     quantized = BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
     verbosity = transformers_logging.get_verbosity()
     # Weights of layers left out are reported as unexpected; missing ones are checked below.
@@ -76,7 +96,7 @@ def load_lm(
     try:
         lm, report = AutoModel.from_pretrained(
             name,
-            config=config,
+            config=skeleton.config,
             dtype=torch.float16 if load_in_8bit else dtype,
             revision=revision,
             token=token,
@@ -92,29 +112,27 @@ def load_lm(
         raise UsageError(f"MODEL {name}: its weights cannot be loaded. {reason}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    lm = freeze(lm if load_in_8bit else lm.to(device))
-    missing = _weights_in_use(lm, names, set(report["missing_keys"]))
+    missing = _weights_in_use(skeleton, hookpoints, set(report["missing_keys"]))
     if missing:
         raise UsageError(
             f"MODEL {name}: its files lack {', '.join(missing[:4])}"
             f"{' and more' if len(missing) > 4 else ''}; training on random weights is refused"
         )
-    return lm, names
+    if is_sharded(lm) and lm.dtype != dtype:  # DeepSpeed's own setting decides, and says nothing
+        raise UsageError(f"MODEL {name}: DeepSpeed loaded it in {lm.dtype} instead of {dtype}")
+    return freeze(lm if load_in_8bit or is_sharded(lm) else lm.to(device))
 
 
-def working_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """What the LM and the encoders' products run in: `no`, `bf16`, or `auto`, by the device."""
-    if mixed_precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        mixed_precision = "bf16" if fast else "no"
-    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+def is_sharded(lm: PreTrainedModel) -> bool:
+    """Whether every rank holds a part of every weight (ZeRO-3)."""
+    return hasattr(next(lm.parameters()), "ds_id")
 
 
 def token_limits(lm: PreTrainedModel) -> tuple[int, int | None]:
     """Number of token ids in the LM's embedding, and of its positions where it has a limit."""
-    embedding: Any = lm.get_input_embeddings()
+    embedding: Any = lm.get_input_embeddings()  # sharded, its weight shows no shape
     positions = getattr(_text_config(lm.config), "max_position_embeddings", None)
-    return embedding.weight.shape[0], positions if isinstance(positions, int) else None
+    return embedding.num_embeddings, positions if isinstance(positions, int) else None
 
 
 def freeze(lm: PreTrainedModel) -> PreTrainedModel:
@@ -200,11 +218,6 @@ def _text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def _keep_layers(config: PretrainedConfig, needed: int | None) -> None:
-    if needed is not None:
-        _text_config(config).num_hidden_layers = needed
-
-
 def _weights_in_use(lm: PreTrainedModel, hookpoints: list[str], missing: set[str]) -> list[str]:
     """Those of the missing weights that a forward up to the last hookpoint reads."""
     if not missing:
@@ -214,18 +227,21 @@ def _weights_in_use(lm: PreTrainedModel, hookpoints: list[str], missing: set[str
         for name, module in lm.named_modules():
             handle = module.register_forward_pre_hook(lambda *_, name=name: used.add(name))
             hooks.callback(handle.remove)
-        capture(lm, _dummy_tokens(lm), hookpoints)
+        measure(lm, hookpoints)
     return sorted(key for key in missing if key.rpartition(".")[0] in used)
 
 
-def _dummy_tokens(lm: PreTrainedModel) -> Tensor:
-    return torch.zeros(1, 8, dtype=torch.int64, device=lm.device)
+def measure(
+    lm: PreTrainedModel, names: Iterable[str], device: str | torch.device | None = None
+) -> list[Hookpoint]:
+    """The widths at each hookpoint, by one forward of eight tokens.
 
-
-def measure(lm: PreTrainedModel, names: Iterable[str]) -> list[Hookpoint]:
-    """The widths at each hookpoint, by one forward of eight tokens."""
+    An LM without weights is run on shapes alone.
+    """
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=device or lm.device)
     try:
-        captured = capture(lm, _dummy_tokens(lm), list(names))
+        with FakeTensorMode(allow_non_fake_inputs=True) if tokens.is_meta else nullcontext():
+            captured = capture(lm, tokens, list(names))
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"MODEL: {type(lm).__name__} cannot read text. {reason}") from None
@@ -237,26 +253,32 @@ def capture(
     tokens: Int[Tensor, "B S"],
     hookpoints: list[str],
     exclude_tokens: tuple[int, ...] = (),
+    *,
+    inputs: bool = True,
 ) -> dict[str, tuple[Float[Tensor, "N D"], Float[Tensor, "N D_out"]]]:
     """One forward of the LM; the (input, output) rows of every hookpoint, one row per token kept.
 
-    Rows of tokens in `exclude_tokens` are left out. Hooks copy what they see, since some LMs go on
-    to write into it; they change nothing. The forward stops once the last hookpoint has run. Raises
-    UsageError for a hookpoint that does not run on text or does not give one row per token.
+    Without `inputs` both of a pair are the output. Rows of tokens in `exclude_tokens` are left out.
+    Hooks copy what they see, since some LMs go on to write into it; they change nothing. The
+    forward stops once the last hookpoint has run, unless the LM is sharded. Raises UsageError for a
+    hookpoint that does not run on text or does not give one row per token.
     """
     modules = dict(lm.base_model.named_modules())
-    tokens = tokens.to(lm.device)
     keep = ~torch.isin(tokens, tokens.new_tensor(exclude_tokens)) if exclude_tokens else None
     seen: dict[str, tuple[Tensor, Tensor]] = {}
+    sharded = is_sharded(lm)
 
     def store(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x, y = _first_tensor((args, kwargs)), _first_tensor(output)
+        y = _first_tensor(output)
         if y is None:
             raise UsageError(f"hookpoint {name}: {type(modules[name]).__name__} returns no tensor")
-        if x is None:  # an embedding takes token ids: no input activations
-            x = y[..., :0]
-        seen[name] = (_rows(name, x, tokens, keep), _rows(name, y, tokens, keep))
-        if len(seen) == len(hookpoints):
+        out = into = _rows(name, y, tokens, keep)
+        if inputs:
+            x = _first_tensor((args, kwargs))  # an embedding takes token ids: no activations
+            into = _rows(name, y[..., :0] if x is None else x, tokens, keep)
+        seen[name] = (into, out)
+        # A forward cut short would leave shards gathered.
+        if len(seen) == len(hookpoints) and not sharded:
             raise _LastHookpoint
 
     with _hooks(modules, hookpoints, store), torch.no_grad(), suppress(_LastHookpoint):

@@ -2,73 +2,74 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import Tensor
 from tqdm import tqdm
 
-from .bank import CoderBank
 from .config import UsageError
 from .dead_latents import FiringRecord
+from .exchange import Exchange
+from .ranks import Ranks
+from .watch import Stopped
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "none"]
 
 _HISTOGRAM_STEPS = 100
 
 
-def check_launch(log_with: str) -> str | None:
-    """The tracker to use. Raises UsageError if it is not installed, or for several processes.
+def refuse_bad_numbers(
+    metrics: dict[str, Tensor | float], step: int, run: Path, ranks: Ranks
+) -> None:
+    """Raise UsageError, on all ranks, if a metric of step number `step` is NaN or infinite.
 
-    Processes can each believe to be alone, so it is the launcher's own variable that is asked.
+    It comes before the update.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1:
-        raise UsageError(
-            f"--num_processes {launched}: several processes are not available yet; launch one, "
-            f"with accelerate_configs/cpu.yaml or accelerate_configs/1gpu.yaml"
-        )
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    if log_with not in {*installed, "none"}:
-        raise UsageError(f"--log_with {log_with}: is not installed; pip install it, or use none")
-    return None if log_with == "none" else log_with
+    with ranks.together():
+        _refuse_bad_numbers(metrics, step, run)
 
 
-def refuse_bad_numbers(metrics: dict[str, Tensor | float], step: int, run: Path) -> None:
-    """Raise UsageError if a metric of step number `step` is NaN or infinite, before the update."""
-    names = list(metrics)
-    values = torch.stack([torch.as_tensor(metrics[n]).double() for n in names])
-    if bool(values.isfinite().all()):
+def _refuse_bad_numbers(metrics: dict[str, Tensor | float], step: int, run: Path) -> None:
+    numbers = _numbers(metrics)
+    bad = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
+    if bad is None:
         return
-    bad, value = next(
-        (n, v) for n, v in zip(names, values.tolist(), strict=True) if not math.isfinite(v)
-    )
     metric, _, place = bad.partition("/")
     raise UsageError(
-        f"step {step}: {metric} at {place} is {value}: the LM's activations there, or the loss, "
-        f"hold NaN or Inf, or the targets are constant (see --exclude_tokens). No update was made "
-        f"and {run} keeps its last checkpoint. Try --mixed_precision no, a lower --lr, or another "
-        f"hookpoint"
+        f"step {step}: {metric} at {place} is {numbers[bad]}: the LM's activations there, or "
+        f"the loss, hold NaN or Inf, or the targets are constant (see --exclude_tokens). No "
+        f"update was made and {run} keeps its last checkpoint. Try --mixed_precision no, a lower "
+        f"--lr, or another hookpoint"
     )
+
+
+def _numbers(metrics: dict[str, Tensor | float]) -> dict[str, float]:
+    """Metrics as numbers, in one transfer from the device."""
+    tensors = [m for m in metrics.values() if isinstance(m, Tensor)]
+    moved = torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else []
+    read = iter(moved)
+    return {n: next(read) if isinstance(m, Tensor) else float(m) for n, m in metrics.items()}
 
 
 class RunLog:
-    """The tracker and the progress bar of one run."""
+    """The tracker and the progress bar of one run, both kept by rank 0."""
 
     def __init__(
         self,
         accelerator: Accelerator,
-        every: int,
-        first_step: int,
-        total_steps: int,
+        exchange: Exchange,
+        flags: dict[str, Any],
+        steps: range,
         seconds_before: float,
     ) -> None:
-        self._accelerator, self._every = accelerator, every
-        self._first_step, self._total_steps = first_step, total_steps
+        """`steps` are those still to go."""
+        self._accelerator, self._exchange, self._flags = accelerator, exchange, flags
+        self._first_step, self._total_steps = steps.start, steps.stop
         self._seconds_before, self._started = seconds_before, time.monotonic()
         self._rows, self._rows_since = 0, self._started
         self._bar: tqdm | None = None
@@ -78,16 +79,22 @@ class RunLog:
         """Wall seconds of training so far, those before a resume included."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def start(self, flags: dict[str, Any], bank: CoderBank, held_tokens: int) -> None:
-        """Open the tracker, record the flags, and say what will be trained."""
-        names = list(bank.hookpoint)
-        coders = [coder for _, coder in bank.items()]
-        widths = ", ".join(str(w) for w in sorted({c.num_latents for c in coders}))
-        print(
-            f"{len(names)} coders of {widths} latents ({names[0]} to {names[-1]}), "
-            f"{sum(p.numel() for p in bank.parameters()):,} parameters; "
-            f"{self._total_steps:,} steps, {held_tokens:,} tokens held out"
-        )
+    def start(self, held_tokens: int) -> None:
+        """Open the tracker, record flags and owners, and say what will be trained."""
+        exchange, ranks, flags = self._exchange, self._exchange.ranks, self._flags
+        table = [
+            " ".join(p for p, owner in exchange.owner.items() if owner == rank) or "nothing"
+            for rank in range(ranks.world)
+        ]
+        if ranks.main:
+            print(
+                f"coders at {len(exchange.owner)} hookpoints, {ranks.world} "
+                f"{'process' if ranks.world == 1 else 'processes'}; "
+                f"{self._total_steps:,} steps, {held_tokens:,} tokens held out"
+            )
+            does = "trains and saves" if exchange.distributed else "saves"
+            for rank, owned in enumerate(table) if ranks.world > 1 else ():
+                print(f"rank {rank} {does} {owned}")
         if self._accelerator.log_with:
             plain = {n: v if isinstance(v, (int, float, str)) else str(v) for n, v in flags.items()}
             # On resume, points that a killed run logged after its last checkpoint are dropped.
@@ -96,11 +103,14 @@ class RunLog:
         if writer := self._writer():
             rows = "\n".join(f"| {n} | {json.dumps(v)} |" for n, v in flags.items())
             writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}", self._first_step)
+            owners = "\n".join(f"| {rank} | {owned} |" for rank, owned in enumerate(table))
+            writer.add_text("owners", f"| rank | owns |\n|---|---|\n{owners}", self._first_step)
         self._bar = tqdm(
             total=self._total_steps,
             initial=self._first_step,
             unit="step",
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
+            disable=not self._exchange.ranks.main,
         )
         self._started = self._rows_since = time.monotonic()
 
@@ -113,14 +123,15 @@ class RunLog:
         self._bar.update()
         if step % _HISTOGRAM_STEPS == 0 or step == self._total_steps:
             self._histograms(step, firing)
-        if step % self._every and step != self._total_steps:
+        if step % self._flags["log_every"] and step != self._total_steps:
             return
-        names = list(metrics)
-        # One transfer for all values that live on the device.
-        values = torch.stack([torch.as_tensor(metrics[n]).double().cpu() for n in names]).tolist()
-        numbers = dict(zip(names, values, strict=True))
+        known: dict[str, float] = _numbers(metrics)
+        for record in firing.values():
+            known["tokens"] = record.tokens
+        numbers = self._exchange.ranks.merge(known)
+        if not self._exchange.ranks.main:
+            return
         now = time.monotonic()
-        numbers["tokens"] = next(iter(firing.values())).tokens
         numbers["tokens_per_second"] = self._rows / (now - self._rows_since)
         self._rows, self._rows_since = 0, now
         self._accelerator.log(numbers, step=step)
@@ -128,14 +139,19 @@ class RunLog:
         rate = f"{numbers['tokens_per_second']:,.0f} tokens/s"
         self._bar.set_postfix_str(f"fvu {sum(fvu) / len(fvu):.4f}, {rate}", refresh=False)
 
-    def finish(self, run: Path, summary: dict[str, Any]) -> None:
-        """Log the held-out figures, close the tracker, and print where everything is."""
-        if self._bar is not None:
-            self._bar.close()
+    def stop(self, reason: str, step: int) -> NoReturn:
+        """End a run that was told to stop and has been saved."""
+        self._close()
+        raise Stopped(f"{reason}: saved after step {step}; the same command with --resume goes on")
+
+    def finish(self, run: Path, summary: dict[str, Any]) -> dict[str, Any]:
+        """Log the held-out figures, close the tracker, print where everything is."""
+        if not self._exchange.ranks.main:
+            return summary
         found = summary["hookpoints"]
         held_out = {f"eval/fvu/{n}": figures["fvu"] for n, figures in found.items()}
         self._accelerator.log(held_out, step=summary["step"])
-        self._accelerator.end_training()
+        self._close()
         width = max(9, *(len(name) for name in found))
         print(f"\n{'hookpoint':{width}}  held-out FVU  dead share")
         for name, figures in found.items():
@@ -144,6 +160,13 @@ class RunLog:
         print(f"TensorBoard  tensorboard --logdir {(run / 'tensorboard').resolve()}")
         print(f"coders       {Path(next(iter(found.values()))['path']).parent}")
         print(f"summary      {(run / 'summary.json').resolve()}")
+        return summary
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
     def _writer(self) -> Any:
         """TensorBoard's own writer, where that is the tracker."""
@@ -151,8 +174,9 @@ class RunLog:
         return next((t.tracker for t in named), None)
 
     def _histograms(self, step: int, firing: dict[str, FiringRecord]) -> None:
-        for name, record in firing.items():
-            frequencies = record.frequencies()
-            if (writer := self._writer()) and len(frequencies):
-                writer.add_histogram(f"log10_firing_frequency/{name}", frequencies.cpu(), step)
+        found = {name: record.frequencies().float().cpu() for name, record in firing.items()}
+        for record in firing.values():
             record.clear_recent()
+        for name, frequencies in self._exchange.merge(found).items():
+            if (writer := self._writer()) and len(frequencies):
+                writer.add_histogram(f"log10_firing_frequency/{name}", frequencies, step)

@@ -165,6 +165,13 @@ class CoderOptimizer:
                     group[key] = tensors[f"group.{i}.{key}"].item()
 
 
+def state_bytes(coder: SparseCoder, name: OptimizerName, adam_8bit: bool = False) -> int:
+    """Bytes that the optimizer of a coder keeps beside the weights: z, moments, or momentum."""
+    adam = 2 if adam_8bit else 8
+    per_element = {"signum": (4, 4), "adam": (adam, adam), "muon": (4, adam)}[name]
+    return sum(p.numel() * per_element[p.ndim != 2] for p in coder.parameters())
+
+
 def _adam(parameters: list[Tensor], lr: float, eight_bit: bool) -> torch.optim.Optimizer:
     if not eight_bit:
         return torch.optim.Adam(parameters, lr=lr, fused=True)

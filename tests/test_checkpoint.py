@@ -18,8 +18,10 @@ from sae import SparseCoder, UsageError, load_many
 from sae.bank import CoderBank
 from sae.checkpoint import checkpoints, keep_best
 from sae.evaluate import HeldOut
+from sae.exchange import Exchange
 from sae.hookpoints import Hookpoint, capture
 from sae.optim import CoderOptimizer
+from sae.ranks import Ranks
 from train_sae import TrainConfig, train
 
 
@@ -154,11 +156,12 @@ def test_save_best_keeps_the_lowest_held_out_fvu(
     places = [Hookpoint(name, 8, 8) for name in ("a", "b")]
     bank = CoderBank(places, TrainConfig(**settings).coder, (0,), "cpu")
     optimizers = {name: CoderOptimizer(coder, "adam") for name, coder in bank.items()}
+    exchange = Exchange(Ranks(torch.device("cpu"), 1.0), {"a": 1, "b": 1}, False)
     for step, fvus in ((1, (0.5, 0.5)), (2, (0.6, 0.4)), (3, (0.5, 0.3))):
         for _, coder in bank.items():
             coder.b_dec.data.fill_(step)
         figures = {n: HeldOut(fvu, 4.0) for n, fvu in zip("ab", fvus, strict=True)}
-        keep_best(tmp_path, step, figures, bank, optimizers)
+        keep_best(tmp_path, step, figures, exchange, bank, optimizers)
     kept = load_many(tmp_path / "best")
     assert kept["a"].b_dec[0] == 1 and kept["b"].b_dec[0] == 3
 

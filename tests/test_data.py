@@ -63,9 +63,9 @@ def test_packing_does_not_depend_on_processes(
 ) -> None:
     """One process and three give the same blocks, though each tokenizes a part."""
     monkeypatch.setattr("sae.data._DOCUMENTS_PER_CALL", 50)
-    one = stacked(load(jsonl(tmp_path), num_proc=1))
+    one = stacked(load(jsonl(tmp_path), data_preprocessing_num_proc=1))
     monkeypatch.setattr("sae.data._DOCUMENTS_PER_CALL", 40)  # another cache entry
-    three = stacked(load(jsonl(tmp_path), num_proc=3))
+    three = stacked(load(jsonl(tmp_path), data_preprocessing_num_proc=3))
     assert torch.equal(one, three)
 
 
@@ -85,7 +85,7 @@ def test_a_stream_gives_the_packed_blocks_of_its_own_order(tmp_path: Path) -> No
     assert not torch.equal(other, blocks)
     everything = len(joined(documents())) // 32
     longer = load(jsonl(tmp_path), stream_blocks=everything + 1)
-    with pytest.raises(UsageError, match=f"ended after {everything} sequences.*--max_examples"):
+    with pytest.raises(UsageError, match=f"ended before sequence {everything}.*--max_examples"):
         stacked(longer)
 
 

@@ -10,9 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sae.bank import CoderBank
+from sae.bank import costs
 from sae.config import TranscoderConfig, UsageError
-from sae.hookpoints import capture, choose_hookpoints, freeze, load_lm, measure, token_limits
+from sae.hookpoints import (
+    capture,
+    choose_hookpoints,
+    find_hookpoints,
+    freeze,
+    load_lm,
+    measure,
+    token_limits,
+)
 
 LAYERS = {
     "hidden_size": 32,
@@ -114,14 +122,21 @@ def direct(lm: PreTrainedModel, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return seen[0], seen[1]
 
 
+def load(path: Path, *choose: Any, **kwargs: Any) -> tuple[hf.PreTrainedModel, list[str]]:
+    """The LM of a folder as far as the chosen hookpoints need it, and their names."""
+    skeleton, names = find_hookpoints(str(path), *choose)
+    return load_lm(str(path), skeleton, names, **kwargs), names
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_works_unchanged(family: str, tmp_path: Path) -> None:
     """Loaded up to its middle layer, an LM gives bit for bit what the whole one gives there."""
     config, layer, inner, widths = FAMILIES[family]
     whole = make(config, tmp_path)
     assert choose_hookpoints(whole, layers=(1,)) == [layer]
-    lm, names = load_lm(str(tmp_path), choose=((layer, inner), (), 1))
+    lm, names = load(tmp_path, (layer, inner))
     assert names == [layer, inner]
+    assert measure(find_hookpoints(str(tmp_path), names)[0], names) == measure(lm, names)
     assert len(dict(lm.named_modules())[layer.rpartition(".")[0]]) == 2, "layer 2 was loaded"
     captured = capture(lm, TOKENS, names)
     for name in names:
@@ -171,7 +186,7 @@ def test_nothing_runs_after_the_last_hookpoint(tmp_path: Path) -> None:
 def test_no_gradient_no_cache(tmp_path: Path) -> None:
     """Captured rows carry no graph, and no key-value cache is built."""
     make(hf.LlamaConfig(**LAYERS), tmp_path)
-    lm, _ = load_lm(str(tmp_path))
+    lm, _ = load(tmp_path)
     assert lm.config.use_cache is False and token_limits(lm) == (64, 64)
     cached: list[bool] = []
     lm.layers[0].self_attn.register_forward_hook(
@@ -198,14 +213,14 @@ def test_later_layers_are_not_read_from_disk(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     kept = {n: t for n, t in weights.items() if not n.startswith(("layers.2", "norm"))}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    lm, names = load_lm(str(tmp_path), choose=((), (1,), 1))
+    lm, names = load(tmp_path, (), (1,))
     assert torch.equal(capture(lm, TOKENS, names)[names[0]][1], direct(whole, "layers.1")[1])
     with pytest.raises(UsageError, match=r"lack layers\.2"):
-        load_lm(str(tmp_path))
+        load(tmp_path)
     kept.pop("layers.1.mlp.up_proj.weight")
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"lack layers\.1\.mlp\.up_proj\.weight.*random weights"):
-        load_lm(str(tmp_path), choose=((), (1,), 1))
+        load(tmp_path, (), (1,))
 
 
 def test_what_cannot_be_hooked_is_named(tmp_path: Path) -> None:
@@ -220,7 +235,7 @@ def test_what_cannot_be_hooked_is_named(tmp_path: Path) -> None:
     embedding = measure(lm, ["embed_tokens"])
     assert (embedding[0].d_in, embedding[0].d_out) == (0, 32)
     with pytest.raises(UsageError, match="--transcode: embed_tokens takes token ids"):
-        CoderBank(embedding, TranscoderConfig(), (0,), "cpu")
+        costs(embedding, TranscoderConfig(), (0,))
     lm.never = nn.Linear(2, 2)
     with pytest.raises(UsageError, match="never does not run"):
         measure(lm, ["never"])
@@ -229,24 +244,24 @@ def test_what_cannot_be_hooked_is_named(tmp_path: Path) -> None:
 def test_broken_models_are_one_clear_line(tmp_path: Path) -> None:
     """Unknown names, broken configs, damaged and pickled weights are refused by name."""
     with pytest.raises(UsageError, match="MODEL no-such/model"):
-        load_lm("no-such/model")
+        find_hookpoints("no-such/model")
     make(hf.LlamaConfig(**LAYERS), tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     with pytest.raises(UsageError, match="weights cannot be loaded"):
-        load_lm(str(tmp_path))
+        load(tmp_path)
     weights.unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UsageError, match="weights cannot be loaded"):
-        load_lm(str(tmp_path))
+        load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UsageError, match="MODEL"):
-        load_lm(str(tmp_path))
+        load(tmp_path)
 
 
 def test_eight_bit_loading_says_what_it_needs(tmp_path: Path) -> None:
     """--load_in_8bit without bitsandbytes is one clear line."""
     make(hf.LlamaConfig(**LAYERS), tmp_path)
     with pytest.raises(UsageError, match="--load_in_8bit|weights cannot be loaded"):
-        load_lm(str(tmp_path), load_in_8bit=True)
+        load(tmp_path, load_in_8bit=True)

@@ -24,10 +24,21 @@ BELOW = {
     "dead_latents": set(),
     "sparse_coder": {"config", "functional", "kernels"},
     "optim": {"config", "sparse_coder"},
+    "watch": {"config"},
+    "ranks": {"blocks", "config", "watch"},
+    "exchange": {"config", "hookpoints", "ranks"},
+    "launch": {"config", "hookpoints", "ranks"},
     "bank": {"config", "functional", "hookpoints", "sparse_coder"},
-    "evaluate": {"bank", "config", "functional", "hookpoints", "optim"},
-    "checkpoint": {"bank", "config", "dead_latents", "evaluate", "optim"},
-    "logs": {"bank", "config", "dead_latents"},
+    "evaluate": {
+        *("bank", "blocks", "config", "exchange", "functional", "hookpoints", "optim"),
+        "ranks",
+    },
+    "checkpoint": {
+        *("bank", "config", "dead_latents", "evaluate", "exchange", "optim", "ranks"),
+        "sparse_coder",
+    },
+    "logs": {"config", "dead_latents", "exchange", "ranks", "watch"},
+    "dry_run": {"bank", "config", "exchange", "hookpoints", "launch", "optim"},
     "__init__": {"config", "sparse_coder"},
 }
 

@@ -57,7 +57,7 @@ def test_coders_start_from_the_first_step_data(
     """b_dec is the mean of all targets of the first step; a transcoder's encoder is centred."""
     started: dict[str, dict[str, Tensor]] = {}
 
-    def stop(lm: Any, tokens: Any, places: Any, exclude: Any) -> Any:
+    def stop(*args: Any, **kwargs: Any) -> Any:
         raise Killed
 
     class Bank(train_sae.CoderBank):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .bank import CoderBank
 from .blocks import TokenSource
 from .config import UsageError
-from .exchange import Exchange
+from .exchange import Exchange, no_rows
 from .functional import Moments, accumulate
 from .hookpoints import capture
 from .optim import CoderOptimizer
@@ -91,7 +91,7 @@ def held_out(
                 lm, tokens.to(ranks.device), places, exclude_tokens, inputs=bank.transcode
             )
             if i >= len(mine):
-                pairs = {place: (x[:0], y[:0]) for place, (x, y) in pairs.items()}
+                pairs = {place: no_rows(pair) for place, pair in pairs.items()}
             for place, (x, y) in exchange.to_owners(pairs).items():
                 accumulate(moments, place, y)
                 for name, coder in bank.at(place):

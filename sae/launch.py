@@ -71,12 +71,17 @@ def arguments(
 
 def join(accelerator: Accelerator, timeout_minutes: float) -> Ranks:
     """The ranks of this launch. Raises UsageError if a process takes itself for the only one."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
+    launched = os.environ.get("WORLD_SIZE", "1")
+    # Several processes on the CPU are MPI's to accelerate: it sets an address and starts one.
+    address_for_one = {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys()
+    if accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ and address_for_one:
+        launched = "several"
+    if str(accelerator.num_processes) != launched:
         raise UsageError(
-            f"{launched} processes were launched and this one sees {accelerator.num_processes}: "
-            f"each would train alone and write the same folder. Launch with one of "
-            f"accelerate_configs/*.yaml, or torchrun --nproc_per_node {launched}"
+            f"{launched} processes were asked for and this one sees {accelerator.num_processes}: "
+            f"each would train alone and write the same folder. On the CPU, launch with "
+            f"--config_file accelerate_configs/cpu_2proc.yaml --num_processes N; on GPUs with "
+            f"accelerate_configs/8gpu.yaml; or with torchrun --nproc_per_node N"
         )
     if not accelerator.is_main_process:  # one progress bar is enough
         disable_progress_bar()

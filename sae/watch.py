@@ -93,7 +93,8 @@ def join(rank: int, world: int, timeout_minutes: float) -> None:
     _watch.rank, _watch.world = rank, world
     for key in ("sign", "words", "turn"):
         _watch.write(key, "-")
-    threading.Thread(target=_beat, daemon=True).start()
+    # No daemon: one that is in a call of the store when the interpreter ends aborts the process.
+    threading.Thread(target=_beat).start()
 
 
 def say(turn: int) -> None:
@@ -129,7 +130,8 @@ def exit_codes() -> Iterator[None]:
     except Stopped as stopped:
         lost = _why_others_ended() if _watch.world > 1 and not _watch.in_steps else None
         _watch.leave()
-        _end(lost or str(stopped), LOST_A_RANK if lost else STOPPED)
+        said = str(stopped) if _watch.rank == 0 else None  # all ranks would say the same
+        _end(lost or said, LOST_A_RANK if lost else STOPPED)
     except Exception as error:
         if _watch.world == 1:
             raise
@@ -197,7 +199,7 @@ def _why_others_ended(seconds: float = _SILENT + 2) -> str | None:
 
 def _beat() -> None:
     count, looked = 0, time.monotonic()
-    while True:
+    while threading.main_thread().is_alive():
         count += 1
         _watch.write("sign", str(count))
         time.sleep(_BEAT)

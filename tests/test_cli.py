@@ -1,6 +1,5 @@
 """The command line takes the reference's flags, and answers mistakes with one readable line."""
 
-import os
 import shlex
 import subprocess
 import sys
@@ -84,7 +83,8 @@ BAD_FLAGS = [
     ("--streaming", "--streaming True: a stream has no length"),
     ("--loss_fn ce", "--loss_fn ce"),
     ("--loss_fn kl", "--loss_fn kl"),
-    ("--distribute_modules", "--distribute_modules"),
+    ("--layer_to_rank layers.0=1", "--layer_to_rank ('layers.0=1',): says where coders live"),
+    ("--timeout 0", "--timeout 0"),
     ("--activation groupmax --k_decay_steps 5", "--k_decay_steps 5"),
     ("--adam_8bit", "--adam_8bit True: belongs to --optimizer adam, not signum"),
 ]
@@ -151,19 +151,3 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         lines = [x for x in found[name].splitlines() if x.startswith("error: ")]
         assert len(lines) == 1 and message in lines[0], (name, found[name])
         assert "CODE 2" in found[name] and "Traceback" not in found[name], name
-
-
-def test_several_processes_are_refused(script: Script, tmp_path: Path) -> None:
-    """Processes that each believe to be alone are found out before anything is written."""
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
-    environment |= {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29511",
-        "ACCELERATE_USE_CPU": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, "train_sae.py", LM, "x", "--save_dir", str(tmp_path / "runs")],
-        **{"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 120},
-    )
-    assert done.returncode == 2 and "--num_processes 2" in done.stderr
-    assert not (tmp_path / "runs").exists()

@@ -67,6 +67,34 @@ def test_numbers_are_those_of_the_checked_in_results() -> None:
             assert f"{result[dtype]['ratio']:.2f}" in README, (file.name, dtype)
 
 
+def test_exchange_numbers_are_the_checked_in_ones() -> None:
+    """The README's tables of several processes say what the result file says, and it is minimal."""
+    result = json.loads((ROOT / "benchmarks/results/exchange.json").read_text())
+    shape = result["shape"]
+    for world in (1, 2, 4):
+        cells = [
+            f"{found['received_bytes'] / 1e6:.1f} MB, {found['step_ms']:.0f} ms"
+            for found in result[f"ranks_{world}"].values()
+        ]
+        assert f"| {world} | {' | '.join(cells)} |" in README
+        others = shape["rows"] - shape["rows"] // world
+        share = shape["hookpoints"] // world
+        owners = result[f"ranks_{world}"]["owners"]
+        assert owners["received_bytes"] == share * others * shape["D"] * 4
+    for case in result["paper"]:
+        row = f"| {case['hookpoints']} hookpoints | {case['gpus']} | {case['GB_per_gpu_total']:.1f}"
+        assert row in README
+
+
+def test_paper_is_computed_as_checked_in() -> None:
+    """The extrapolation on paper comes out of the benchmark as it was checked in."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.exchange import paper
+
+    checked_in = json.loads((ROOT / "benchmarks/results/exchange.json").read_text())["paper"]
+    assert [paper(8, 8), paper(64, 80)] == checked_in
+
+
 @pytest.mark.skipif(
     not (ROOT / ".venv/installed.txt").exists(), reason="scripts/test.sh makes .venv"
 )

@@ -1,0 +1,207 @@
+"""What ranks send each other per step and how long a step takes, beside an all-gather of all rows.
+
+    python benchmarks/exchange.py --out benchmarks/results/exchange.json
+
+The rows of a step are the same number on 1, 2 and 4 ranks. `replicas` and `owners` are this
+project's two modes. `all-gather` is the scheme of Sparsify's --distribute_modules: the inputs and
+outputs of every hookpoint go to all ranks, one hookpoint after another, and its owner trains before
+the next one is sent. A step is everything but the LM. `--paper` prints what the same counting says
+of Llama-3-70B, from bandwidths that are stated and with nothing measured.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.step import machine
+from sae import SaeConfig
+from sae.bank import CoderBank, costs
+from sae.exchange import Exchange, Pairs
+from sae.functional import Moments, accumulate
+from sae.hookpoints import Hookpoint
+from sae.optim import CoderOptimizer, finish_gradients_
+from sae.ranks import Ranks
+
+SHAPE = {"hookpoints": 8, "D": 256, "L": 4096, "k": 32, "rows": 4096}
+MODES = ("replicas", "owners", "all-gather")
+
+
+def train_step(mode: str, exchange: Exchange, bank: CoderBank, rules: Any, pairs: Pairs) -> None:
+    """One optimizer step of all coders on the rows that this rank captured."""
+    moments: dict[str, Moments] = {}
+
+    def learn(place: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        accumulate(moments, place, y)
+        for _, coder in bank.at(place):
+            coder(x, y, total_variance=1.0).fvu.backward()
+
+    if mode == "all-gather":
+        world = exchange.ranks.world
+        for place, pair in pairs.items():
+            whole = []
+            for rows in pair:
+                buffers = [torch.empty_like(rows) for _ in range(world)]
+                if world > 1:
+                    dist.all_gather(buffers, rows)
+                    exchange.ranks.count_bytes(rows.nbytes, (world - 1) * rows.nbytes)
+                whole.append(torch.cat(buffers) if world > 1 else rows)
+            if exchange.writes(place):
+                learn(place, *whole)
+    else:
+        for place, (x, y) in exchange.to_owners({p: (y, y) for p, (_, y) in pairs.items()}).items():
+            learn(place, x, y)
+        sums = [t for seen in moments.values() for t in seen]
+        exchange.sum_replicas_(*sums, *bank.gradients())
+    for name, coder in bank.items():
+        finish_gradients_(coder, moments[bank.hookpoint[name]].total_variance)
+        rules[name].step(0, 1000, 0)
+
+
+def worker(repeats: int) -> dict[str, dict[str, float]]:
+    """Every mode, in turns, on the ranks of this launch."""
+    torch.set_num_threads(1)
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo")
+    ranks = Ranks(torch.device("cpu"), 10.0)
+    places = [Hookpoint(f"layers.{i}", SHAPE["D"], SHAPE["D"]) for i in range(SHAPE["hookpoints"])]
+    cfg = SaeConfig(num_latents=SHAPE["L"], k=SHAPE["k"])
+    torch.manual_seed(ranks.rank)
+    rows = SHAPE["rows"] // ranks.world
+    pairs = {h.name: (torch.randn(rows, h.d_in), torch.randn(rows, h.d_out)) for h in places}
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    received: dict[str, float] = {}
+    parts = {}
+    for mode in MODES:
+        exchange = Exchange(ranks, costs(places, cfg, (0,)), mode != "replicas")
+        bank = CoderBank(exchange.here(places), cfg, (0,), "cpu")
+        parts[mode] = (exchange, bank, {n: CoderOptimizer(c, "signum") for n, c in bank.items()})
+    for _ in range(repeats + 1):
+        for mode in MODES:
+            if ranks.world > 1:
+                dist.barrier()
+            ranks.traffic()
+            began = time.perf_counter()
+            train_step(mode, *parts[mode], pairs)
+            if ranks.world > 1:
+                dist.barrier()
+            seconds[mode].append(time.perf_counter() - began)
+            received[mode] = ranks.traffic().get(f"bytes_received/rank{ranks.rank}", 0.0)
+    return {
+        mode: {"step_ms": 1e3 * statistics.median(seconds[mode][1:]), "received": received[mode]}
+        for mode in MODES
+    }
+
+
+# On paper: what is assumed of a GPU (NVIDIA's data sheet of the H100 SXM: 989 TFLOP/s dense bf16,
+# 900 GB/s NVLink both ways together) and of a network of 400 Gb/s for each GPU.
+ASSUMED = {"flops": 0.4 * 989e12, "nvlink": 450e9, "network": 50e9, "step_over_product": 1.6}
+MODEL = {"layers": 80, "parameters": 70.6e9, "d": 8192, "L": 131_072, "tokens": 2048}
+
+
+def paper(gpus: int, hookpoints: int) -> dict[str, Any]:
+    """Llama-3-70B, ZeRO-3, one coder of every hookpoint on its owner, one LM forward per step."""
+    d, latents, tokens = MODEL["d"], MODEL["L"], MODEL["tokens"]
+    link = ASSUMED["nvlink"] if gpus <= 8 else ASSUMED["network"]
+    share = -(-hookpoints // gpus)  # of the fullest rank
+    others = (gpus - 1) / gpus
+    coder = 2 * latents * d * 4
+    rows = tokens * gpus
+    product = 2 * rows * d * latents / ASSUMED["flops"]
+    gigabyte = {
+        "LM shard": 2 * MODEL["parameters"] / gpus,
+        "LM gathered at a time": 2 * 1e9,
+        "coders, gradients, momentum": 3 * share * coder,
+        "rows captured and sent": 2 * hookpoints * tokens * d * 2,
+        "rows received and joined": 2 * share * rows * d * 2,
+    }
+    moved = {
+        "owners": share * (rows - tokens) * d * 2,
+        "replicas": 2 * others * hookpoints * coder,
+        "all-gather": 2 * hookpoints * (rows - tokens) * d * 2,
+        "LM weights": 2 * MODEL["parameters"] * others,
+    }
+    seconds = {
+        "LM forward": 2 * MODEL["parameters"] * tokens / ASSUMED["flops"],
+        "LM weights": moved["LM weights"] / link,
+        "rows to owners": moved["owners"] / link,
+        "coders": share * ASSUMED["step_over_product"] * product,
+    }
+    # DeepSpeed gathers the next layer while one computes.
+    total = max(seconds["LM forward"], seconds["LM weights"])
+    total += seconds["rows to owners"] + seconds["coders"]
+    return {
+        "gpus": gpus,
+        "hookpoints": hookpoints,
+        "GB_per_gpu": {name: n / 1e9 for name, n in gigabyte.items()},
+        "GB_per_gpu_total": sum(gigabyte.values()) / 1e9,
+        "GB_received_per_step": {name: n / 1e9 for name, n in moved.items()},
+        "seconds": seconds,
+        "seconds_per_step": total,
+        "tokens_per_second": rows / total,
+    }
+
+
+def show_paper(case: dict[str, Any]) -> None:
+    print(f"\nLlama-3-70B on {case['gpus']} GPUs, {case['hookpoints']} hookpoints, on paper")
+    for name, gigabytes in case["GB_per_gpu"].items():
+        print(f"  {name:30} {gigabytes:9.2f} GB on a GPU")
+    print(f"  {'together':30} {case['GB_per_gpu_total']:9.2f} GB on a GPU")
+    for name, gigabytes in case["GB_received_per_step"].items():
+        print(f"  {name:30} {gigabytes:9.2f} GB received by a GPU in a step")
+    for name, seconds in case["seconds"].items():
+        print(f"  {name:30} {seconds:9.3f} s")
+    print(f"  {'step':30} {case['seconds_per_step']:9.3f} s")
+    print(f"  {'speed':30} {case['tokens_per_second']:9,.0f} tokens/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--paper", action="store_true", help="no measurement")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.worker:
+        found = worker(args.repeats)
+        (args.worker / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+        return
+    result: dict[str, Any] = {"machine": machine("cpu"), "shape": SHAPE, "assumed": ASSUMED}
+    for world in [] if args.paper else args.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            launch += ["--nproc_per_node", str(world), __file__, "--worker", folder]
+            subprocess.run([*launch, "--repeats", str(args.repeats)], check=True)
+            found = [json.loads(f.read_text()) for f in sorted(Path(folder).iterdir())]
+        if world == args.ranks[0]:
+            print(f"{SHAPE} on {result['machine']}")
+            print(f"{'ranks':>5} {'mode':10} {'MB received by a rank':>22} {'step ms':>9}")
+        result[f"ranks_{world}"] = {}
+        for mode in MODES:
+            received = max(rank[mode]["received"] for rank in found)
+            step = max(rank[mode]["step_ms"] for rank in found)
+            result[f"ranks_{world}"][mode] = {"received_bytes": received, "step_ms": step}
+            print(f"{world:5} {mode:10} {received / 1e6:22.2f} {step:9.1f}")
+    result["paper"] = [paper(8, 8), paper(64, 80)]
+    for case in result["paper"]:
+        show_paper(case)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

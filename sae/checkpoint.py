@@ -54,7 +54,9 @@ def open_run(folder: Path, flags: dict[str, Any], ranks: Ranks) -> None:
     run, or flags that differ.
     """
     versions = {f"the version of {package}": version(package) for package in _PACKAGES}
-    ranks.same({**{f"--{name}": value for name, value in flags.items()}, **versions})
+    # Machines may differ in their number of cores, which is this flag's default.
+    given = {f"--{n}": v for n, v in flags.items() if n != "data_preprocessing_num_proc"}
+    ranks.same({**given, **versions})
     with ranks.together():
         if ranks.main:
             _open_run(folder, flags)

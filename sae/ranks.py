@@ -33,12 +33,15 @@ class Ranks:
         # Words travel over the CPU, beside the queue of the GPU.
         timeout = timedelta(minutes=timeout_minutes)
         self._words = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
-        self._turns = 0
         if self.world > 1:
             watch.join(self.rank, self.world, timeout_minutes)
 
     def batches(self, source: TokenSource, order: Tensor, batch_size: int) -> Iterator[Tensor]:
-        """This rank's batches of an order: of every world * batch_size blocks its batch_size."""
+        """This rank's batches of an order: of every world * batch_size blocks its batch_size.
+
+        Raises UsageError, on all ranks, where ranks read different data.
+        """
+        self.same({"the data's fingerprint": source.fingerprint})
         mine = order.view(-1, self.world, batch_size)[:, self.rank].flatten()
         return (tokens.to(self.device) for tokens in source.batches(mine, batch_size))
 
@@ -120,14 +123,14 @@ class Ranks:
         The others look for a word now and then instead of waiting in a collective, which would time
         out while text is tokenized.
         """
-        self._turns += 1
+        turn = watch.next_turn()
         machine = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
         before = None if self.main else (0 if self.rank == machine else machine)
-        while self.world > 1 and before is not None and not watch.has_said(before, self._turns):
+        while self.world > 1 and before is not None and not watch.has_had(before, turn):
             time.sleep(0.2)
         yield
         if self.world > 1:
-            watch.say(self._turns)
+            watch.had(turn)
 
     def count_bytes(self, sent: int, received: int) -> None:
         """Add to the traffic of this step."""

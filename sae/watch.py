@@ -21,6 +21,7 @@ FAILED, MISTAKE, LOST_A_RANK, STOPPED = 1, 2, 3, 75
 _BEAT = 0.5  # seconds between two signs of life
 _SILENT = 4.0  # seconds without one after which a rank is missing, once something is wrong
 _BYE = b"bye"  # the last sign of a rank that ended in order
+_SAID = ""  # for a reason that rank 0 gave itself
 _GRACE = 30.0  # seconds that an orphan has to finish its step and save
 
 
@@ -35,6 +36,7 @@ class _Watch:
         self.reason: str | None = None
         self.in_steps = False
         self.left = False
+        self.turns = 0
         self.since: float | None = None
         self.rank, self.world, self.timeout = 0, 1, float("inf")
         self.store: Store | None = None
@@ -97,12 +99,18 @@ def join(rank: int, world: int, timeout_minutes: float) -> None:
     threading.Thread(target=_beat).start()
 
 
-def say(turn: int) -> None:
+def next_turn() -> int:
+    """The number of a round of turns; all ranks take part in all rounds."""
+    _watch.turns += 1
+    return _watch.turns
+
+
+def had(turn: int) -> None:
     """Tell the others that this rank has had its turn."""
     _watch.write("turn", str(turn))
 
 
-def has_said(rank: int, turn: int) -> bool:
+def has_had(rank: int, turn: int) -> bool:
     """Whether a rank has had its turn."""
     (found,) = _watch._read("turn", [rank])
     return found != b"-" and int(found) >= turn
@@ -120,7 +128,7 @@ def exit_codes() -> Iterator[None]:
     handled = {signal.SIGTERM, signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else {signal.SIGTERM}
     for number in handled:
         signal.signal(number, _on_signal)
-    if any(name.startswith(("TORCHELASTIC_", "ACCELERATE_")) for name in os.environ):
+    if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # launched
         threading.Thread(target=_guard_against_orphans, args=[os.getppid()], daemon=True).start()
     try:
         yield
@@ -131,11 +139,11 @@ def exit_codes() -> Iterator[None]:
         lost = _why_others_ended() if _watch.world > 1 and not _watch.in_steps else None
         _watch.leave()
         said = str(stopped) if _watch.rank == 0 else None  # all ranks would say the same
-        _end(lost or said, LOST_A_RANK if lost else STOPPED)
+        _end(said if lost is None else lost, STOPPED if lost is None else LOST_A_RANK)
     except Exception as error:
         if _watch.world == 1:
             raise
-        if _is_of_communication(error) and (lost := _why_others_ended()):
+        if _is_of_communication(error) and (lost := _why_others_ended()) is not None:
             _end(lost, LOST_A_RANK)
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         _watch.write("words", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -164,7 +172,7 @@ def _last_words(message: str, code: int) -> None:
 
 
 def _end(message: str | None, code: int) -> None:
-    if message is not None:
+    if message not in (None, _SAID):
         print(f"error: {message}" if code != STOPPED else message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -180,14 +188,14 @@ def _is_of_communication(error: Exception) -> bool:
 
 
 def _why_others_ended(seconds: float = _SILENT + 2) -> str | None:
-    """Which rank ended first and what it said, if any did; it takes a moment to tell."""
+    """Which rank ended first and what it said, or None; it takes a moment to tell."""
     until = time.monotonic() + seconds
     with suppress(RuntimeError):
         while time.monotonic() < until:
             missing = _watch.missing(_SILENT)
             if words := _watch.last_words():
                 rank, said = next(iter(words.items()))
-                return f"rank {rank} ended: {said}"
+                return f"rank {rank} ended: {said}" if rank else _SAID
             if missing:
                 return (
                     f"rank {' and '.join(map(str, missing))} died or hangs (no sign of life for "

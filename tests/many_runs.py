@@ -67,6 +67,7 @@ def run(name: str, flags: list[str], harm: dict[str, Any]) -> dict[str, Any]:
     def capture(lm: Any, *args: Any, **kwargs: Any) -> Any:
         found = real_capture(lm, *args, **kwargs)
         held["forwards"] += 1
+        held["layers"] = len(lm.layers)
         held["sizes"] = sorted({p.numel() for p in lm.parameters()})
         held["dtypes"] = sorted({str(p.dtype) for p in lm.parameters()})
         if harm.get("spoil") == RANK and held["forwards"] == 3:
@@ -77,9 +78,11 @@ def run(name: str, flags: list[str], harm: dict[str, Any]) -> dict[str, Any]:
         with watched_memory(held):
             return real_load(*args, **kwargs)
 
-    def load_tokens(*args: Any, **kwargs: Any) -> Any:
+    def load_tokens(dataset: str, **kwargs: Any) -> Any:
+        if harm.get("other_data") == RANK:
+            dataset = harm["data"]
         time.sleep(0 if RANK else harm.get("preparation", 0))
-        return real_tokens(*args, **kwargs)
+        return real_tokens(dataset, **kwargs)
 
     def forward(self: SparseCoder, *args: Any, **kwargs: Any) -> Any:
         time.sleep(harm.get("slow", 0))

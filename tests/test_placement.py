@@ -101,6 +101,7 @@ CODED = "--transcode --skip_connection --no-normalize_decoder"
 HARMED = {
     "other seed": {"other_seed": 1},
     "other version": {"other_version": 1},
+    "other data": {"other_data": 1},
     "spoiled": {"spoil": 1},
     "slow coders": {"slow": 0.05},
     "slow preparation": {"preparation": 4},
@@ -122,7 +123,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     others["tuned replicas"] = f"--batch_size 6 {tuned}"
     harmed = {name: "--batch_size 6 --distribute_modules" for name in HARMED}
     harmed["slow preparation"] += " --timeout 0.04"
-    made.launch("cpu_2proc", 2, {**some(*two), **others, **harmed}, **HARMED)
+    shutil.copy(made.folder / "ids.bin", made.folder / "other.bin")
+    with open(made.folder / "other.bin", "r+b") as file:
+        file.write(b"\x01\x00\x02\x00")
+    harm = {**HARMED, "other data": {"other_data": 1, "data": str(made.folder / "other.bin")}}
+    made.launch("cpu_2proc", 2, {**some(*two), **others, **harmed}, **harm)
     made.cut("two replicas", "replicas, two to three")
     made.cut("two owners", "owners, two to three")
     made.cut("two owners", "other total")
@@ -241,6 +246,7 @@ def test_a_mistake_on_one_rank_ends_all(runs: Runs) -> None:
     for name, message in {
         "other version": "the version of torch is '2.13.0+cpu' on rank 0 and '0.0' on rank 1",
         "lacking": "lack layers.1.mlp.up_proj.weight; training on random weights is refused",
+        "other data": "the data's fingerprint is {",
         "other seed": "--shuffle_seed is 42 on rank 0 and 7 on rank 1",
         "spoiled": "step 3: fvu at layers.0 is nan",
         "other total": "--batch_size times --grad_acc_steps times the number of ranks is 18",
@@ -257,6 +263,7 @@ def test_no_rank_holds_the_whole_lm(runs: Runs) -> None:
     whole = sum(f.stat().st_size for f in (runs.folder / "big").glob("*.safetensors"))
     for name, share in {"big": 1.0, "big bf16": 0.5}.items():
         for rank in runs.results[name]:
+            assert rank["layers"] == 11, "the layer after the last hookpoint was loaded"
             assert rank["load_bytes"] < 0.7 * share * whole, name
             # What a rank shows are empty weights, but for the small ones that stay gathered.
             assert max(rank["sizes"]) < 100_000 and 0 in rank["sizes"]

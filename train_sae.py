@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from accelerate import Accelerator
 from datasets import Dataset
@@ -32,11 +31,12 @@ from sae.blocks import hold_out
 from sae.config import Activation, SparseCoderConfig, check_flags
 from sae.data import TEXT_FLAGS, load_tokens
 from sae.dead_latents import FiringRecord
+from sae.end_to_end import EndToEnd
 from sae.evaluate import first_moments, held_out
 from sae.exchange import Exchange
-from sae.functional import Moments, accumulate
 from sae.hookpoints import capture, find_hookpoints, load_lm, measure, token_limits
 from sae.optim import CoderOptimizer, OptimizerName, finish_gradients_, k_at
+from sae.sums import StepSums
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ def train(
     dtype = launch.working_dtype(cfg.mixed_precision)
     hub: dict[str, Any] = {"revision": cfg.revision, "token": cfg.hf_token}
     choose = (cfg.hookpoints, cfg.layers, cfg.layer_stride)
-    skeleton, places = find_hookpoints(lm or cfg.model, *choose, **hub)
+    end_to_end = cfg.loss_fn != "fvu"
+    skeleton, places = find_hookpoints(lm or cfg.model, *choose, with_head=end_to_end, **hub)
     accelerator = Accelerator(**launch.arguments(run, cfg.log_with, dtype, cfg.timeout))
     ranks = launch.join(accelerator, cfg.timeout)
     per_step = cfg.batch_size * cfg.grad_acc_steps * ranks.world
@@ -201,13 +202,11 @@ def train(
     bank = CoderBank(exchange.here(hookpoints), cfg.coder, cfg.init_seeds, ranks.device, dtype)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
-    stream_blocks = -(-cfg.eval_tokens // cfg.ctx_len) + (cfg.max_examples or 0)
     with ranks.main_first():
         source = load_tokens(
             cfg.dataset if dataset is None else dataset,
             tokenizer=lm.name_or_path or cfg.model,
             limits=token_limits(lm),
-            stream_blocks=stream_blocks if cfg.streaming else None,
             **{name: flags[name] for name in TEXT_FLAGS},
             **hub,
         )
@@ -227,24 +226,28 @@ def train(
     elif not cfg.resume:
         first_batches = ranks.batches(source, order[:per_step], cfg.batch_size)
         bank.center_(*first_moments(lm, places, first_batches, ranks, cfg.exclude_tokens))
+    end = (cfg.loss_fn, cfg.exclude_tokens, cfg.auxk_alpha)
+    whole_lm = EndToEnd(lm, bank, *end) if end_to_end else None
+    sums = StepSums(bank, firing)
     evaluate = partial(held_out, lm, *coders, source, held, cfg.exclude_tokens)
 
     log = logs.RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
     log.start(held_tokens=len(held) * source.block_len)
     batches = ranks.batches(source, order[first_step * per_step :], cfg.batch_size)
     for step in range(first_step, total_steps):
-        rows = 0
-        moments: dict[str, Moments] = {}
-        errors = {name: torch.zeros(3, device=ranks.device) for name in optimizers}
+        sums.clear()
         dead = {n: f.dead_mask() if cfg.auxk_alpha else None for n, f in firing.items()}
         k = {name: k_at(step, cfg.k_decay_steps, coder) for name, coder in bank.items()}
 
         for tokens in islice(batches, cfg.grad_acc_steps):
+            if whole_lm is not None:  # the LM's own loss, with reconstructions spliced in
+                whole_lm.backward(tokens, sums, dead, k)
+                continue
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
             pairs = capture(lm, tokens, places, cfg.exclude_tokens, inputs=cfg.transcode)
-            rows += len(pairs[places[0]][1])
+            sums.rows += len(pairs[places[0]][1])
             for place, (x, y) in exchange.to_owners(pairs).items():
-                accumulate(moments, place, y)
+                sums.add_targets(place, y)
                 for name, coder in bank.at(place):
                     pieces = (x.chunk(cfg.micro_acc_steps), y.chunk(cfg.micro_acc_steps))
                     for x_rows, y_rows in zip(*pieces, strict=True):
@@ -253,20 +256,16 @@ def train(
                         # EDIT: the loss.
                         loss = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
                         loss.backward()
-                        errors[name] += torch.stack(out[3:]).detach()
-                        firing[name].observe(out.top_acts, out.top_indices)
+                        sums.add(name, out)
 
         # One denominator for all rows of the step, then one update.
-        sums = [t for seen in moments.values() for t in seen]
-        counts = [record.step_counts for record in firing.values()]
-        exchange.sum_replicas_(*sums, *errors.values(), *counts, *bank.gradients())
-        rows = sum(ranks.gather(rows))
-        metrics: dict[str, Tensor | float] = {**ranks.traffic()}
+        exchange.sum_replicas_(*sums.tensors(), *bank.gradients())
+        rows, metrics = sum(ranks.gather(sums.rows)), ranks.traffic()
+        if whole_lm is not None:
+            metrics[cfg.loss_fn] = whole_lm.finish_gradients_(sums, exchange)
         for name, coder in bank.items():
-            seen = moments[bank.hookpoint[name]]
-            for metric, error in zip(("fvu", "auxk", "multi_topk_fvu"), errors[name], strict=True):
-                metrics[f"{metric}/{name}"] = error / seen.total_variance
-            metrics[f"grad_norm/{name}"] = finish_gradients_(coder, seen.total_variance)
+            metrics |= sums.losses(name)
+            metrics[f"grad_norm/{name}"] = finish_gradients_(coder, sums.variance(name))
         logs.refuse_bad_numbers(metrics, step + 1, run, ranks)
         for name, optimizer in optimizers.items():
             metrics[f"lr/{name}"] = optimizer.step(step, total_steps, cfg.lr_warmup_steps)

@@ -148,8 +148,14 @@ def check_flags(flags: Any) -> None:
         refuse("shuffle_seed", "must be 0 or more")
     if flags.streaming and flags.max_examples is None:
         refuse("streaming", "a stream has no length: give --max_examples, the blocks to train on")
-    if flags.loss_fn != "fvu":
-        refuse("loss_fn", "end-to-end losses are not available yet: use --loss_fn fvu")
+    if flags.loss_fn != "fvu" and flags.distribute_modules:
+        refuse(
+            "distribute_modules",
+            f"with --loss_fn {flags.loss_fn} the gradient of one coder runs through the LM and "
+            f"through the coders above it, so each rank needs all of them: drop it",
+        )
+    if flags.loss_fn != "fvu" and len(flags.init_seeds) > 1:
+        refuse("init_seeds", f"--loss_fn {flags.loss_fn} splices in one coder per hookpoint")
     if flags.layer_to_rank and not flags.distribute_modules:
         refuse("layer_to_rank", "says where coders live, which --distribute_modules asks for")
     if not 0 < flags.timeout < 1e6:

@@ -18,7 +18,7 @@ _DOCUMENTS_PER_CALL = 1000
 
 TEXT_FLAGS = (
     *("ctx_len", "split", "text_column", "data_args", "shuffle_seed", "token_dtype"),
-    "data_preprocessing_num_proc",
+    *("streaming", "eval_tokens", "max_examples", "data_preprocessing_num_proc"),
 )
 """Arguments of `load_tokens` that are flags of the script, by the same names."""
 
@@ -33,7 +33,9 @@ def load_tokens(
     text_column: str = "text",
     data_args: str = "",
     data_preprocessing_num_proc: int = 1,
-    stream_blocks: int | None = None,
+    streaming: bool = False,
+    eval_tokens: int = 0,
+    max_examples: int | None = None,
     shuffle_seed: int = 42,
     token_dtype: str | None = None,
     revision: str | None = None,
@@ -43,10 +45,10 @@ def load_tokens(
 
     Text is joined with the end-of-document token between documents and cut into blocks; no token
     is lost but those of the last partial block. A set with `input_ids` is used as it is.
-    `limits` are the LM's vocabulary size and positions. `stream_blocks` asks for a stream, of that
-    many blocks. Raises UsageError where the data cannot be found, read, or do not fit the LM.
+    `limits` are the LM's vocabulary size and positions. A stream has the blocks that
+    `eval_tokens` and `max_examples` take. Raises UsageError where the data cannot be found, read,
+    or do not fit the LM.
     """
-    streaming = stream_blocks is not None
     if isinstance(dataset, Tensor):
         return _checked(_from_tensor(dataset), "dataset", limits)
     name = dataset if isinstance(dataset, str) else "dataset"
@@ -71,7 +73,8 @@ def load_tokens(
     if ctx_len <= len(prefix):
         raise UsageError(f"--ctx_len {ctx_len}: the tokenizer's first token alone fills a sequence")
     encode = partial(_tokenize, tokenizer=words, column=text_column)
-    if stream_blocks is not None:
+    if streaming:
+        stream_blocks = -(-eval_tokens // ctx_len) + (max_examples or 0)
         if isinstance(data, datasets.Dataset):
             data = data.to_iterable_dataset()
         mixed = data.shuffle(seed=shuffle_seed, buffer_size=10_000)

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -44,20 +45,27 @@ def find_hookpoints(
     layers: tuple[int, ...] = (),
     layer_stride: int = 1,
     *,
+    with_head: bool = False,
     revision: str | None = None,
     token: str | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """The LM without its weights, from its config alone, and the chosen hookpoints.
 
-    The LM's config keeps no more layers than the hookpoints need. An LM that is loaded already is
-    returned, frozen. Raises UsageError for an unknown model or a hookpoint that matches nothing.
+    The LM keeps no more layers than the hookpoints need, and its head only `with_head`, which
+    keeps all layers. An LM that is loaded already is returned, frozen. Raises UsageError for an
+    unknown model, one without the head, or a hookpoint that matches nothing.
     """
     if not isinstance(model, str):
+        if with_head and model.get_output_embeddings() is None:
+            raise UsageError(
+                f"--loss_fn: {type(model).__name__} has no head; load it by AutoModelForCausalLM"
+            )
         return freeze(model), choose_hookpoints(model, patterns, layers, layer_stride)
+    auto = AutoModelForCausalLM if with_head else AutoModel
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, token=token)
         with torch.device("meta"):
-            skeleton = AutoModel.from_config(config, dtype=torch.bfloat16)
+            skeleton = auto.from_config(config, dtype=torch.bfloat16)
     except Exception as error:  # a config's checks raise errors of many kinds
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
@@ -65,7 +73,7 @@ def find_hookpoints(
             f"config.json and safetensors, or a Hub id (and --hf_token if it is gated). {reason}"
         ) from None
     names = choose_hookpoints(skeleton, patterns, layers, layer_stride)
-    needed = layers_needed(skeleton, names)
+    needed = None if with_head else layers_needed(skeleton, names)
     if needed is not None:
         layers_left_out: Any = skeleton.base_model.get_submodule(text_layers(skeleton)[0])
         del layers_left_out[needed:]
@@ -94,7 +102,8 @@ def load_lm(
     # Weights of layers left out are reported as unexpected; missing ones are checked below.
     transformers_logging.set_verbosity_error()
     try:
-        lm, report = AutoModel.from_pretrained(
+        auto: Any = AutoModel if skeleton.base_model is skeleton else AutoModelForCausalLM
+        lm, report = auto.from_pretrained(
             name,
             config=skeleton.config,
             dtype=torch.float16 if load_in_8bit else dtype,
@@ -219,9 +228,9 @@ def _text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _weights_in_use(lm: PreTrainedModel, hookpoints: list[str], missing: set[str]) -> list[str]:
-    """Those of the missing weights that a forward up to the last hookpoint reads."""
-    if not missing:
-        return []
+    """Those of the missing weights that a forward up to the last hookpoint, or the head, reads."""
+    if not missing or lm.base_model is not lm:
+        return sorted(missing)
     used: set[str] = set()
     with ExitStack() as hooks:
         for name, module in lm.named_modules():
@@ -269,12 +278,12 @@ def capture(
     sharded = is_sharded(lm)
 
     def store(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        y = _first_tensor(output)
+        y = first_tensor(output)
         if y is None:
             raise UsageError(f"hookpoint {name}: {type(modules[name]).__name__} returns no tensor")
         out = into = _rows(name, y, tokens, keep)
         if inputs:
-            x = _first_tensor((args, kwargs))  # an embedding takes token ids: no activations
+            x = first_tensor((args, kwargs))  # an embedding takes token ids: no activations
             into = _rows(name, y[..., :0] if x is None else x, tokens, keep)
         seen[name] = (into, out)
         # A forward cut short would leave shards gathered.
@@ -305,7 +314,7 @@ def _hooks(modules: dict[str, nn.Module], names: list[str], store: Any) -> Any:
         yield
 
 
-def _first_tensor(value: Any) -> Tensor | None:
+def first_tensor(value: Any) -> Tensor | None:
     """The first floating-point tensor in a module's arguments or outputs."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
@@ -313,7 +322,7 @@ def _first_tensor(value: Any) -> Tensor | None:
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         for item in value:
-            found = _first_tensor(item)
+            found = first_tensor(item)
             if found is not None:
                 return found
     return None

@@ -135,9 +135,10 @@ class RunLog:
         numbers["tokens_per_second"] = self._rows / (now - self._rows_since)
         self._rows, self._rows_since = 0, now
         self._accelerator.log(numbers, step=step)
-        fvu = [value for name, value in numbers.items() if name.startswith("fvu/")]
+        loss = self._flags["loss_fn"]
+        found = [value for name, value in numbers.items() if name.split("/")[0] == loss]
         rate = f"{numbers['tokens_per_second']:,.0f} tokens/s"
-        self._bar.set_postfix_str(f"fvu {sum(fvu) / len(fvu):.4f}, {rate}", refresh=False)
+        self._bar.set_postfix_str(f"{loss} {sum(found) / len(found):.4f}, {rate}", refresh=False)
 
     def stop(self, reason: str, step: int) -> NoReturn:
         """End a run that was told to stop and has been saved."""

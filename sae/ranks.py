@@ -137,7 +137,7 @@ class Ranks:
         self._bytes[0] += sent
         self._bytes[1] += received
 
-    def traffic(self) -> dict[str, float]:
+    def traffic(self) -> dict[str, Tensor | float]:
         """Bytes that this rank sent and received since the last call, as metrics."""
         if self.world == 1:
             return {}

@@ -71,20 +71,20 @@ def test_packing_does_not_depend_on_processes(
 
 def test_a_stream_gives_the_packed_blocks_of_its_own_order(tmp_path: Path) -> None:
     """A stream holds every token of the data, resumes at any block, and repeats itself."""
-    source = load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=3)
+    source = load(jsonl(tmp_path), streaming=True, max_examples=60, shuffle_seed=3)
     assert len(source) == 60
     blocks = stacked(source)
-    again = load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=3)
+    again = load(jsonl(tmp_path), streaming=True, max_examples=60, shuffle_seed=3)
     late = torch.cat(list(again.batches(torch.arange(17, 60), 4)))
     assert torch.equal(late, blocks[17:])
     saved = datasets.Dataset.from_dict({"text": documents()})
-    assert stacked(load(saved, stream_blocks=60)).shape == blocks.shape
+    assert stacked(load(saved, streaming=True, max_examples=60)).shape == blocks.shape
     with pytest.raises(UsageError, match="the stream: holds token .*MODEL has 100 tokens"):
-        stacked(load(jsonl(tmp_path), stream_blocks=60, limits=(100, None)))
-    other = stacked(load(jsonl(tmp_path), stream_blocks=60, shuffle_seed=4))
+        stacked(load(jsonl(tmp_path), streaming=True, max_examples=60, limits=(100, None)))
+    other = stacked(load(jsonl(tmp_path), streaming=True, max_examples=60, shuffle_seed=4))
     assert not torch.equal(other, blocks)
     everything = len(joined(documents())) // 32
-    longer = load(jsonl(tmp_path), stream_blocks=everything + 1)
+    longer = load(jsonl(tmp_path), streaming=True, max_examples=everything + 1)
     with pytest.raises(UsageError, match=f"ended before sequence {everything}.*--max_examples"):
         stacked(longer)
 
@@ -153,7 +153,8 @@ def test_blocks_start_as_the_tokenizer_starts_a_text(tmp_path: Path) -> None:
         jsonl(tmp_path, ["a b a"] * 9),
         tokenizer=str(tmp_path / "words"),
         ctx_len=5,
-        stream_blocks=4,
+        streaming=True,
+        max_examples=4,
     )
     assert stacked(stream)[:, 0].tolist() == [0] * 4
 

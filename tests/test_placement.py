@@ -15,7 +15,7 @@ from runs import weights
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import AutoModel, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 PLACES = ["layers.0", "layers.1", "layers.1.mlp", "layers.2"]
@@ -117,16 +117,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     tuned = f"{CODED} --finetune {made.folder}/runs/coded-one"
     one = {"one": "", "coded-one": CODED, "tuned one": tuned}
-    made.launch("cpu", 1, {name: f"--batch_size 12 {flags}" for name, flags in one.items()})
+    one["kl one"] = "--loss_fn kl"
+    AutoModelForCausalLM.from_config(tiny_lm().config).save_pretrained(made.folder / "causal")
+    causal = {"model": str(made.folder / "causal")}
+    jobs = {name: f"--batch_size 12 {flags}" for name, flags in one.items()}
+    made.launch("cpu", 1, jobs, **{"kl one": causal})
     two = [name for name in SAME if name.startswith("two ")]
     others = {"coded owners": f"--batch_size 6 {CODED} --distribute_modules"}
     others["tuned replicas"] = f"--batch_size 6 {tuned}"
+    others["kl replicas"] = "--batch_size 3 --grad_acc_steps 2 --loss_fn kl"
     harmed = {name: "--batch_size 6 --distribute_modules" for name in HARMED}
     harmed["slow preparation"] += " --timeout 0.04"
     shutil.copy(made.folder / "ids.bin", made.folder / "other.bin")
     with open(made.folder / "other.bin", "r+b") as file:
         file.write(b"\x01\x00\x02\x00")
     harm = {**HARMED, "other data": {"other_data": 1, "data": str(made.folder / "other.bin")}}
+    harm["kl replicas"] = causal
     made.launch("cpu_2proc", 2, {**some(*two), **others, **harmed}, **harm)
     made.cut("two replicas", "replicas, two to three")
     made.cut("two owners", "owners, two to three")
@@ -146,6 +152,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     save_file(lacking, made.folder / "lacking" / "model.safetensors", {"format": "pt"})
     sharded["lacking"] = "--batch_size 6"
     models = {name: {"model": str(made.folder / name.split()[0])} for name in list(sharded)[2:]}
+    sharded["sharded kl"] = "--batch_size 6 --loss_fn kl"
+    models["sharded kl"] = causal
     made.launch("cpu_2proc_zero3", 2, sharded, **models)
     return made
 
@@ -174,6 +182,21 @@ def test_transcoders_too(runs: Runs) -> None:
     for one, other in (("coded-one", "coded owners"), ("tuned one", "tuned replicas")):
         for key, tensor in runs.weights(one).items():
             torch.testing.assert_close(runs.weights(other)[key], tensor, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["kl replicas", "sharded kl"])
+def test_the_lms_own_loss_too(runs: Runs, name: str) -> None:
+    """Under DDP, accumulated, and with a sharded LM, KL training is that of one process."""
+    curves = runs.curves(name)
+    for metric, points in runs.curves("kl one").items():
+        if (
+            metric.startswith(("kl", "fvu", "auxk", "grad_norm", "tokens"))
+            and "second" not in metric
+        ):
+            values = [value for _, value in curves[metric]]
+            assert values == pytest.approx([v for _, v in points], rel=1e-3, abs=1e-6), metric
+    for key, tensor in runs.weights("kl one").items():
+        torch.testing.assert_close(runs.weights(name)[key], tensor, rtol=0, atol=1e-3)
 
 
 def kept_rows(per_rank: int, world: int) -> Tensor:

@@ -25,6 +25,8 @@ BELOW = {
     "exchange": {"config", "hookpoints", "ranks"},
     "launch": {"config", "hookpoints", "ranks"},
     "bank": {"config", "functional", "hookpoints", "sparse_coder"},
+    "sums": {"bank", "dead_latents", "functional", "sparse_coder"},
+    "end_to_end": {"bank", "exchange", "hookpoints", "sums"},
     "evaluate": {
         *("bank", "blocks", "config", "exchange", "functional", "hookpoints", "optim"),
         "ranks",

@@ -1,0 +1,60 @@
+"""What one optimizer step adds up: over pieces, forwards and ranks, to divide only once."""
+
+import torch
+from torch import Tensor
+
+from .bank import CoderBank
+from .dead_latents import FiringRecord
+from .functional import Moments, accumulate
+from .sparse_coder import CoderOutput
+
+_LOSSES = ("fvu", "auxk", "multi_topk_fvu")
+
+
+class StepSums:
+    """Moments of targets, sums of squared errors, and counts of what fired, of one step.
+
+    They add over everything that a step consists of, so that the denominator of FVU, and all that
+    is logged, is of all rows of the step.
+    """
+
+    def __init__(self, bank: CoderBank, firing: dict[str, FiringRecord]) -> None:
+        self._bank, self._firing = bank, firing
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self.rows = 0
+        """Rows of each hookpoint on this rank, trained here or sent to their owner."""
+        self._moments: dict[str, Moments] = {}
+        device = next((coder.device for _, coder in self._bank.items()), "cpu")
+        self._errors = {name: torch.zeros(3, device=device) for name, _ in self._bank.items()}
+
+    def add_targets(self, place: str, y: Tensor) -> None:
+        """Count the target rows of a hookpoint."""
+        accumulate(self._moments, place, y)
+
+    def add(self, name: str, out: CoderOutput) -> None:
+        """Count what a coder returned for a total variance of 1: sums of squared errors."""
+        self._errors[name] += torch.stack(out[3:]).detach()
+        self._firing[name].observe(out.top_acts, out.top_indices)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that sums over ranks."""
+        moments = [t for seen in self._moments.values() for t in seen]
+        counts = [record.step_counts for record in self._firing.values()]
+        return [*moments, *self._errors.values(), *counts]
+
+    def variance(self, name: str) -> Tensor:
+        """sum ||y - y_mean||^2 over the targets of a coder; 1 where its targets were not seen."""
+        place = self._bank.hookpoint[name]
+        if place not in self._moments:
+            return torch.ones((), dtype=torch.float64, device=self._errors[name].device)
+        return self._moments[place].total_variance
+
+    def losses(self, name: str) -> dict[str, Tensor | float]:
+        """FVU, AuxK and Multi-TopK of a coder, as metrics; none where its targets were not seen."""
+        if self._bank.hookpoint[name] not in self._moments:
+            return {}
+        found = self._errors[name] / self.variance(name)
+        return {f"{loss}/{name}": value for loss, value in zip(_LOSSES, found, strict=True)}

@@ -7,8 +7,7 @@
     ... --distribute_modules                                each coder on one rank only
     ... --dry_run                                           who holds what, and no more
 
-One turn of the loop is one optimizer step. Blocks marked EDIT are what experiments change; what
-would make a result wrong is in sae/.
+Blocks marked EDIT are what experiments change; what would make a result wrong is in sae/.
 """
 
 import os
@@ -30,7 +29,6 @@ from sae.bank import CoderBank, costs
 from sae.blocks import hold_out
 from sae.config import Activation, SparseCoderConfig, check_flags
 from sae.data import TEXT_FLAGS, load_tokens
-from sae.dead_latents import FiringRecord
 from sae.end_to_end import EndToEnd
 from sae.evaluate import first_moments, held_out
 from sae.exchange import Exchange
@@ -119,6 +117,8 @@ class TrainConfig:
     """Seed of the order of sequences."""
     eval_tokens: int = 2**17
     """Tokens held out from the start of the data (at most a tenth of it)."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations, of the LM's predictions too; 0: none but the last."""
     token_dtype: Literal["uint16", "uint32"] | None = None
     """Type of the ids in a .bin file; default: the smallest that holds the vocabulary."""
     data_args: str = ""
@@ -182,8 +182,8 @@ def train(
     dtype = launch.working_dtype(cfg.mixed_precision)
     hub: dict[str, Any] = {"revision": cfg.revision, "token": cfg.hf_token}
     choose = (cfg.hookpoints, cfg.layers, cfg.layer_stride)
-    end_to_end = cfg.loss_fn != "fvu"
-    skeleton, places = find_hookpoints(lm or cfg.model, *choose, with_head=end_to_end, **hub)
+    with_head = cfg.loss_fn != "fvu" or cfg.eval_every > 0
+    skeleton, places = find_hookpoints(lm or cfg.model, *choose, with_head=with_head, **hub)
     accelerator = Accelerator(**launch.arguments(run, cfg.log_with, dtype, cfg.timeout))
     ranks = launch.join(accelerator, cfg.timeout)
     per_step = cfg.batch_size * cfg.grad_acc_steps * ranks.world
@@ -217,8 +217,8 @@ def train(
     # For each coder an optimizer and a record of what fires.
     rule = (cfg.optimizer, cfg.lr, cfg.adam_8bit)
     optimizers = {name: CoderOptimizer(coder, *rule) for name, coder in bank.items()}
-    silence = cfg.dead_feature_threshold
-    firing = {n: FiringRecord(c.num_latents, silence, c.device) for n, c in bank.items()}
+    sums = StepSums(bank, cfg.dead_feature_threshold)
+    firing = sums.firing
     coders = (exchange, bank, optimizers)
     first_step, seconds = checkpoint.load(run, data, *coders, firing) if cfg.resume else (0, 0.0)
     if cfg.finetune is not None:
@@ -226,17 +226,14 @@ def train(
     elif not cfg.resume:
         first_batches = ranks.batches(source, order[:per_step], cfg.batch_size)
         bank.center_(*first_moments(lm, places, first_batches, ranks, cfg.exclude_tokens))
-    end = (cfg.loss_fn, cfg.exclude_tokens, cfg.auxk_alpha)
-    whole_lm = EndToEnd(lm, bank, *end) if end_to_end else None
-    sums = StepSums(bank, firing)
+    whole_lm = EndToEnd(lm, bank, cfg) if cfg.loss_fn != "fvu" else None
     evaluate = partial(held_out, lm, *coders, source, held, cfg.exclude_tokens)
 
     log = logs.RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
     log.start(held_tokens=len(held) * source.block_len)
     batches = ranks.batches(source, order[first_step * per_step :], cfg.batch_size)
     for step in range(first_step, total_steps):
-        sums.clear()
-        dead = {n: f.dead_mask() if cfg.auxk_alpha else None for n, f in firing.items()}
+        dead = sums.start_step(cfg.auxk_alpha > 0)
         k = {name: k_at(step, cfg.k_decay_steps, coder) for name, coder in bank.items()}
 
         for tokens in islice(batches, cfg.grad_acc_steps):
@@ -275,6 +272,8 @@ def train(
             metrics[f"k/{name}"] = k[name]
         log.step(step + 1, metrics, rows, firing)
 
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+            log.evaluation(step + 1, evaluate())
         stop = ranks.stop_reason()
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == total_steps:
             if cfg.save_best:
@@ -283,7 +282,8 @@ def train(
         if stop:
             log.stop(stop, step + 1)
 
-    summary = checkpoint.summarize(run, total_steps, log.seconds, evaluate(), exchange, firing)
+    final = log.evaluation(total_steps, evaluate())
+    summary = checkpoint.summarize(run, total_steps, log.seconds, final, exchange, firing)
     return log.finish(run, summary)
 
 

@@ -51,6 +51,22 @@ class CoderBank(nn.Module):
                 self.hookpoint[name] = place.name
                 self._coders[_key(name)] = coder
 
+    @classmethod
+    def holding(
+        cls,
+        coders: dict[str, SparseCoder],
+        hookpoint: dict[str, str],
+        device: str | torch.device,
+        matmul_dtype: torch.dtype = torch.float32,
+    ) -> "CoderBank":
+        """A bank of coders that are there already; they are all of one kind."""
+        bank = cls([], next(iter(coders.values())).cfg, (0,), device)
+        for name, coder in coders.items():
+            coder.matmul_dtype = matmul_dtype
+            bank.hookpoint[name] = hookpoint[name]
+            bank._coders[_key(name)] = coder.to(device)
+        return bank
+
     def __getitem__(self, name: str) -> SparseCoder:
         coder = self._coders[_key(name)]
         assert isinstance(coder, SparseCoder)

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from .bank import CoderBank
 from .config import UsageError
 from .dead_latents import FiringRecord
-from .evaluate import HeldOut
+from .evaluate import Evaluation
 from .exchange import Exchange
 from .optim import CoderOptimizer
 from .ranks import Ranks
@@ -229,7 +230,7 @@ def newest_checkpoint(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:
 def keep_best(
     run: Path,
     step: int,
-    figures: dict[str, HeldOut],
+    evaluation: Evaluation,
     exchange: Exchange,
     bank: CoderBank,
     optimizers: dict[str, CoderOptimizer],
@@ -248,13 +249,13 @@ def keep_best(
                 old.rename(final)
             shutil.rmtree(old, ignore_errors=True)
             record = final / "fvu.json"
-            if record.exists() and _read_json(record)["fvu"] <= figures[name].fvu:
+            if record.exists() and _read_json(record)["fvu"] <= evaluation.coders[name].fvu:
                 continue
             # Not inside best/, which holds one folder per coder and nothing else.
             shutil.rmtree(aside, ignore_errors=True)
             with optimizers[name].trained():
                 coder.save_to_disk(aside)
-            write_json(aside / "fvu.json", {"step": step, "fvu": figures[name].fvu})
+            write_json(aside / "fvu.json", {"step": step, "fvu": evaluation.coders[name].fvu})
             final.parent.mkdir(exist_ok=True)
             if final.exists():
                 final.rename(old)
@@ -266,7 +267,7 @@ def summarize(
     run: Path,
     step: int,
     seconds: float,
-    figures: dict[str, HeldOut],
+    evaluation: Evaluation,
     exchange: Exchange,
     firing: dict[str, FiringRecord],
 ) -> dict[str, Any]:
@@ -282,14 +283,15 @@ def summarize(
         "tokens_per_second": tokens / seconds,
         "hookpoints": {
             name: {
-                "fvu": found.fvu,
-                "l0": found.l0,
+                **asdict(found),
                 "dead_share": dead[name],
                 "path": str((run / f"step_{step}" / name).resolve()),
             }
-            for name, found in figures.items()
+            for name, found in evaluation.coders.items()
         },
     }
+    if evaluation.together is not None:
+        summary["together"] = asdict(evaluation.together)
     if ranks.main:
         write_json(run / "summary.json", summary)
     return summary

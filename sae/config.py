@@ -107,7 +107,7 @@ _AT_LEAST_ONE = (
     *("layer_stride", "save_every", "log_every", "dead_feature_threshold", "eval_tokens"),
     "data_preprocessing_num_proc",
 )
-_AT_LEAST_ZERO = ("num_latents", "k_decay_steps", "lr_warmup_steps", "auxk_alpha")
+_AT_LEAST_ZERO = ("eval_every", "num_latents", "k_decay_steps", "lr_warmup_steps", "auxk_alpha")
 
 
 def check_flags(flags: Any) -> None:

@@ -187,17 +187,11 @@ class EndToEnd:
     transcoder's module runs if one of them is asked for, and only then.
     """
 
-    def __init__(
-        self,
-        lm: PreTrainedModel,
-        bank: CoderBank,
-        loss_fn: str,
-        exclude_tokens: tuple[int, ...] = (),
-        auxk_alpha: float = 0.0,
-    ) -> None:
-        self.lm, self.bank, self.loss_fn = lm, bank, loss_fn
-        self.exclude_tokens, self.auxk_alpha = exclude_tokens, auxk_alpha
-        self.local = bool(auxk_alpha) or any(coder.cfg.multi_topk for _, coder in bank.items())
+    def __init__(self, lm: PreTrainedModel, bank: CoderBank, flags: Any) -> None:
+        """`flags` is the script's `TrainConfig`."""
+        self.lm, self.bank, self.loss_fn = lm, bank, flags.loss_fn
+        self.exclude_tokens, self.auxk_alpha = flags.exclude_tokens, flags.auxk_alpha
+        self.local = bool(flags.auxk_alpha or flags.multi_topk)
         self.run_modules = self.local or not bank.transcode
         self._device = next(bank.parameters()).device
         self._start_step()

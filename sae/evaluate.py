@@ -1,34 +1,90 @@
-"""What trained coders are worth, on tokens that they were not trained on."""
+"""What trained coders are worth, on tokens that they were not trained on.
 
+python -m sae.evaluate checkpoints/RUN                      on what the run held out
+python -m sae.evaluate CODERS --model gpt2 --dataset DATA   a folder or Hub id of coders
+"""
+
+import dataclasses
+import json
+import math
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+import tyro
 from jaxtyping import Int
 from natsort import natsorted
 from torch import Tensor
 from transformers import PreTrainedModel
+from tyro.conf import Positional, arg
 
 from .bank import CoderBank
-from .blocks import TokenSource
+from .blocks import TokenSource, hold_out
 from .config import UsageError
+from .data import TEXT_FLAGS, load_tokens
 from .exchange import Exchange, no_rows
 from .functional import Moments, accumulate
-from .hookpoints import capture
+from .hookpoints import capture, find_hookpoints, load_lm, token_limits
+from .launch import on_cpu, working_dtype
 from .optim import CoderOptimizer
+from .predictions import Predictions, predictions
 from .ranks import Ranks
+from .sparse_coder import SparseCoder
+from .watch import exit_codes
+
+_BINS = torch.linspace(-6, 0, 25, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out figures of one coder."""
+    """Figures of one coder on held-out rows; those of predictions where the LM has its head.
+
+    Source of NMSE, and of the downstream loss: Gao et al., sections 2.1 and 4.1.
+    """
 
     fvu: float
     """sum ||y - sae_out||^2 / sum ||y - y_mean||^2 over all held-out rows."""
 
+    nmse: float
+    """MSE over that of always predicting the mean activation: over the same rows it is the FVU."""
+
+    cosine: float
+    """Mean over rows of the cosine between y and sae_out."""
+
     l0: float
     """Mean active latents per row."""
+
+    dead_share: float
+    """Share of latents that no held-out row activates."""
+
+    frequency_histogram: list[int]
+    """Latents by log10 of the share of rows that activate them: 24 bins from -6 to 0."""
+
+    predictions: Predictions | None = None
+    """What the LM predicts with this reconstruction in place of the activations."""
+
+
+class Evaluation(NamedTuple):
+    """Figures of every coder, and of all spliced in at once where there is one per hookpoint."""
+
+    coders: dict[str, HeldOut]
+    together: Predictions | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Every figure that is a number, by `figure/coder`; of all at once by `figure/all`."""
+        found: dict[str, float] = {}
+        for name, figures in self.coders.items():
+            values = dataclasses.asdict(figures)
+            values |= values.pop("predictions") or {}
+            found |= {f"{n}/{name}": v for n, v in values.items() if isinstance(v, float)}
+        if self.together is not None:
+            found |= {f"{n}/all": v for n, v in dataclasses.asdict(self.together).items()}
+        return found
 
 
 def first_moments(
@@ -68,7 +124,7 @@ def held_out(
     source: TokenSource,
     held: Int[Tensor, " held"],
     exclude_tokens: tuple[int, ...] = (),
-) -> dict[str, HeldOut]:
+) -> Evaluation:
     """Figures of every coder as it would be saved, over all rows of the held-out blocks at once.
 
     Every rank takes each W-th block, and all know all figures in the end. Raises UsageError where
@@ -79,9 +135,9 @@ def held_out(
     # All ranks run the LM equally often: those without a block left read one and drop its rows.
     idle = -(-len(held) // ranks.world) - len(mine)
     order = torch.cat([mine, held[-1:].expand(idle)])
-    zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    errors = {name: zero.clone() for name in bank.hookpoint}
-    active = {name: zero.clone() for name in bank.hookpoint}
+    zero = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    sums = {name: zero.clone() for name in bank.hookpoint}  # squared error, cosine, active
+    fired = {n: zero.new_zeros(c.num_latents) for n, c in bank.items()}
     moments: dict[str, Moments] = {}
     with ExitStack() as stack:
         for optimizer in optimizers.values():
@@ -96,20 +152,173 @@ def held_out(
                 accumulate(moments, place, y)
                 for name, coder in bank.at(place):
                     out = coder(x, y, total_variance=1.0)
-                    errors[name] += out.fvu
-                    active[name] += (out.top_acts > 0).sum()
-    sums = [t for seen in moments.values() for t in seen]
-    exchange.sum_replicas_(*sums, *errors.values(), *active.values())
-    figures: dict[str, HeldOut] = {}
-    with ranks.together():
-        for name, place in bank.hookpoint.items():
-            fvu, rows = errors[name] / moments[place].total_variance, moments[place].count
-            if not fvu.isfinite():
-                raise UsageError(
-                    f"--eval_tokens: held-out FVU at {place} is not a number: too few tokens are "
-                    f"held out (see --exclude_tokens), or the activations hold NaN or Inf"
-                )
-            figures[name] = HeldOut(fvu=float(fvu), l0=float(active[name] / rows))
+                    active = out.top_acts > 0
+                    cosine = F.cosine_similarity(out.sae_out, y.float(), dim=1).sum()
+                    sums[name] += torch.stack([out.fvu, cosine, active.sum()])
+                    fired[name].index_add_(0, out.top_indices[active], active[active].double())
+        totals = [t for seen in moments.values() for t in seen]
+        exchange.sum_replicas_(*totals, *sums.values(), *fired.values())
+        figures: dict[str, HeldOut] = {}
+        with ranks.together():
+            for name, place in bank.hookpoint.items():
+                figures[name] = _figures(place, moments[place], sums[name], fired[name])
+        together = None
+        if lm.base_model is not lm and not exchange.distributed:
+            means = {place: seen.mean for place, seen in moments.items()}
+            replace = {name: {place: coder} for name, coder, place in _placed(bank)}
+            if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
+                replace[""] = {place: coder for _, coder, place in _placed(bank)}
+            found = predictions(lm, replace, means, source, order, len(mine), exclude_tokens, ranks)
+            figures = {n: dataclasses.replace(f, predictions=found[n]) for n, f in figures.items()}
+            together = found.get("")
     ranks.traffic()  # is of no step
     merged = exchange.merge(figures)
-    return {name: merged[name] for name in natsorted(merged)}
+    return Evaluation({name: merged[name] for name in natsorted(merged)}, together)
+
+
+def _placed(bank: CoderBank) -> list[tuple[str, SparseCoder, str]]:
+    return [(name, coder, bank.hookpoint[name]) for name, coder in bank.items()]
+
+
+def _figures(place: str, seen: Moments, sums: Tensor, fired: Tensor) -> HeldOut:
+    error, cosine, active = sums.tolist()
+    fvu = error / float(seen.total_variance) if seen.total_variance else float("nan")
+    if not math.isfinite(fvu):
+        raise UsageError(
+            f"--eval_tokens: held-out FVU at {place} is not a number: too few tokens are held out "
+            f"(see --exclude_tokens), or the activations hold NaN or Inf"
+        )
+    rows = float(seen.count)
+    frequency = (fired[fired > 0].double().cpu() / rows).log10()
+    histogram = torch.histogram(frequency.clamp(min=-6), bins=_BINS).hist
+    return HeldOut(
+        fvu=fvu,
+        nmse=(error / rows) / (float(seen.total_variance) / rows),
+        cosine=cosine / rows,
+        l0=active / rows,
+        dead_share=float((fired == 0).double().mean()),
+        frequency_histogram=[int(n) for n in histogram],
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate; for a run's folder, all but the first argument default to its flags."""
+
+    coders: Annotated[str, Positional, arg(metavar="RUN_OR_PATH_OR_HUB_ID")]
+    """A run's folder, a folder of coders, or a Hub id."""
+    model: str | None = None
+    """Hub id or folder of the language model."""
+    dataset: str | None = None
+    """Hub id, folder or files of the data, as for training."""
+    split: str | None = None
+    """Split of the data set; default: train."""
+    text_column: str | None = None
+    """Column that holds text."""
+    ctx_len: int | None = None
+    """Tokens per sequence; default: 2048."""
+    tokens: int | None = None
+    """Tokens to evaluate on; default: what the run held out, or the first 131,072."""
+    revision: str | None = None
+    """Git revision of the model on the Hub."""
+    hf_token: str | None = field(default=None, repr=False)
+    """Hub token."""
+    out: str | None = None
+    """JSON file to write; default: eval.json in the folder of the coders, or here."""
+
+
+_DEFAULTS: dict[str, Any] = {
+    **{"model": None, "dataset": None, "split": "train", "text_column": "text", "ctx_len": 2048},
+    **{"data_args": "", "token_dtype": None, "shuffle_seed": 42, "exclude_tokens": ()},
+    **{"data_preprocessing_num_proc": 1, "streaming": False, "max_examples": None},
+    **{"eval_tokens": 2**17, "mixed_precision": "auto"},
+}
+
+
+def evaluate(cfg: EvaluateConfig) -> Evaluation:
+    """All figures of trained coders. Raises UsageError for what cannot be found or does not fit."""
+    before = _flags_of_run(Path(cfg.coders))
+    given = {n: v for n, v in vars(cfg).items() if n in _DEFAULTS and v is not None}
+    flags = {**_DEFAULTS, **before, **given}
+    for name in ("model", "dataset"):
+        if flags[name] is None:
+            raise UsageError(f"--{name}: {cfg.coders} does not come with its run: name the {name}")
+    coders = SparseCoder.load_many(cfg.coders)
+    hookpoint = {name: re.sub(r"\.seed\d+$", "", name) for name in coders}
+    hub: dict[str, Any] = {"revision": cfg.revision, "token": cfg.hf_token}
+    patterns = tuple(dict.fromkeys(hookpoint.values()))
+    skeleton, places = find_hookpoints(flags["model"], patterns, with_head=True, **hub)
+    dtype = working_dtype(flags["mixed_precision"])
+    ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
+    lm = load_lm(flags["model"], skeleton, places, dtype, ranks.device, **hub)
+    bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
+    source = load_tokens(
+        flags["dataset"],
+        tokenizer=flags["model"],
+        limits=token_limits(lm),
+        **{name: flags[name] for name in TEXT_FLAGS},
+        **hub,
+    )
+    same_data = all(given.get(n) in (None, before.get(n)) for n in ("dataset", "split", "ctx_len"))
+    held = torch.arange(len(source))
+    if before and same_data:  # the rest was trained on
+        held, _ = hold_out(source, flags["eval_tokens"], flags["max_examples"], per_step=1)
+    wanted = -(-(cfg.tokens or len(held) * source.block_len) // source.block_len)
+    if not before and cfg.tokens is None:
+        wanted = min(len(held), -(-flags["eval_tokens"] // source.block_len))
+    if wanted > len(held):
+        raise UsageError(
+            f"--tokens {cfg.tokens}: there are {len(held) * source.block_len:,}"
+            + (" that the run held out; give another --dataset or --split" if before else "")
+        )
+    exchange = Exchange(ranks, dict.fromkeys(places, 1), distributed=False)
+    excluded = tuple(flags["exclude_tokens"])
+    return held_out(lm, exchange, bank, {}, source, held[:wanted], excluded)
+
+
+def _flags_of_run(folder: Path) -> dict[str, Any]:
+    """The flags of the run whose folder this is, or one of whose checkpoints; else nothing."""
+    for candidate in (folder / "run.json", folder.parent / "run.json"):
+        if candidate.is_file():
+            return json.loads(candidate.read_text(encoding="utf-8"))
+    return {}
+
+
+def table(evaluation: Evaluation) -> str:
+    """The figures, a line for each coder."""
+    head = ["coder", "FVU", "cosine", "L0", "dead", "CE clean", "spliced", "zero", "mean"]
+    rows = [[*head, "recovered", "KL", "top-1"]]
+    for name, f in evaluation.coders.items():
+        first = [f"{f.fvu:.4f}", f"{f.cosine:.4f}", f"{f.l0:.1f}", f"{f.dead_share:.2%}"]
+        rows.append([name, *first, *_row(f.predictions)])
+    if evaluation.together is not None and len(evaluation.coders) > 1:
+        rows.append(["all at once", "", "", "", "", *_row(evaluation.together)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _row(p: Predictions | None) -> list[str]:
+    if p is None:
+        return [""] * 7
+    losses = (p.ce_clean, p.ce_spliced, p.ce_zero, p.ce_mean, p.ce_recovered, p.kl)
+    return [*(f"{value:.4f}" for value in losses), f"{p.top1_agreement:.2%}"]
+
+
+def main() -> None:
+    """Evaluate what the command line names; print the table and write the JSON beside it."""
+    with exit_codes():
+        cfg = tyro.cli(EvaluateConfig, description=__doc__, use_underscores=True)
+        found = evaluate(cfg)
+        folder = Path(cfg.coders) if Path(cfg.coders).is_dir() else Path()
+        out = Path(cfg.out) if cfg.out else folder / "eval.json"
+        figures: dict[str, Any] = {n: dataclasses.asdict(f) for n, f in found.coders.items()}
+        if found.together is not None:
+            figures["all at once"] = dataclasses.asdict(found.together)
+        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        print(table(found))
+        print(f"figures  {out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

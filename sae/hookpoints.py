@@ -58,7 +58,8 @@ def find_hookpoints(
     if not isinstance(model, str):
         if with_head and model.get_output_embeddings() is None:
             raise UsageError(
-                f"--loss_fn: {type(model).__name__} has no head; load it by AutoModelForCausalLM"
+                f"--loss_fn, --eval_every: {type(model).__name__} has no head; load it by "
+                f"AutoModelForCausalLM"
             )
         return freeze(model), choose_hookpoints(model, patterns, layers, layer_stride)
     auto = AutoModelForCausalLM if with_head else AutoModel

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .config import UsageError
 from .dead_latents import FiringRecord
+from .evaluate import Evaluation
 from .exchange import Exchange
 from .ranks import Ranks
 from .watch import Stopped
@@ -145,14 +146,19 @@ class RunLog:
         self._close()
         raise Stopped(f"{reason}: saved after step {step}; the same command with --resume goes on")
 
+    def evaluation(self, step: int, evaluation: Evaluation) -> Evaluation:
+        """Log held-out figures after step number `step`; return them."""
+        if self._exchange.ranks.main:
+            scalars = {f"eval/{name}": value for name, value in evaluation.scalars().items()}
+            self._accelerator.log(scalars, step=step)
+        return evaluation
+
     def finish(self, run: Path, summary: dict[str, Any]) -> dict[str, Any]:
-        """Log the held-out figures, close the tracker, print where everything is."""
+        """Close the tracker, print the main figures and where everything is."""
+        self._close()
         if not self._exchange.ranks.main:
             return summary
         found = summary["hookpoints"]
-        held_out = {f"eval/fvu/{n}": figures["fvu"] for n, figures in found.items()}
-        self._accelerator.log(held_out, step=summary["step"])
-        self._close()
         width = max(9, *(len(name) for name in found))
         print(f"\n{'hookpoint':{width}}  held-out FVU  dead share")
         for name, figures in found.items():

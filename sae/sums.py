@@ -18,17 +18,23 @@ class StepSums:
     is logged, is of all rows of the step.
     """
 
-    def __init__(self, bank: CoderBank, firing: dict[str, FiringRecord]) -> None:
-        self._bank, self._firing = bank, firing
-        self.clear()
+    def __init__(self, bank: CoderBank, dead_after: int) -> None:
+        """`dead_after`: tokens of silence after which a latent counts as dead."""
+        self._bank = bank
+        self.firing = {
+            n: FiringRecord(c.num_latents, dead_after, c.device) for n, c in bank.items()
+        }
+        """How often each coder's latents fire, over all steps."""
+        self.start_step()
 
-    def clear(self) -> None:
-        """Begin a step."""
+    def start_step(self, auxk: bool = False) -> dict[str, Tensor | None]:
+        """Forget the last step; return the latents that AuxK may revive, if it is asked for."""
         self.rows = 0
         """Rows of each hookpoint on this rank, trained here or sent to their owner."""
         self._moments: dict[str, Moments] = {}
         device = next((coder.device for _, coder in self._bank.items()), "cpu")
         self._errors = {name: torch.zeros(3, device=device) for name, _ in self._bank.items()}
+        return {name: f.dead_mask() if auxk else None for name, f in self.firing.items()}
 
     def add_targets(self, place: str, y: Tensor) -> None:
         """Count the target rows of a hookpoint."""
@@ -37,12 +43,12 @@ class StepSums:
     def add(self, name: str, out: CoderOutput) -> None:
         """Count what a coder returned for a total variance of 1: sums of squared errors."""
         self._errors[name] += torch.stack(out[3:]).detach()
-        self._firing[name].observe(out.top_acts, out.top_indices)
+        self.firing[name].observe(out.top_acts, out.top_indices)
 
     def tensors(self) -> list[Tensor]:
         """Everything that sums over ranks."""
         moments = [t for seen in self._moments.values() for t in seen]
-        counts = [record.step_counts for record in self._firing.values()]
+        counts = [record.step_counts for record in self.firing.values()]
         return [*moments, *self._errors.values(), *counts]
 
     def variance(self, name: str) -> Tensor:

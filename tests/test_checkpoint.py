@@ -17,7 +17,7 @@ import train_sae
 from sae import SparseCoder, UsageError, load_many
 from sae.bank import CoderBank
 from sae.checkpoint import checkpoints, keep_best
-from sae.evaluate import HeldOut
+from sae.evaluate import Evaluation, HeldOut
 from sae.exchange import Exchange
 from sae.hookpoints import Hookpoint, capture
 from sae.optim import CoderOptimizer
@@ -160,8 +160,10 @@ def test_save_best_keeps_the_lowest_held_out_fvu(
     for step, fvus in ((1, (0.5, 0.5)), (2, (0.6, 0.4)), (3, (0.5, 0.3))):
         for _, coder in bank.items():
             coder.b_dec.data.fill_(step)
-        figures = {n: HeldOut(fvu, 4.0) for n, fvu in zip("ab", fvus, strict=True)}
-        keep_best(tmp_path, step, figures, exchange, bank, optimizers)
+        figures = {
+            n: HeldOut(fvu, fvu, 0.5, 4.0, 0.0, []) for n, fvu in zip("ab", fvus, strict=True)
+        }
+        keep_best(tmp_path, step, Evaluation(figures), exchange, bank, optimizers)
     kept = load_many(tmp_path / "best")
     assert kept["a"].b_dec[0] == 1 and kept["b"].b_dec[0] == 3
 

@@ -27,16 +27,18 @@ BELOW = {
     "bank": {"config", "functional", "hookpoints", "sparse_coder"},
     "sums": {"bank", "dead_latents", "functional", "sparse_coder"},
     "end_to_end": {"bank", "exchange", "hookpoints", "sums"},
+    "predictions": {"blocks", "end_to_end", "ranks", "sparse_coder"},
     "evaluate": {
-        *("bank", "blocks", "config", "exchange", "functional", "hookpoints", "optim"),
-        "ranks",
+        *("bank", "blocks", "config", "data", "exchange", "functional", "hookpoints", "launch"),
+        *("optim", "predictions", "ranks", "sparse_coder", "watch"),
     },
     "checkpoint": {
         *("bank", "config", "dead_latents", "evaluate", "exchange", "optim", "ranks"),
         "sparse_coder",
     },
-    "logs": {"config", "dead_latents", "exchange", "ranks", "watch"},
+    "logs": {"config", "dead_latents", "evaluate", "exchange", "ranks", "watch"},
     "dry_run": {"bank", "config", "exchange", "hookpoints", "launch", "optim"},
+    "compare": {"config", "sparse_coder", "watch"},
     "__init__": {"config", "sparse_coder"},
 }
 

@@ -1,0 +1,213 @@
+"""Laws of the figures that judge a coder, and of the command that prints them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import Settings, run
+from test_end_to_end import FAMILIES, make
+from test_train import scalars
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError
+from sae.bank import CoderBank
+from sae.blocks import TokenBlocks
+from sae.evaluate import EvaluateConfig, Evaluation, evaluate, held_out, table
+from sae.exchange import Exchange
+from sae.hookpoints import capture
+from sae.ranks import Ranks
+from train_sae import TrainConfig, train
+
+ALONE = Ranks(torch.device("cpu"), 1.0)
+
+
+@pytest.fixture(scope="module")
+def causal() -> PreTrainedModel:
+    return make(FAMILIES["llama"])
+
+
+def identity(d: int, scale: float = 1.0, transcode: bool = False) -> SparseCoder:
+    """A coder of 2d latents, x and -x, whose reconstruction is `scale` times its input."""
+    kind = TranscoderConfig if transcode else SaeConfig
+    coder = SparseCoder(d, kind(num_latents=2 * d, k=2 * d, normalize_decoder=False))
+    both = torch.cat([torch.eye(d), -torch.eye(d)])
+    coder.encoder.weight.data.copy_(both)
+    assert coder.W_dec is not None
+    coder.W_dec.data.copy_(scale * both)
+    return coder
+
+
+def judge(
+    lm: PreTrainedModel, coders: dict[str, SparseCoder], tokens: Tensor, **kwargs: Any
+) -> Evaluation:
+    names = {name: name for name in coders}
+    bank = CoderBank.holding(coders, names, "cpu")
+    source = TokenBlocks([tokens.flatten().numpy()], tokens.shape[1])
+    exchange = Exchange(ALONE, dict.fromkeys(coders, 1), distributed=False)
+    return held_out(lm, exchange, bank, {}, source, torch.arange(len(source)), **kwargs)
+
+
+@pytest.mark.parametrize("place", ["layers.1", "layers.1.mlp"])
+def test_the_identity_recovers_everything(
+    causal: PreTrainedModel, tokens: Tensor, place: str
+) -> None:
+    """FVU 0, cosine 1, CE recovered 1, KL 0 and full agreement for a coder that changes nothing."""
+    found = judge(causal, {place: identity(32)}, tokens[:6])
+    figures, predicted = found.coders[place], found.coders[place].predictions
+    assert predicted is not None and found.together == predicted
+    assert figures.fvu == pytest.approx(0, abs=1e-9) and figures.nmse == figures.fvu
+    assert figures.cosine == pytest.approx(1) and figures.l0 == pytest.approx(32)
+    assert predicted.ce_recovered == pytest.approx(1, abs=1e-4)
+    assert predicted.kl == pytest.approx(0, abs=1e-6) and predicted.top1_agreement == 1
+
+
+def test_zeros_recover_nothing(causal: PreTrainedModel, tokens: Tensor) -> None:
+    """CE recovered is 0 against zero-ablation for a coder that returns zeros."""
+    for coder in (identity(32, scale=0.0), identity(32, scale=0.0, transcode=True)):
+        found = judge(causal, {"layers.1": coder}, tokens[:6]).coders["layers.1"]
+        assert found.predictions is not None
+        assert found.predictions.ce_spliced == pytest.approx(found.predictions.ce_zero, abs=1e-9)
+        assert found.predictions.ce_recovered == pytest.approx(0, abs=1e-9)
+        assert found.cosine == 0
+
+
+def test_figures_by_hand(causal: PreTrainedModel, tokens: Tensor) -> None:
+    """Every figure equals its definition, computed from whole logits and all rows at once."""
+    place, text = "layers.1", tokens[:5]
+    torch.manual_seed(0)
+    coder = SparseCoder(32, SaeConfig(num_latents=64, k=4))
+    found = judge(causal, {place: coder}, text).coders[place]
+    _, y = capture(causal, text, [place])[place]
+    with torch.no_grad():
+        out = coder(y)
+    error = (y - out.sae_out).double().square().sum(1)
+    assert found.fvu == pytest.approx(float(error.sum() / (y - y.mean(0)).double().square().sum()))
+    assert found.cosine == pytest.approx(
+        float(F.cosine_similarity(y, out.sae_out).mean()), rel=1e-4
+    )
+    counts = torch.zeros(64).index_add_(
+        0, out.top_indices.flatten(), (out.top_acts > 0).float().flatten()
+    )
+    assert found.l0 == pytest.approx(float(counts.sum() / len(y)))
+    assert found.dead_share == pytest.approx(float((counts == 0).double().mean()))
+    bins = [0] * 24
+    for count in counts[counts > 0].tolist():
+        bins[min(23, int((math.log10(count / len(y)) + 6) * 4))] += 1
+    assert found.frequency_histogram == bins
+
+    def logits(replacement: Tensor | None) -> Tensor:
+        def hook(module: Any, args: Any, output: Any) -> Tensor:
+            return output if replacement is None else replacement.view_as(output)
+
+        handle = causal.base_model.get_submodule(place).register_forward_hook(hook)
+        with torch.no_grad():
+            result = causal(text).logits
+        handle.remove()
+        return result
+
+    def ce(logits: Tensor) -> float:
+        return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten()))
+
+    clean, spliced = logits(None), logits(out.sae_out.detach())
+    zero, mean = logits(torch.zeros_like(y)), logits(y.mean(0).expand_as(y).contiguous())
+    p = found.predictions
+    assert p is not None
+    expected = [ce(x) for x in (clean, spliced, zero, mean)]
+    assert [p.ce_clean, p.ce_spliced, p.ce_zero, p.ce_mean] == pytest.approx(expected, rel=1e-5)
+    recovered = (expected[2] - expected[1]) / (expected[2] - expected[0])
+    assert p.ce_recovered == pytest.approx(recovered, rel=1e-2)
+    kl = F.kl_div(spliced.log_softmax(-1), clean.log_softmax(-1), log_target=True, reduction="none")
+    assert p.kl == pytest.approx(float(kl.sum(-1).mean()), rel=1e-4)
+    assert p.top1_agreement == pytest.approx(
+        float((clean.argmax(-1) == spliced.argmax(-1)).double().mean())
+    )
+
+
+def test_all_at_once_is_worse_than_one(causal: PreTrainedModel, tokens: Tensor) -> None:
+    """Several hookpoints are judged apart and spliced together; the table has a line for each."""
+    torch.manual_seed(0)
+    coders = {f"layers.{i}": SparseCoder(32, SaeConfig(num_latents=64, k=4)) for i in range(3)}
+    found = judge(causal, coders, tokens[:6], exclude_tokens=(5,))
+    assert found.together is not None and list(found.coders) == list(coders)
+    kls = [f.predictions.kl for f in found.coders.values() if f.predictions]
+    assert len(kls) == 3 and found.together.kl != pytest.approx(max(kls))
+    lines = table(found).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [*coders, "all at once"]
+    assert {"ce_recovered/layers.1", "kl/all", "fvu/layers.2"} <= found.scalars().keys()
+
+
+def test_evaluation_during_training(
+    causal: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """--eval_every logs every figure under eval/ at its steps and at the end."""
+    flags = {"eval_every": 8, "layers": (1,), "log_with": "tensorboard"}
+    summary = run(causal, tokens, settings, run_name="r", **flags)
+    points = scalars(Path(settings["save_dir"]) / "r")
+    for figure in ("fvu", "nmse", "cosine", "l0", "dead_share", "ce_recovered", "kl", "ce_zero"):
+        assert [step for step, _ in points[f"eval/{figure}/layers.1"]] == [8, 16, 20], figure
+    last = summary["hookpoints"]["layers.1"]["predictions"]
+    assert points["eval/kl/layers.1"][-1][1] == pytest.approx(last["kl"])
+    assert summary["together"]["kl"] == last["kl"]
+
+
+def test_the_command(
+    causal: PreTrainedModel, tokens: Tensor, settings: Settings, tmp_path: Path
+) -> None:
+    """A run's folder is all it needs; it gives the run's own figures, twice the same."""
+    causal.save_pretrained(tmp_path / "lm")
+    tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
+    names = {"model": str(tmp_path / "lm"), "dataset": str(tmp_path / "ids.bin")}
+    flags = {**settings, **names, "init_seeds": (0, 1), "layers": (1,), "eval_every": 20}
+    summary = train(TrainConfig(**flags, run_name="r"))
+    folder = str(Path(settings["save_dir"]) / "r")
+    first, second = evaluate(EvaluateConfig(folder)), evaluate(EvaluateConfig(folder))
+    assert first == second and first.together is None
+    for name, figures in first.coders.items():
+        expected = summary["hookpoints"][name]
+        assert figures.fvu == pytest.approx(expected["fvu"], rel=1e-6)
+        assert figures.predictions is not None
+        assert figures.predictions.kl == pytest.approx(expected["predictions"]["kl"], rel=1e-5)
+    step = summary["hookpoints"]["layers.1.seed0"]["path"]
+    fewer = evaluate(EvaluateConfig(str(Path(step).parent), tokens=32))
+    assert fewer.coders.keys() == first.coders.keys() and fewer != first
+    with pytest.raises(UsageError, match="--tokens 1000000: there are 256 that the run held out"):
+        evaluate(EvaluateConfig(folder, tokens=10**6))
+    copied = tmp_path / "coders"
+    Path(step).parent.rename(copied)
+    with pytest.raises(UsageError, match="--model: .*name the model"):
+        evaluate(EvaluateConfig(str(copied)))
+    elsewhere = evaluate(EvaluateConfig(str(copied), **names, ctx_len=16, tokens=256))
+    assert elsewhere.coders["layers.1.seed0"].fvu == pytest.approx(
+        first.coders["layers.1.seed0"].fvu, rel=1e-6
+    )
+
+
+def test_the_command_line_writes_json(
+    causal: PreTrainedModel,
+    tokens: Tensor,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """python -m sae.evaluate RUN prints a table and writes eval.json into the folder."""
+    import sae.evaluate
+
+    causal.save_pretrained(tmp_path / "lm")
+    tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
+    names = {"model": str(tmp_path / "lm"), "dataset": str(tmp_path / "ids.bin")}
+    train(TrainConfig(**{**settings, **names}, run_name="r"))
+    folder = Path(settings["save_dir"]) / "r"
+    monkeypatch.setattr("sys.argv", ["evaluate", str(folder)])
+    sae.evaluate.main()
+    printed = capsys.readouterr().out
+    figures = json.loads((folder / "eval.json").read_text())
+    assert list(figures) == ["layers.0", "layers.1", "layers.2", "all at once"]
+    for name, found in figures.items():
+        kl = found["kl"] if name == "all at once" else found["predictions"]["kl"]
+        assert name in printed and f"{kl:.4f}" in printed

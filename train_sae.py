@@ -270,7 +270,7 @@ def train(
             metrics[f"l0/{name}"] = firing[name].end_step(rows)
             metrics[f"dead_share/{name}"] = firing[name].dead_share()
             metrics[f"k/{name}"] = k[name]
-        log.step(step + 1, metrics, rows, firing)
+        log.step(step + 1, metrics, rows, sums)
 
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
             log.evaluation(step + 1, evaluate())

@@ -127,7 +127,7 @@ def cross_entropy(
     """Sum over positions of -log p(next token); the last position of a sequence predicts none."""
 
     def loss(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(_logits(lm, rows), targets, reduction="sum")
+        return F.cross_entropy(logits(lm, rows), targets, reduction="sum")
 
     return _over_chunks(lm, loss, hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -139,8 +139,8 @@ def kl_divergence(
 
     def loss(rows: Tensor, clean_rows: Tensor) -> Tensor:
         with torch.no_grad():
-            expected = _logits(lm, clean_rows).log_softmax(1)
-        log_p = _logits(lm, rows).log_softmax(1)
+            expected = logits(lm, clean_rows).log_softmax(1)
+        log_p = logits(lm, rows).log_softmax(1)
         return F.kl_div(log_p, expected, reduction="sum", log_target=True)
 
     return _over_chunks(lm, loss, hidden.flatten(0, 1), clean.detach().flatten(0, 1))
@@ -152,7 +152,7 @@ def agreement(
     """Positions at which the most likely next token is the clean LM's."""
 
     def equal(rows: Tensor, clean_rows: Tensor) -> Tensor:
-        return (_logits(lm, rows).argmax(1) == _logits(lm, clean_rows).argmax(1)).sum()
+        return (logits(lm, rows).argmax(1) == logits(lm, clean_rows).argmax(1)).sum()
 
     return _over_chunks(lm, equal, hidden.flatten(0, 1), clean.flatten(0, 1))
 
@@ -168,7 +168,7 @@ def _over_chunks(
     return torch.stack(found).sum()
 
 
-def _logits(lm: PreTrainedModel, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+def logits(lm: PreTrainedModel, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
     """The LM's own head on final hidden states, with whatever scaling or capping it does."""
     output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.unsqueeze(0))
     ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)

@@ -7,34 +7,31 @@ python -m sae.evaluate CODERS --model gpt2 --dataset DATA   a folder or Hub id o
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from natsort import natsorted
 from torch import Tensor
 from transformers import PreTrainedModel
-from tyro.conf import Positional, arg
 
 from .bank import CoderBank
-from .blocks import TokenSource, hold_out
+from .blocks import TokenSource
 from .config import UsageError
-from .data import TEXT_FLAGS, load_tokens
 from .exchange import Exchange, no_rows
 from .functional import Moments, accumulate
-from .hookpoints import capture, find_hookpoints, load_lm, token_limits
-from .launch import on_cpu, working_dtype
+from .hookpoints import capture
 from .optim import CoderOptimizer
 from .predictions import Predictions, predictions
 from .ranks import Ranks
 from .sparse_coder import SparseCoder
+from .trained import Where, load
 from .watch import exit_codes
 
 _BINS = torch.linspace(-6, 0, 25, dtype=torch.float64)
@@ -189,99 +186,34 @@ def _figures(place: str, seen: Moments, sums: Tensor, fired: Tensor) -> HeldOut:
             f"(see --exclude_tokens), or the activations hold NaN or Inf"
         )
     rows = float(seen.count)
-    frequency = (fired[fired > 0].double().cpu() / rows).log10()
-    histogram = torch.histogram(frequency.clamp(min=-6), bins=_BINS).hist
     return HeldOut(
         fvu=fvu,
         nmse=(error / rows) / (float(seen.total_variance) / rows),
         cosine=cosine / rows,
         l0=active / rows,
         dead_share=float((fired == 0).double().mean()),
-        frequency_histogram=[int(n) for n in histogram],
+        frequency_histogram=frequency_histogram(fired, rows),
     )
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What to evaluate; for a run's folder, all but the first argument default to its flags."""
+def frequency_histogram(fired: Float[Tensor, " L"], rows: float) -> list[int]:
+    """Latents by log10 of the share of rows that activate them: 24 bins from -6 to 0."""
+    frequency = (fired[fired > 0].double().cpu() / rows).log10()
+    return [int(n) for n in torch.histogram(frequency.clamp(min=-6), bins=_BINS).hist]
 
-    coders: Annotated[str, Positional, arg(metavar="RUN_OR_PATH_OR_HUB_ID")]
-    """A run's folder, a folder of coders, or a Hub id."""
-    model: str | None = None
-    """Hub id or folder of the language model."""
-    dataset: str | None = None
-    """Hub id, folder or files of the data, as for training."""
-    split: str | None = None
-    """Split of the data set; default: train."""
-    text_column: str | None = None
-    """Column that holds text."""
-    ctx_len: int | None = None
-    """Tokens per sequence; default: 2048."""
-    tokens: int | None = None
-    """Tokens to evaluate on; default: what the run held out, or the first 131,072."""
-    revision: str | None = None
-    """Git revision of the model on the Hub."""
-    hf_token: str | None = field(default=None, repr=False)
-    """Hub token."""
+
+@dataclass(frozen=True)
+class EvaluateConfig(Where):
+    """What to evaluate."""
+
     out: str | None = None
     """JSON file to write; default: eval.json in the folder of the coders, or here."""
 
 
-_DEFAULTS: dict[str, Any] = {
-    **{"model": None, "dataset": None, "split": "train", "text_column": "text", "ctx_len": 2048},
-    **{"data_args": "", "token_dtype": None, "shuffle_seed": 42, "exclude_tokens": ()},
-    **{"data_preprocessing_num_proc": 1, "streaming": False, "max_examples": None},
-    **{"eval_tokens": 2**17, "mixed_precision": "auto"},
-}
-
-
-def evaluate(cfg: EvaluateConfig) -> Evaluation:
+def evaluate(cfg: Where) -> Evaluation:
     """All figures of trained coders. Raises UsageError for what cannot be found or does not fit."""
-    before = _flags_of_run(Path(cfg.coders))
-    given = {n: v for n, v in vars(cfg).items() if n in _DEFAULTS and v is not None}
-    flags = {**_DEFAULTS, **before, **given}
-    for name in ("model", "dataset"):
-        if flags[name] is None:
-            raise UsageError(f"--{name}: {cfg.coders} does not come with its run: name the {name}")
-    coders = SparseCoder.load_many(cfg.coders)
-    hookpoint = {name: re.sub(r"\.seed\d+$", "", name) for name in coders}
-    hub: dict[str, Any] = {"revision": cfg.revision, "token": cfg.hf_token}
-    patterns = tuple(dict.fromkeys(hookpoint.values()))
-    skeleton, places = find_hookpoints(flags["model"], patterns, with_head=True, **hub)
-    dtype = working_dtype(flags["mixed_precision"])
-    ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
-    lm = load_lm(flags["model"], skeleton, places, dtype, ranks.device, **hub)
-    bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
-    source = load_tokens(
-        flags["dataset"],
-        tokenizer=flags["model"],
-        limits=token_limits(lm),
-        **{name: flags[name] for name in TEXT_FLAGS},
-        **hub,
-    )
-    same_data = all(given.get(n) in (None, before.get(n)) for n in ("dataset", "split", "ctx_len"))
-    held = torch.arange(len(source))
-    if before and same_data:  # the rest was trained on
-        held, _ = hold_out(source, flags["eval_tokens"], flags["max_examples"], per_step=1)
-    wanted = -(-(cfg.tokens or len(held) * source.block_len) // source.block_len)
-    if not before and cfg.tokens is None:
-        wanted = min(len(held), -(-flags["eval_tokens"] // source.block_len))
-    if wanted > len(held):
-        raise UsageError(
-            f"--tokens {cfg.tokens}: there are {len(held) * source.block_len:,}"
-            + (" that the run held out; give another --dataset or --split" if before else "")
-        )
-    exchange = Exchange(ranks, dict.fromkeys(places, 1), distributed=False)
-    excluded = tuple(flags["exclude_tokens"])
-    return held_out(lm, exchange, bank, {}, source, held[:wanted], excluded)
-
-
-def _flags_of_run(folder: Path) -> dict[str, Any]:
-    """The flags of the run whose folder this is, or one of whose checkpoints; else nothing."""
-    for candidate in (folder / "run.json", folder.parent / "run.json"):
-        if candidate.is_file():
-            return json.loads(candidate.read_text(encoding="utf-8"))
-    return {}
+    it = load(cfg)
+    return held_out(it.lm, it.exchange, it.bank, {}, it.source, it.blocks, it.exclude_tokens)
 
 
 def table(evaluation: Evaluation) -> str:
@@ -310,8 +242,7 @@ def main() -> None:
     with exit_codes():
         cfg = tyro.cli(EvaluateConfig, description=__doc__, use_underscores=True)
         found = evaluate(cfg)
-        folder = Path(cfg.coders) if Path(cfg.coders).is_dir() else Path()
-        out = Path(cfg.out) if cfg.out else folder / "eval.json"
+        out = Path(cfg.out) if cfg.out else cfg.folder / "eval.json"
         figures: dict[str, Any] = {n: dataclasses.asdict(f) for n, f in found.coders.items()}
         if found.together is not None:
             figures["all at once"] = dataclasses.asdict(found.together)

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import UsageError
-from .dead_latents import FiringRecord
 from .evaluate import Evaluation
 from .exchange import Exchange
 from .ranks import Ranks
+from .sums import StepSums
 from .watch import Stopped
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "none"]
@@ -115,19 +115,17 @@ class RunLog:
         )
         self._started = self._rows_since = time.monotonic()
 
-    def step(
-        self, step: int, metrics: dict[str, Any], rows: int, firing: dict[str, FiringRecord]
-    ) -> None:
+    def step(self, step: int, metrics: dict[str, Any], rows: int, sums: StepSums) -> None:
         """Show the metrics of step number `step` (from 1), which trained on `rows` tokens."""
         assert self._bar is not None, "start() comes first"
         self._rows += rows
         self._bar.update()
         if step % _HISTOGRAM_STEPS == 0 or step == self._total_steps:
-            self._histograms(step, firing)
+            self._histograms(step, sums)
         if step % self._flags["log_every"] and step != self._total_steps:
             return
         known: dict[str, float] = _numbers(metrics)
-        for record in firing.values():
+        for record in sums.firing.values():
             known["tokens"] = record.tokens
         numbers = self._exchange.ranks.merge(known)
         if not self._exchange.ranks.main:
@@ -180,10 +178,15 @@ class RunLog:
         named = (t for t in self._accelerator.trackers if t.name == "tensorboard")
         return next((t.tracker for t in named), None)
 
-    def _histograms(self, step: int, firing: dict[str, FiringRecord]) -> None:
-        found = {name: record.frequencies().float().cpu() for name, record in firing.items()}
-        for record in firing.values():
+    def _histograms(self, step: int, sums: StepSums) -> None:
+        found = {}
+        for name, record in sums.firing.items():
+            found[f"log10_firing_frequency/{name}"] = record.frequencies().float().cpu()
+            decoder = sums.bank[name].W_dec
+            assert decoder is not None, "a coder in training has a decoder"
+            norms = torch.linalg.vector_norm(decoder.detach(), dim=1)
+            found[f"decoder_norm/{name}"] = norms.float().cpu()
             record.clear_recent()
-        for name, frequencies in self._exchange.merge(found).items():
-            if (writer := self._writer()) and len(frequencies):
-                writer.add_histogram(f"log10_firing_frequency/{name}", frequencies, step)
+        for name, values in self._exchange.merge(found).items():
+            if (writer := self._writer()) and len(values):
+                writer.add_histogram(name, values, step)

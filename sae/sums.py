@@ -20,7 +20,7 @@ class StepSums:
 
     def __init__(self, bank: CoderBank, dead_after: int) -> None:
         """`dead_after`: tokens of silence after which a latent counts as dead."""
-        self._bank = bank
+        self.bank = bank
         self.firing = {
             n: FiringRecord(c.num_latents, dead_after, c.device) for n, c in bank.items()
         }
@@ -32,8 +32,8 @@ class StepSums:
         self.rows = 0
         """Rows of each hookpoint on this rank, trained here or sent to their owner."""
         self._moments: dict[str, Moments] = {}
-        device = next((coder.device for _, coder in self._bank.items()), "cpu")
-        self._errors = {name: torch.zeros(3, device=device) for name, _ in self._bank.items()}
+        device = next((coder.device for _, coder in self.bank.items()), "cpu")
+        self._errors = {name: torch.zeros(3, device=device) for name, _ in self.bank.items()}
         return {name: f.dead_mask() if auxk else None for name, f in self.firing.items()}
 
     def add_targets(self, place: str, y: Tensor) -> None:
@@ -53,14 +53,14 @@ class StepSums:
 
     def variance(self, name: str) -> Tensor:
         """sum ||y - y_mean||^2 over the targets of a coder; 1 where its targets were not seen."""
-        place = self._bank.hookpoint[name]
+        place = self.bank.hookpoint[name]
         if place not in self._moments:
             return torch.ones((), dtype=torch.float64, device=self._errors[name].device)
         return self._moments[place].total_variance
 
     def losses(self, name: str) -> dict[str, Tensor | float]:
         """FVU, AuxK and Multi-TopK of a coder, as metrics; none where its targets were not seen."""
-        if self._bank.hookpoint[name] not in self._moments:
+        if self.bank.hookpoint[name] not in self._moments:
             return {}
         found = self._errors[name] / self.variance(name)
         return {f"{loss}/{name}": value for loss, value in zip(_LOSSES, found, strict=True)}

@@ -29,14 +29,24 @@ BELOW = {
     "end_to_end": {"bank", "exchange", "hookpoints", "sums"},
     "predictions": {"blocks", "end_to_end", "ranks", "sparse_coder"},
     "evaluate": {
-        *("bank", "blocks", "config", "data", "exchange", "functional", "hookpoints", "launch"),
-        *("optim", "predictions", "ranks", "sparse_coder", "watch"),
+        *("bank", "blocks", "config", "exchange", "functional", "hookpoints", "optim"),
+        *("predictions", "ranks", "sparse_coder", "trained", "watch"),
+    },
+    "trained": {
+        *("bank", "blocks", "config", "data", "exchange", "hookpoints", "launch", "ranks"),
+        "sparse_coder",
+    },
+    "contexts": set(),
+    "latents": {"contexts", "end_to_end", "sparse_coder"},
+    "features": {
+        *("compare", "config", "contexts", "evaluate", "hookpoints", "latents", "trained"),
+        "watch",
     },
     "checkpoint": {
         *("bank", "config", "dead_latents", "evaluate", "exchange", "optim", "ranks"),
         "sparse_coder",
     },
-    "logs": {"config", "dead_latents", "evaluate", "exchange", "ranks", "watch"},
+    "logs": {"config", "evaluate", "exchange", "ranks", "sums", "watch"},
     "dry_run": {"bank", "config", "exchange", "hookpoints", "launch", "optim"},
     "compare": {"config", "sparse_coder", "watch"},
     "__init__": {"config", "sparse_coder"},

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .contexts import Contexts, Example
+from .contexts import TOP, Contexts, Example
 from .end_to_end import logits
 from .sparse_coder import SparseCoder
 
@@ -128,7 +128,7 @@ def describe(
                 "fired": int(seen.fired[latent]),
                 "largest": _short(float(seen.largest[latent])),
                 "peaks": [words(token) for token, _ in peaks[:4]],
-                "consistency": _short(peaks[0][1] / len(top)),
+                "consistency": _short(peaks[0][1] / TOP),
                 "top": [_example(e, words) for e in top],
                 "intervals": [[_example(e, words) for e in part] for part in seen.intervals(slot)],
                 "promoted": [(words(token), effect) for token, effect in promoted],

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 from tyro.conf import Positional, arg
 
 from .bank import CoderBank
@@ -91,6 +92,7 @@ def load(where: Where) -> Trained:
     hookpoint = {name: re.sub(r"\.seed\d+$", "", name) for name in coders}
     hub: dict[str, Any] = {"revision": flags["revision"], "token": where.hf_token}
     patterns = tuple(dict.fromkeys(hookpoint.values()))
+    disable_progress_bar()
     skeleton, places = find_hookpoints(flags["model"], patterns, with_head=True, **hub)
     dtype = working_dtype(flags["mixed_precision"])
     ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)

@@ -6,14 +6,25 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
 
+from sae.compare import CompareConfig
+from sae.evaluate import EvaluateConfig
+from sae.features import FeaturesConfig
 from train_sae import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+
+
+COMMANDS: dict[str, Any] = {
+    "sae.evaluate": EvaluateConfig,
+    "sae.features": FeaturesConfig,
+    "sae.compare": CompareConfig,
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -37,7 +48,11 @@ def test_commands_parse() -> None:
             arguments = words[words.index("train_sae.py") + 1 :]
             tyro.cli(TrainConfig, args=arguments, use_underscores=True)
             seen += 1
-    assert seen >= 6
+        for module, config in COMMANDS.items():
+            if module in words:
+                tyro.cli(config, args=words[words.index(module) + 1 :], use_underscores=True)
+                seen += 1
+    assert seen >= 9
 
 
 def test_python_runs(tmp_path: Path) -> None:
@@ -86,6 +101,20 @@ def test_exchange_numbers_are_the_checked_in_ones() -> None:
         assert row in README
 
 
+def test_evaluation_is_the_checked_in_one() -> None:
+    """The README's table and its gain from the KL loss are those of the result file."""
+    result = json.loads((ROOT / "benchmarks/results/evaluate.json").read_text())
+    for name, figures in result["quickstart"].items():
+        predicted = figures.get("predictions", figures)
+        cells = f"{predicted['ce_recovered']:.4f}  {predicted['kl']:.4f}"
+        assert re.search(rf"^{name} .*{cells}  ", README, flags=re.M)
+    before, after = (result[run]["layers.3"]["predictions"] for run in ("quickstart", "kl"))
+    assert after["ce_recovered"] > before["ce_recovered"] and after["kl"] < before["kl"]
+    for figure in ("ce_recovered", "kl"):
+        said = rf"from\s{before[figure]:.4f}\sto\s{after[figure]:.4f}"
+        assert re.search(said, README), figure
+
+
 def test_paper_is_computed_as_checked_in() -> None:
     """The extrapolation on paper comes out of the benchmark as it was checked in."""
     sys.path.insert(0, str(ROOT))
@@ -124,5 +153,6 @@ def test_quickstart(tmp_path: Path) -> None:
             assert figures["fvu"] < 0.6 and Path(figures["path"]).is_dir()
     bar = done.stderr.rsplit("\r", 1)[-1]
     assert "fvu 0." in bar and "tokens/s" in bar and "16/16" in bar
-    for said in ("run  ", "TensorBoard  ", "coders  ", "summary  "):
+    assert (runs[-1] / "report.html").stat().st_size > 2**20
+    for said in ("run  ", "TensorBoard  ", "coders  ", "summary  ", "features  "):
         assert said in done.stdout

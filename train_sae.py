@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from tyro.conf import Positional, arg
 
 from sae import checkpoint, dry_run, launch, logs, watch
+from sae.bad_steps import BadSteps
 from sae.bank import CoderBank, costs
 from sae.blocks import hold_out
 from sae.config import Activation, SparseCoderConfig, check_flags
@@ -34,6 +35,7 @@ from sae.evaluate import first_moments, held_out
 from sae.exchange import Exchange
 from sae.hookpoints import capture, find_hookpoints, load_lm, measure, token_limits
 from sae.optim import CoderOptimizer, OptimizerName, finish_gradients_, k_at
+from sae.run_folder import open_run
 from sae.sums import StepSums
 
 
@@ -99,6 +101,8 @@ class TrainConfig:
     """Sequences per rank and LM forward."""
     grad_acc_steps: int = 1
     """LM forwards per optimizer step."""
+    max_bad_steps: int = 10
+    """Steps with NaN or Inf that are skipped before the run ends."""
     micro_acc_steps: int = 1
     """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
 
@@ -148,9 +152,11 @@ class TrainConfig:
     run_name: str | None = None
     """Folder of this run below save_dir; default: the model's name."""
     resume: bool = False
-    """Continue the run from its newest checkpoint."""
+    """Continue the run from its newest checkpoint; without one, start it."""
     save_every: int = 1000
     """Optimizer steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
     save_best: bool = False
     """At every checkpoint, keep each coder whose held-out FVU is its lowest so far in best/."""
     log_every: int = 1
@@ -160,13 +166,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_flags(self)
-
-    @property
-    def coder(self) -> SparseCoderConfig:
-        """The shape of the coders."""
-        return SparseCoderConfig(
-            **{name: getattr(self, name) for name in SparseCoderConfig.__dataclass_fields__}
-        )
 
 
 def train(
@@ -188,7 +187,7 @@ def train(
     ranks = launch.join(accelerator, cfg.timeout)
     per_step = cfg.batch_size * cfg.grad_acc_steps * ranks.world
     flags = {name: value for name, value in asdict(cfg).items() if name != "hf_token"}
-    checkpoint.open_run(run, {**flags, "sequences_per_step": per_step}, ranks)
+    resumes = open_run(run, {**flags, "sequences_per_step": per_step}, ranks)
 
     # The language model, frozen, and no more of it than the hookpoints need.
     if lm is None:
@@ -197,9 +196,10 @@ def train(
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
     hookpoints = measure(lm, places, ranks.device)
-    cost = costs(hookpoints, cfg.coder, cfg.init_seeds)
+    shape = SparseCoderConfig.of(cfg)
+    cost = costs(hookpoints, shape, cfg.init_seeds)
     exchange = Exchange(ranks, cost, cfg.distribute_modules, cfg.layer_to_rank)
-    bank = CoderBank(exchange.here(hookpoints), cfg.coder, cfg.init_seeds, ranks.device, dtype)
+    bank = CoderBank(exchange.here(hookpoints), shape, cfg.init_seeds, ranks.device, dtype)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     with ranks.main_first():
@@ -217,13 +217,14 @@ def train(
     # For each coder an optimizer and a record of what fires.
     rule = (cfg.optimizer, cfg.lr, cfg.adam_8bit)
     optimizers = {name: CoderOptimizer(coder, *rule) for name, coder in bank.items()}
+    bad_steps = BadSteps(cfg.max_bad_steps, ranks)
     sums = StepSums(bank, cfg.dead_feature_threshold)
     firing = sums.firing
     coders = (exchange, bank, optimizers)
-    first_step, seconds = checkpoint.load(run, data, *coders, firing) if cfg.resume else (0, 0.0)
-    if cfg.finetune is not None:
+    first_step, seconds = checkpoint.load(run, data, *coders, firing) if resumes else (0, 0.0)
+    if cfg.finetune is not None and not resumes:
         bank.load_pretrained(cfg.finetune)
-    elif not cfg.resume:
+    elif not resumes:
         first_batches = ranks.batches(source, order[:per_step], cfg.batch_size)
         bank.center_(*first_moments(lm, places, first_batches, ranks, cfg.exclude_tokens))
     whole_lm = EndToEnd(lm, bank, cfg) if cfg.loss_fn != "fvu" else None
@@ -263,8 +264,8 @@ def train(
         for name, coder in bank.items():
             metrics |= sums.losses(name)
             metrics[f"grad_norm/{name}"] = finish_gradients_(coder, sums.variance(name))
-        logs.refuse_bad_numbers(metrics, step + 1, run, ranks)
-        for name, optimizer in optimizers.items():
+        good = bad_steps.good(metrics, step + 1, order[step * per_step :][:per_step])
+        for name, optimizer in optimizers.items() if good else ():
             metrics[f"lr/{name}"] = optimizer.step(step, total_steps, cfg.lr_warmup_steps)
             # EDIT: what is logged.
             metrics[f"l0/{name}"] = firing[name].end_step(rows)
@@ -274,11 +275,11 @@ def train(
 
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
             log.evaluation(step + 1, evaluate())
-        stop = ranks.stop_reason()
+        stop = bad_steps.verdict or ranks.stop_reason()
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == total_steps:
             if cfg.save_best:
                 checkpoint.keep_best(run, step + 1, evaluate(), *coders)
-            checkpoint.save(run, step + 1, log.seconds, data, *coders, firing)
+            checkpoint.save(run, step + 1, log.seconds, data, *coders, firing, cfg.keep_last)
         if stop:
             log.stop(stop, step + 1)
 

@@ -1,6 +1,5 @@
 """A run on disk. A checkpoint is complete or absent, and nothing in it is a pickle.
 
-RUN/run.json                           the run's flags (never the token)
 RUN/step_1000/manifest.json            format, step, and the SHA-256 of every file
 RUN/step_1000/<coder>/cfg.json         what other programs read, with
 RUN/step_1000/<coder>/sae.safetensors  the coder's weights
@@ -11,17 +10,14 @@ RUN/summary.json                       at the end of the run
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from natsort import natsorted
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -32,87 +28,15 @@ from .evaluate import Evaluation
 from .exchange import Exchange
 from .optim import CoderOptimizer
 from .ranks import Ranks
+from .run_folder import checkpoints, flush, read_json, write_json
 from .sparse_coder import SparseCoder
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had no checksum of the manifest itself."""
+
 RESUME_FILE = "resume.safetensors"
 
-_PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
-
-# Flags that do not change what a run computes, but for rounding: they may differ on resume.
-_FREE_ON_RESUME = {
-    *("resume", "save_dir", "run_name", "save_every", "save_best", "log_every", "log_with"),
-    *("data_preprocessing_num_proc", "micro_acc_steps", "batch_size", "grad_acc_steps"),
-    *("distribute_modules", "layer_to_rank", "timeout", "dry_run"),
-}
-
-
-def open_run(folder: Path, flags: dict[str, Any], ranks: Ranks) -> None:
-    """Create the run's folder and write its flags, or check that a resumed run has the same ones.
-
-    Rank 0 does it, once all ranks were found to have the same flags and the same packages. Raises
-    UsageError where they have not, for a folder that cannot be written, one that already holds a
-    run, or flags that differ.
-    """
-    versions = {f"the version of {package}": version(package) for package in _PACKAGES}
-    # Machines may differ in their number of cores, which is this flag's default.
-    given = {f"--{n}": v for n, v in flags.items() if n != "data_preprocessing_num_proc"}
-    ranks.same({**given, **versions})
-    with ranks.together():
-        if ranks.main:
-            _open_run(folder, flags)
-
-
-def _open_run(folder: Path, flags: dict[str, Any]) -> None:
-    recorded = folder / "run.json"
-    for left_over in folder.glob("*.tmp"):  # of a save or a deletion that was cut off
-        # Cut off between two renames, .old.tmp is the only best coder: keep_best puts it back.
-        if not left_over.name.endswith(".old.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
-    if flags["resume"]:
-        if not any(checkpoints(folder)):
-            raise UsageError(
-                f"--resume: {folder} holds no whole checkpoint; check --save_dir and --run_name, "
-                f"or drop --resume to start the run"
-            )
-        before = _read_json(recorded)
-        if flags["sequences_per_step"] != _sequences_per_step(before):
-            raise UsageError(
-                f"--resume: --batch_size times --grad_acc_steps times the number of ranks is "
-                f"{flags['sequences_per_step']} now and was {_sequences_per_step(before)} when "
-                f"the run started: choose the two so that it is the same on this many ranks"
-            )
-        for name, value in json.loads(json.dumps(flags)).items():
-            if name not in {*_FREE_ON_RESUME, "sequences_per_step"} and before.get(name) != value:
-                raise UsageError(
-                    f"--resume: --{name} is {value!r} now and was {before.get(name)!r} when the "
-                    f"run started; give the same flags, or start a new run with --finetune"
-                )
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(checkpoints(folder)):
-            raise UsageError(
-                f"--run_name {folder.name}: {folder} already holds a run; add --resume to continue "
-                f"it, or give another --run_name"
-            )
-        write_json(recorded, flags)
-    except OSError as error:
-        raise UsageError(
-            f"--save_dir {folder.parent}: cannot be written ({error.strerror}); give another folder"
-        ) from None
-
-
-def _sequences_per_step(flags: dict[str, Any]) -> Any:
-    # Runs from before there were several ranks did not write it.
-    alone = flags.get("batch_size", 0) * flags.get("grad_acc_steps", 0)
-    return flags.get("sequences_per_step", alone)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    found = [f for f in folder.glob("step_*") if f.suffix == "" and (f / "manifest.json").is_file()]
-    return natsorted(found, key=lambda f: f.name)
+_HARMLESS = {".json", ".html", ".md", ".txt"}  # what people and sae.evaluate put beside coders
 
 
 def save(
@@ -124,8 +48,9 @@ def save(
     bank: CoderBank,
     optimizers: dict[str, CoderOptimizer],
     firing: dict[str, FiringRecord],
+    keep_last: int = 2,
 ) -> None:
-    """Write one checkpoint aside, rename it into place when whole, then keep the newest two.
+    """Write one checkpoint aside, rename it into place when whole, then drop all but the last few.
 
     Every rank writes the coders it owns; the first one begins and ends. `data` is the fingerprint
     of what the run trains on. Raises UsageError, on all ranks, if the disk does not take it or if
@@ -154,20 +79,21 @@ def save(
             save_file(tensors, aside / name / RESUME_FILE)
             for file in sorted((aside / name).iterdir()):
                 digests[file.relative_to(aside).as_posix()] = _digest(file)
-                _flush(file)
-            _flush(aside / name)
+                flush(file)
+            flush(aside / name)
     digests = ranks.merge(digests)
     with ranks.together(), _on_disk(run, step):
         if ranks.main:
             manifest = {"format": FORMAT, "step": step, "wall_seconds": seconds, "data": data}
             manifest["sha256"] = dict(sorted(digests.items()))
+            manifest["manifest_sha256"] = _digest_of(manifest)
             write_json(aside / "manifest.json", manifest)
-            _flush(aside)
+            flush(aside)
             if final.exists():
                 shutil.rmtree(final)
             aside.rename(final)
-            _flush(run)
-            for old in checkpoints(run)[:-2]:
+            flush(run)
+            for old in checkpoints(run)[:-keep_last]:
                 # First a name that nothing takes for a checkpoint: half deleted it must not be
                 # found.
                 shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
@@ -224,7 +150,8 @@ def newest_checkpoint(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:
                 print(f"{line}; using {folder}")
             return folder, manifest
         problems.extend(found.values())
-    raise UsageError(f"--resume: no checkpoint in {run} can be used: {'; '.join(problems)}")
+    why = "; ".join(problems) or "none is whole"
+    raise UsageError(f"--resume: no checkpoint in {run} can be used: {why}")
 
 
 def keep_best(
@@ -249,7 +176,7 @@ def keep_best(
                 old.rename(final)
             shutil.rmtree(old, ignore_errors=True)
             record = final / "fvu.json"
-            if record.exists() and _read_json(record)["fvu"] <= evaluation.coders[name].fvu:
+            if record.exists() and read_json(record)["fvu"] <= evaluation.coders[name].fvu:
                 continue
             # Not inside best/, which holds one folder per coder and nothing else.
             shutil.rmtree(aside, ignore_errors=True)
@@ -308,32 +235,20 @@ def _on_disk(run: Path, step: int) -> Iterator[None]:
         ) from None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _flush(aside)
-    os.replace(aside, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is not a JSON object: the file is damaged")
-    return value
-
-
 def _verify(folder: Path, part: int, parts: int) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint, and its manifest; of its files every parts-th is read."""
     try:
-        manifest = _read_json(folder / "manifest.json")
+        manifest = read_json(folder / "manifest.json")
     except UsageError as error:
         return str(error), {}
-    if manifest.get("format") != FORMAT:
-        return f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}", {}
+    if manifest.get("format") not in (1, FORMAT):
+        return (
+            f"{folder} has format {manifest.get('format')}, and this version reads 1 to {FORMAT}: "
+            f"resume with the version that wrote it, or start a new run with --finetune"
+        ), {}
+    written = manifest.pop("manifest_sha256", None)
+    if manifest.get("format") != 1 and written != _digest_of(manifest):
+        return f"{folder}/manifest.json is damaged (its SHA-256 is not the recorded one)", {}
     digests = manifest.get("sha256")
     if not isinstance(digests, dict) or not {"step", "wall_seconds", "data"} <= manifest.keys():
         return f"{folder}/manifest.json is incomplete", {}
@@ -345,17 +260,17 @@ def _verify(folder: Path, part: int, parts: int) -> tuple[str | None, dict[str, 
             return f"{path} is missing", {}
         if _digest(path) != digest:
             return f"{path} is damaged (its SHA-256 is not the recorded one)", {}
+    for path in folder.rglob("*"):
+        known = path.name == "manifest.json" or path.relative_to(folder).as_posix() in digests
+        if path.is_file() and not known and path.suffix not in _HARMLESS:
+            return f"{path} was not written by the run", {}
     return None, manifest
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

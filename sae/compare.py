@@ -15,6 +15,7 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from .config import UsageError
+from .run_folder import read_json
 from .sparse_coder import SparseCoder
 from .watch import exit_codes
 
@@ -42,10 +43,9 @@ def nearest_twins(a: SparseCoder, b: SparseCoder) -> Float[Tensor, " L"]:
 
 def summary_of(run: str) -> dict[str, Any]:
     """What a finished run wrote about itself. Raises UsageError for another folder."""
-    try:
-        return json.loads((Path(run) / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(f"{run}: has no summary.json; give the folder of a finished run") from None
+    if not (Path(run) / "summary.json").is_file():
+        raise UsageError(f"{run}: has no summary.json; give the folder of a finished run")
+    return read_json(Path(run) / "summary.json")
 
 
 def figures_of(run: str) -> dict[str, dict[str, float | None]]:
@@ -54,7 +54,7 @@ def figures_of(run: str) -> dict[str, dict[str, float | None]]:
     Predictions are those of `eval.json`, which sae.evaluate writes, or of the run's own end.
     """
     judged = Path(run) / "eval.json"
-    evaluated = json.loads(judged.read_text(encoding="utf-8")) if judged.is_file() else {}
+    evaluated = read_json(judged) if judged.is_file() else {}
     found = {}
     for name, figures in summary_of(run)["hookpoints"].items():
         predictions = figures.get("predictions") or evaluated.get(name, {}).get("predictions") or {}
@@ -64,7 +64,7 @@ def figures_of(run: str) -> dict[str, dict[str, float | None]]:
 
 def differing_flags(runs: tuple[str, ...]) -> dict[str, list[Any]]:
     """The flags that are not the same in all runs, and what each run was given."""
-    given = [json.loads((Path(run) / "run.json").read_text(encoding="utf-8")) for run in runs]
+    given = [read_json(Path(run) / "run.json") for run in runs]
     names = dict.fromkeys(name for flags in given for name in flags)
     values = {name: [flags.get(name) for flags in given] for name in names}
     return {name: row for name, row in values.items() if any(v != row[0] for v in row)}

@@ -41,6 +41,11 @@ class SparseCoderConfig:
     transcode: bool = False
     """Predict a module's output from its input instead of reconstructing the output."""
 
+    @classmethod
+    def of(cls, flags: Any) -> "SparseCoderConfig":
+        """The shape that the script's flags ask for."""
+        return cls(**{field.name: getattr(flags, field.name) for field in fields(cls)})
+
     def latents(self, d_in: int) -> int:
         """num_latents of a coder whose input has width `d_in`."""
         return self.num_latents or d_in * self.expansion_factor
@@ -77,9 +82,9 @@ class SparseCoderConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"{path} does not exist: give the folder of one coder") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not JSON ({error}): the file is damaged") from None
-        if not isinstance(values, dict) or not isinstance(values.get("d_in"), int):
+        if not isinstance(values, dict) or type(values.get("d_in")) is not int:
             raise UsageError(f"{path} has no integer d_in: it does not describe a sparse coder")
         known = {f.name: values.pop(f.name) for f in fields(cls) if f.name in values}
         for field in fields(cls):
@@ -91,6 +96,12 @@ class SparseCoderConfig:
                 raise UsageError(f"{path}: {field.name} is {value!r}, not a usable {kind.__name__}")
         if known.get("activation", "topk") not in ("topk", "groupmax"):
             raise UsageError(f"{path}: activation {known['activation']!r} is not topk or groupmax")
+        for name, value in values.items():
+            if name not in ("d_in", "d_out") and value not in (None, False):
+                raise UsageError(
+                    f"{path}: {name} is {value!r}, which this version does not know: the coder "
+                    f"may compute something else; take it out if it does not"
+                )
         return cls(**known), values
 
     def to_json(self, path: Path, d_in: int, d_out: int) -> None:
@@ -105,9 +116,12 @@ TranscoderConfig = partial(SparseCoderConfig, transcode=True)
 _AT_LEAST_ONE = (
     *("batch_size", "ctx_len", "grad_acc_steps", "micro_acc_steps", "k", "expansion_factor"),
     *("layer_stride", "save_every", "log_every", "dead_feature_threshold", "eval_tokens"),
-    "data_preprocessing_num_proc",
+    *("data_preprocessing_num_proc", "keep_last"),
 )
-_AT_LEAST_ZERO = ("eval_every", "num_latents", "k_decay_steps", "lr_warmup_steps", "auxk_alpha")
+_AT_LEAST_ZERO = (
+    *("eval_every", "num_latents", "k_decay_steps", "lr_warmup_steps", "auxk_alpha"),
+    "max_bad_steps",
+)
 
 
 def check_flags(flags: Any) -> None:
@@ -140,8 +154,6 @@ def check_flags(flags: Any) -> None:
         refuse("k_decay_steps", "k must always divide num_latents with --activation groupmax")
     if flags.adam_8bit and flags.optimizer != "adam":
         refuse("adam_8bit", f"belongs to --optimizer adam, not {flags.optimizer}")
-    if flags.resume and flags.finetune:
-        refuse("finetune", "starts a new run, --resume continues one: give one of the two")
     if flags.resume and flags.adam_8bit:
         refuse("resume", "the state of --adam_8bit is not kept: start a new run with --finetune")
     if flags.shuffle_seed < 0:

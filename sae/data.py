@@ -141,7 +141,9 @@ def _open(
 
 def _tokenizer(name: str, revision: str | None, token: str | None) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, token=token)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, token=token, trust_remote_code=False
+        )
     except Exception as error:  # each tokenizer's backend has errors of its own
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"MODEL {name}: its tokenizer cannot be loaded. {reason}") from None

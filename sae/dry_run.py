@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .bank import CoderBank, costs
+from .config import SparseCoderConfig
 from .exchange import plan, read_plan
 from .hookpoints import Hookpoint, find_hookpoints, measure
 from .launch import sharded, working_dtype
@@ -39,9 +40,8 @@ def show(flags: Any) -> None:
     choose = (flags.hookpoints, flags.layers, flags.layer_stride)
     lm, names = find_hookpoints(flags.model, *choose, **hub)
     parameters, hookpoints = sum(p.numel() for p in lm.parameters()), measure(lm, names)
-    owner = plan(
-        costs(hookpoints, flags.coder, flags.init_seeds), world, read_plan(flags.layer_to_rank)
-    )
+    shape = SparseCoderConfig.of(flags)
+    owner = plan(costs(hookpoints, shape, flags.init_seeds), world, read_plan(flags.layer_to_rank))
     replicas = world == 1 or not flags.distribute_modules
     rows = [["rank", *(name.replace("_", " ") for name in Held._fields), "GiB", "coders of"]]
     for rank in range(1 if replicas else world):
@@ -51,7 +51,7 @@ def show(flags: Any) -> None:
         who = "each" if replicas and world > 1 else str(rank)
         rows.append([who, *sizes, " ".join(h.name for h in mine) or "nothing"])
     tokens = flags.batch_size * flags.ctx_len * flags.grad_acc_steps * world
-    latents = {flags.coder.latents(h.d_in if flags.transcode else h.d_out) for h in hookpoints}
+    latents = {shape.latents(h.d_in if flags.transcode else h.d_out) for h in hookpoints}
     print(f"LM      {parameters:,} parameters up to the last of {len(hookpoints)} hookpoints")
     print(f"coders  of {', '.join(f'{n:,}' for n in sorted(latents))} latents")
     print(f"step    {tokens:,} tokens on {world} {'rank' if world == 1 else 'ranks'}")
@@ -69,7 +69,8 @@ def holdings(
     item = working_dtype(flags.mixed_precision).itemsize
     if sharded():
         lm_parameters = -(-lm_parameters // world) + min(_live_parameters(), lm_parameters)
-    coders = [c for _, c in CoderBank(mine, flags.coder, flags.init_seeds, "meta").items()]
+    bank = CoderBank(mine, SparseCoderConfig.of(flags), flags.init_seeds, "meta")
+    coders = [coder for _, coder in bank.items()]
     weights = sum(4 * p.numel() for coder in coders for p in coder.parameters())
     state = sum(state_bytes(coder, flags.optimizer, flags.adam_8bit) for coder in coders)
 

@@ -104,6 +104,13 @@ def first_moments(
                 accumulate(found, place, rows)
     ranks.sum_(t for found in (inputs, outputs) for m in found.values() for t in m)
     ranks.traffic()  # is of no step
+    for place in outputs:
+        for moments in (inputs[place], outputs[place]):
+            if not moments.total_sq.isfinite():
+                raise UsageError(
+                    f"MODEL: its activations at {place} hold NaN or Inf in the first step already: "
+                    f"try --mixed_precision no, or another hookpoint"
+                )
     if not all(moments.count for moments in outputs.values()):
         raise UsageError(
             f"--exclude_tokens {' '.join(map(str, exclude_tokens[:9]))}: leaves no token of the "

@@ -110,7 +110,7 @@ def report(cfg: FeaturesConfig) -> dict[str, Any]:
 def _tokenizer(it: Trained, token: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(
-            it.flags["model"], revision=it.flags["revision"], token=token
+            it.flags["model"], revision=it.flags["revision"], token=token, trust_remote_code=False
         )
     except (OSError, ValueError):  # an LM that was trained on token ids may have none
         return None

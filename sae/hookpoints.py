@@ -64,7 +64,9 @@ def find_hookpoints(
         return freeze(model), choose_hookpoints(model, patterns, layers, layer_stride)
     auto = AutoModelForCausalLM if with_head else AutoModel
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision, token=token)
+        config = AutoConfig.from_pretrained(
+            model, revision=revision, token=token, trust_remote_code=False
+        )
         with torch.device("meta"):
             skeleton = auto.from_config(config, dtype=torch.bfloat16)
     except Exception as error:  # a config's checks raise errors of many kinds
@@ -113,6 +115,7 @@ def load_lm(
             quantization_config=quantized,
             device_map={"": device} if load_in_8bit else None,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except ImportError as error:

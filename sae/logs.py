@@ -1,7 +1,6 @@
-"""What a run shows: progress bar, tracker, final table; and the checks that stop it."""
+"""What a run shows: progress bar, tracker, final table."""
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -9,52 +8,19 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
+from .bad_steps import as_numbers
 from .config import UsageError
 from .evaluate import Evaluation
 from .exchange import Exchange
-from .ranks import Ranks
+from .run_folder import unlock
 from .sums import StepSums
 from .watch import Stopped
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "none"]
 
 _HISTOGRAM_STEPS = 100
-
-
-def refuse_bad_numbers(
-    metrics: dict[str, Tensor | float], step: int, run: Path, ranks: Ranks
-) -> None:
-    """Raise UsageError, on all ranks, if a metric of step number `step` is NaN or infinite.
-
-    It comes before the update.
-    """
-    with ranks.together():
-        _refuse_bad_numbers(metrics, step, run)
-
-
-def _refuse_bad_numbers(metrics: dict[str, Tensor | float], step: int, run: Path) -> None:
-    numbers = _numbers(metrics)
-    bad = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
-    if bad is None:
-        return
-    metric, _, place = bad.partition("/")
-    raise UsageError(
-        f"step {step}: {metric} at {place} is {numbers[bad]}: the LM's activations there, or "
-        f"the loss, hold NaN or Inf, or the targets are constant (see --exclude_tokens). No "
-        f"update was made and {run} keeps its last checkpoint. Try --mixed_precision no, a lower "
-        f"--lr, or another hookpoint"
-    )
-
-
-def _numbers(metrics: dict[str, Tensor | float]) -> dict[str, float]:
-    """Metrics as numbers, in one transfer from the device."""
-    tensors = [m for m in metrics.values() if isinstance(m, Tensor)]
-    moved = torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else []
-    read = iter(moved)
-    return {n: next(read) if isinstance(m, Tensor) else float(m) for n, m in metrics.items()}
 
 
 class RunLog:
@@ -124,7 +90,7 @@ class RunLog:
             self._histograms(step, sums)
         if step % self._flags["log_every"] and step != self._total_steps:
             return
-        known: dict[str, float] = _numbers(metrics)
+        known: dict[str, float] = as_numbers(metrics)
         for record in sums.firing.values():
             known["tokens"] = record.tokens
         numbers = self._exchange.ranks.merge(known)
@@ -136,12 +102,15 @@ class RunLog:
         self._accelerator.log(numbers, step=step)
         loss = self._flags["loss_fn"]
         found = [value for name, value in numbers.items() if name.split("/")[0] == loss]
+        mean = f"{loss} {sum(found) / len(found):.4f}" if found else "skipped"
         rate = f"{numbers['tokens_per_second']:,.0f} tokens/s"
-        self._bar.set_postfix_str(f"{loss} {sum(found) / len(found):.4f}, {rate}", refresh=False)
+        self._bar.set_postfix_str(f"{mean}, {rate}", refresh=False)
 
-    def stop(self, reason: str, step: int) -> NoReturn:
-        """End a run that was told to stop and has been saved."""
+    def stop(self, reason: str | UsageError, step: int) -> NoReturn:
+        """End a run that was told to stop, or whose numbers went bad, and that has been saved."""
         self._close()
+        if isinstance(reason, UsageError):
+            raise reason
         raise Stopped(f"{reason}: saved after step {step}; the same command with --resume goes on")
 
     def evaluation(self, step: int, evaluation: Evaluation) -> Evaluation:
@@ -152,8 +121,9 @@ class RunLog:
         return evaluation
 
     def finish(self, run: Path, summary: dict[str, Any]) -> dict[str, Any]:
-        """Close the tracker, print the main figures and where everything is."""
+        """Close tracker and folder, print the main figures and where everything is."""
         self._close()
+        unlock(run)
         if not self._exchange.ranks.main:
             return summary
         found = summary["hookpoints"]

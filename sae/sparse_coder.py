@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from . import functional, kernels
 from .config import SparseCoderConfig, UsageError
 
+_DTYPES = {"F64", "F32", "F16", "BF16"}
+
 
 class EncoderOutput(NamedTuple):
     """The active latents of every row, in no order."""
@@ -259,9 +261,10 @@ class SparseCoder(nn.Module):
         file = path / "sae.safetensors"
         try:
             with safe_open(file, framework="pt", device="cpu") as stored:
-                shapes = {
-                    name: tuple(stored.get_slice(name).get_shape()) for name in list(stored.keys())
-                }
+                slices = {name: stored.get_slice(name) for name in list(stored.keys())}
+                shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                if strange := {s.get_dtype() for s in slices.values()} - _DTYPES:
+                    raise UsageError(f"{file} holds {', '.join(strange)}, not floating point")
                 expected = _expected_shapes(cfg, d_in, (*shapes.get("b_dec", ()), d_in)[0])
                 if shapes != expected:
                     raise UsageError(
@@ -298,6 +301,8 @@ class SparseCoder(nn.Module):
             root = _snapshot(str(name), None if pattern is None else f"{pattern}/*")
         if not root.is_dir():
             raise UsageError(f"{root} is not a folder: give a folder of coders")
+        for layer in layers or ():
+            _check_name(layer)
         if layers is None:
             found = [f.name for f in root.iterdir() if (f / "cfg.json").is_file()]
             layers = [f for f in found if pattern is None or fnmatch(f, pattern)]
@@ -318,6 +323,7 @@ class SparseCoder(nn.Module):
         decoder: bool = True,
     ) -> "SparseCoder":
         """The coder of one hookpoint of a Hub repository (or its only one)."""
+        _check_name(hookpoint or "")
         root = _snapshot(name, None if hookpoint is None else f"{hookpoint}/*")
         if hookpoint is not None:
             root = root / hookpoint
@@ -350,6 +356,11 @@ def _expected_shapes(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str,
         "b_dec": (d_out,),
     }
     return {**shapes, "W_skip": (d_out, d_in)} if cfg.skip_connection else shapes
+
+
+def _check_name(hookpoint: str) -> None:
+    if Path(hookpoint).is_absolute() or ".." in Path(hookpoint).parts:
+        raise UsageError(f"hookpoint {hookpoint}: names a folder of coders, not a path out of it")
 
 
 def _snapshot(name: str, allow: str | None) -> Path:

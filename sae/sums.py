@@ -28,11 +28,17 @@ class StepSums:
         self.start_step()
 
     def start_step(self, auxk: bool = False) -> dict[str, Tensor | None]:
-        """Forget the last step; return the latents that AuxK may revive, if it is asked for."""
+        """Forget the last step; return the latents that AuxK may revive, if it is asked for.
+
+        Of a step that was skipped, gradients and counts are still there.
+        """
+        self.bank.zero_grad(set_to_none=True)
         self.rows = 0
         """Rows of each hookpoint on this rank, trained here or sent to their owner."""
         self._moments: dict[str, Moments] = {}
         device = next((coder.device for _, coder in self.bank.items()), "cpu")
+        for record in self.firing.values():
+            record.step_counts.zero_()
         self._errors = {name: torch.zeros(3, device=device) for name, _ in self.bank.items()}
         return {name: f.dead_mask() if auxk else None for name, f in self.firing.items()}
 

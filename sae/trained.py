@@ -1,6 +1,5 @@
 """Trained coders, with the LM and the data that they are judged on."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from .exchange import Exchange
 from .hookpoints import find_hookpoints, load_lm, token_limits
 from .launch import on_cpu, working_dtype
 from .ranks import Ranks
+from .run_folder import read_json
 from .sparse_coder import SparseCoder
 
 
@@ -59,6 +59,13 @@ _DEFAULTS: dict[str, Any] = {
     **{"data_preprocessing_num_proc": 1, "streaming": False, "max_examples": None},
     **{"eval_tokens": 2**17, "mixed_precision": "auto", "revision": None},
 }
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("ctx_len", "shuffle_seed", "max_examples", "eval_tokens"), (int,)),
+    **{"data_preprocessing_num_proc": (int,), "streaming": (bool,)},
+    "exclude_tokens": (list, tuple),
+}
+"""Types of the flags that are not text."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,17 @@ def load(where: Where) -> Trained:
 
 
 def flags_of_run(folder: Path) -> dict[str, Any]:
-    """The flags of the run whose folder this is, or one of whose checkpoints; else nothing."""
+    """The flags of the run whose folder this is, or one of whose checkpoints; else nothing.
+
+    Raises UsageError for a file that is damaged.
+    """
     for candidate in (folder / "run.json", folder.parent / "run.json"):
         if candidate.is_file():
-            return json.loads(candidate.read_text(encoding="utf-8"))
+            flags = read_json(candidate)
+            for name, default in _DEFAULTS.items():
+                value = flags.setdefault(name, default)
+                kinds = _KINDS.get(name, (str,))
+                if value is not None and type(value) not in kinds:
+                    raise UsageError(f"{candidate}: {name} is {value!r}: the file is damaged")
+            return flags
     return {}

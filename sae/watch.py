@@ -1,5 +1,6 @@
 """Signals, a launcher or a rank that is gone, and the exit codes that tell them apart."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
@@ -15,14 +17,18 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from .config import UsageError
 
-FAILED, MISTAKE, LOST_A_RANK, STOPPED = 1, 2, 3, 75
-"""Exit codes: an error of ours, of the user's, a dead or hung rank, told to stop (run again)."""
+FAILED, MISTAKE, LOST_A_RANK, STOPPED, INTERRUPTED = 1, 2, 3, 75, 130
+"""Exit codes: an error of ours, of the user's, a dead or hung rank, told to stop (run again), and
+told twice by ctrl-C."""
 
 _BEAT = 0.5  # seconds between two signs of life
 _SILENT = 4.0  # seconds without one after which a rank is missing, once something is wrong
 _BYE = b"bye"  # the last sign of a rank that ended in order
 _SAID = ""  # for a reason that rank 0 gave itself
 _GRACE = 30.0  # seconds that an orphan has to finish its step and save
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -125,8 +131,8 @@ def stop_reason() -> str | None:
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Run a script: signals, the launcher's death, and every error become a line and a code."""
-    handled = {signal.SIGTERM, signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else {signal.SIGTERM}
-    for number in handled:
+    _hide_tokens()
+    for number in _SIGNALS:
         signal.signal(number, _on_signal)
     if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # launched
         threading.Thread(target=_guard_against_orphans, args=[os.getppid()], daemon=True).start()
@@ -153,8 +159,31 @@ def exit_codes() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def _hide_tokens() -> None:
+    """Blank the value of --hf_token where other users' process lists read it from."""
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5)
+        words = ctypes.string_at(start, end - start).split(b"\0")
+        before = b""
+        for word in words:
+            flag, equals, _ = word.partition(b"=")
+            skip = len(flag) + 1 if equals and _is_token(flag) else 0
+            if skip or _is_token(before):
+                ctypes.memset(start + skip, ord("*"), len(word) - skip)
+            start, before = start + len(word) + 1, word
+
+
+def _is_token(flag: bytes) -> bool:
+    return flag.replace(b"-", b"_") == b"__hf_token"
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    _watch.stop(signal.Signals(number).name)
+    name = "ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    if name == _watch.reason == "ctrl-C":
+        os.write(2, b"ctrl-C again: ends without saving\n")
+        os._exit(INTERRUPTED)
+    _watch.stop(name)
     if not _watch.in_steps:
         raise Stopped(f"{_watch.reason} before the first step; nothing to save")
 

@@ -108,7 +108,7 @@ def run(name: str, flags: list[str], harm: dict[str, Any]) -> dict[str, Any]:
             patch.setattr(SparseCoder, patched.__name__, patched)
         patch.setattr(train_sae, "CoderBank", Bank)
         if harm.get("other_version") == RANK:
-            patch.setattr("sae.checkpoint.version", lambda package: "0.0")
+            patch.setattr("sae.run_folder.version", lambda package: "0.0")
         try:
             cfg = tyro.cli(train_sae.TrainConfig, args=[*flags, "--run_name", name])
             return {"summary": train_sae.train(cfg), **held}

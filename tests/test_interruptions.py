@@ -16,8 +16,9 @@ import torch
 from conftest import tiny_lm
 from safetensors.torch import load_file
 
-from sae.checkpoint import checkpoints, newest_checkpoint
+from sae.checkpoint import newest_checkpoint
 from sae.ranks import Ranks
+from sae.run_folder import checkpoints
 from train_sae import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent

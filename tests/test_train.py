@@ -1,13 +1,14 @@
 """Laws of the training run, on the real script's `train` with a tiny LM."""
 
 import json
-from collections.abc import Iterator
+import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import LOSSES, Killed, Settings, assert_identical, run, weights
+from runs import LOSSES, Killed, Settings, assert_identical, run, training_state, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 import train_sae
 from sae import SparseCoder, UsageError, load_many
 from sae.bank import CoderBank
+from sae.blocks import TokenBlocks
+from sae.config import SparseCoderConfig
 from sae.functional import Moments
 from sae.hookpoints import capture
 from sae.optim import finish_gradients_
@@ -95,7 +98,7 @@ def test_first_logged_step_is_the_definition_over_all_its_rows(
     run(lm, tokens, settings, run_name="r", log_with="tensorboard", multi_topk=True, **flags)
     logged = scalars(Path(settings["save_dir"]) / "r")
     _, y = capture(lm, first_batches(tokens, 12), ["layers.1"])["layers.1"]
-    shape = TrainConfig(**settings, multi_topk=True).coder
+    shape = SparseCoderConfig.of(TrainConfig(**settings, multi_topk=True))
     coder = CoderBank(train_sae.measure(lm, ["layers.1"]), shape, (0,), "cpu")["layers.1"]
     moments = Moments.of(y)
     coder.center_(moments.mean, moments.mean)
@@ -123,7 +126,7 @@ def test_tensorboard_has_every_metric_once_per_step(
 ) -> None:
     """All metrics at every step, the histogram and the arguments; after a resume no point twice."""
     flags = {**LOSSES, "log_with": "tensorboard", "layers": (0,), "save_every": 5}
-    forwards: Iterator[int] = iter(range(1000))
+    forwards = count()
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         if next(forwards) == 7:
@@ -199,7 +202,7 @@ def test_summary_and_folder_are_what_other_programs_read(
         assert (coder.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
         assert json.loads((path / "cfg.json").read_text())["k"] == 4
     suffixes = {f.suffix for f in folder.rglob("*") if f.is_file()}
-    assert suffixes <= {".json", ".safetensors"}
+    assert suffixes <= {".json", ".safetensors", ".lock"}
 
 
 def test_held_out_fvu_is_of_the_saved_coder(
@@ -268,24 +271,55 @@ def test_bad_numbers_stop_the_run_and_lose_nothing(
     settings: Settings,
     value: float,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    """NaN or Inf in activations ends the run before the update and names the place."""
-    seen: Iterator[int] = iter(range(1000))
+    """Bad steps are skipped and named with their sequences, up to a limit; then all is saved."""
+    seen, bad = count(), {7, 9, 12}
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         rows = capture(*args, **kwargs)
-        if next(seen) == 7:
+        if next(seen) in bad:
             rows["layers.1"][1][3, 4] = value
         return rows
 
     monkeypatch.setattr(train_sae, "capture", spoiled)
-    with pytest.raises(UsageError, match=r"step 8: \w+ at layers\.1 is (nan|inf|-inf).*checkpoint"):
-        run(lm, tokens, settings, run_name="r", save_every=5)
-    monkeypatch.undo()
-    for name, tensor in weights(
-        run(lm, tokens, settings, run_name="r", save_every=5, resume=True)
-    ).items():
+    logged = {"log_with": "tensorboard"}
+    skipped = run(lm, tokens, settings, run_name="skipped", **logged)
+    said = [line for line in capsys.readouterr().err.splitlines() if "no update" in line]
+    steps = [re.search(r"step (\d+): \w+ at layers\.1 is (nan|inf|-inf): no", s) for s in said]
+    assert [int(found[1]) for found in steps if found] == [8, 10, 13]
+    order = TokenBlocks([tokens.flatten().numpy()], 16).order(range(16, 176), 42).tolist()
+    made_of = [line.rpartition("sequences ")[2].split() for line in said]
+    assert made_of == [[str(n) for n in order[step * 8 :][:8]] for step in sorted(bad)]
+    assert skipped["tokens"] == 17 * 8 * 16
+    counted = scalars(Path(settings["save_dir"]) / "skipped")["skipped_steps"]
+    assert [value for _, value in counted] == [1, 2, 3]
+    for name, tensor in training_state(skipped).items():
         assert tensor.isfinite().all(), name
+
+    seen = count()
+    with pytest.raises(UsageError, match=r"step 10: .*more than --max_bad_steps 1; .*as step 10"):
+        run(lm, tokens, settings, run_name="r", max_bad_steps=1)
+    monkeypatch.undo()
+    resumed = run(lm, tokens, settings, run_name="r", resume=True)
+    assert resumed["tokens"] == 18 * 8 * 16
+    for name, tensor in training_state(resumed).items():
+        assert tensor.isfinite().all(), name
+
+
+def test_bad_activations_at_the_start_are_refused(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coders do not start from means that are NaN."""
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        rows = capture(*args, **kwargs)
+        rows["layers.1"][1][3, 4] = float("nan")
+        return rows
+
+    monkeypatch.setattr("sae.evaluate.capture", spoiled)
+    with pytest.raises(UsageError, match=r"activations at layers\.1 hold NaN or Inf in the first"):
+        run(lm, tokens, settings, run_name="r")
 
 
 def test_excluding_every_token_is_refused(

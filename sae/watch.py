@@ -134,6 +134,10 @@ def exit_codes() -> Iterator[None]:
     _hide_tokens()
     for number in _SIGNALS:
         signal.signal(number, _on_signal)
+    arrived, arrives = os.pipe()
+    os.set_blocking(arrives, False)
+    signal.set_wakeup_fd(arrives)
+    threading.Thread(target=_end_at_second_ctrl_c, args=[arrived], daemon=True).start()
     if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # launched
         threading.Thread(target=_guard_against_orphans, args=[os.getppid()], daemon=True).start()
     try:
@@ -180,12 +184,19 @@ def _is_token(flag: bytes) -> bool:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     name = "ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    if name == _watch.reason == "ctrl-C":
-        os.write(2, b"ctrl-C again: ends without saving\n")
-        os._exit(INTERRUPTED)
     _watch.stop(name)
     if not _watch.in_steps:
         raise Stopped(f"{_watch.reason} before the first step; nothing to save")
+
+
+def _end_at_second_ctrl_c(arrived: int) -> None:
+    """A handler waits for the operation at hand, which can take a while; a thread need not."""
+    count = 0
+    while number := os.read(arrived, 1):
+        count += number[0] == signal.SIGINT
+        if count == 2:
+            os.write(2, b"ctrl-C again: ends without saving\n")
+            os._exit(INTERRUPTED)
 
 
 def _last_words(message: str, code: int) -> None:

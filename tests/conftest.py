@@ -1,5 +1,7 @@
 """Tiny language models and texts, made once per test session."""
 
+import datetime
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +17,47 @@ import torch
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
+FIGURES = pytest.StashKey[list[tuple[str, str]]]()
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--faults`: only what is marked so, which takes about an hour."""
+    parser.addoption("--faults", action="store_true", help="the long faults, and their figures")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long faults run only when they are asked for, and then only faults run."""
+    config.stash[FIGURES] = []
+    wanted = config.getoption("--faults")
+    kept = []
+    for item in items:
+        long = item.get_closest_marker("faults") is not None
+        fault = item.path.name in ("test_faults.py", "test_hostile.py", "test_interruptions.py")
+        if fault if wanted else not long:
+            kept.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Put a line into the table of faults."""
+    return lambda fault, outcome: request.config.stash[FIGURES].append((fault, outcome))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table of faults, and keep it."""
+    figures = config.stash.get(FIGURES, [])
+    if not config.getoption("--faults") or not figures:
+        return
+    width = max(len(fault) for fault, _ in figures)
+    for fault, outcome in figures:
+        terminalreporter.write_line(f"{fault:{width}}  {outcome}")
+    machine = f"{len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}"
+    table = {"date": f"{datetime.date.today()}", "machine": machine, "faults": dict(figures)}
+    file = ROOT / "benchmarks/results/faults.json"
+    file.write_text(json.dumps(table, indent=2) + "\n")
 
 
 def tiny_lm() -> PreTrainedModel:

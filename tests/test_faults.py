@@ -1,0 +1,412 @@
+"""What machines and people do to a run, done to it: killed, cut off, filled up, told to stop.
+
+`--faults` runs the long versions, and ends with a table of what was tried and what came of it.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_lm
+from runs import Settings, assert_identical, run, weights
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sae import UsageError
+from sae.checkpoint import FORMAT, newest_checkpoint
+from sae.ranks import Ranks
+from sae.run_folder import checkpoints
+
+ROOT = Path(__file__).parent.parent
+ALONE = Ranks(torch.device("cpu"), 1.0)
+Figure = Callable[[str, str], None]
+SAVE_EVERY = 4
+FLAGS = [
+    *("--ctx_len", "16", "--batch_size", "4", "--max_examples", "4800", "--layers", "1", "2"),
+    *("--num_latents", "2048", "--k", "4", "--eval_tokens", "256", "--save_every", str(SAVE_EVERY)),
+    *("--optimizer", "adam", "--lr", "1e-3", "--log_with", "none"),
+]
+
+HALF = ["--batch_size", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LM and token ids on disk."""
+    made = tmp_path_factory.mktemp("faults")
+    tiny_lm().save_pretrained(made / "lm")
+    tokens = torch.randint(0, 64, (40_000 * 16,), generator=torch.Generator().manual_seed(0))
+    tokens.numpy().astype("uint16").tofile(made / "ids.bin")
+    return made
+
+
+class Starter:
+    """Starts runs of the script from a process that has imported it already."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/fork_server.py")],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def ask(self, job: dict[str, Any]) -> Any:
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, name: str, *flags: str, world: int = 1) -> list[int]:
+        """Process ids of the ranks."""
+        argv = [str(self.folder / "lm"), str(self.folder / "ids.bin"), *FLAGS, *flags]
+        argv += ["--save_dir", str(self.folder / "runs"), "--run_name", name]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        ids = []
+        for rank in range(world):
+            env = {"HF_HUB_OFFLINE": "1"}
+            if world > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                env |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+                env |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+            log = str(self.folder / f"{name}.{rank}.log")
+            ids.append(self.ask({"argv": argv, "env": env, "log": log}))
+        return ids
+
+    def wait(self, pid: int, seconds: float = 60.0) -> int | None:
+        return self.ask({"wait": pid, "seconds": seconds})
+
+    def log(self, name: str, rank: int = 0) -> str:
+        file = self.folder / f"{name}.{rank}.log"
+        return file.read_text() if file.exists() else ""
+
+    def steps(self, name: str) -> list[int]:
+        found = checkpoints(self.folder / "runs" / name)
+        return [int(f.name.removeprefix("step_")) for f in found]
+
+
+@pytest.fixture(scope="module")
+def starter(folder: Path) -> Iterator[Starter]:
+    started = Starter(folder)
+    yield started
+    started.server.kill()
+
+
+def begun(run: Path) -> int:
+    """The last step whose save had begun."""
+    names = [f.name.removesuffix(".tmp") for f in run.glob("step_*")]
+    return max((int(name.removeprefix("step_")) for name in names), default=0)
+
+
+def kill_at_random(
+    starter: Starter,
+    name: str,
+    kills: int,
+    world: int,
+    seed: int,
+    figure: Figure,
+    flags: list[str] | None = None,
+) -> None:
+    """Start, kill, and start again; every start finds a whole checkpoint that is not too old."""
+    run, chance = starter.folder / "runs" / name, random.Random(seed)
+    done = in_a_save = 0
+    while done < kills:
+        before = max(starter.steps(name), default=0)
+        ranks = starter.start(name, *(flags or []), "--resume", world=world)
+        until = time.monotonic() + 60
+        while begun(run) <= before and time.monotonic() < until:  # it trains
+            if (code := starter.wait(ranks[0], 0)) is not None:
+                assert code == 0, starter.log(name)
+                return figure(name, f"ended by itself after {done} kills")
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.3 if world == 1 else 0.8))
+        victims = chance.choice([ranks, ranks, ranks, ranks[:1], ranks[-1:]])
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        codes = {pid: starter.wait(pid, 30) for pid in ranks}
+        assert all(code is not None for code in codes.values()), "a survivor does not end"
+        for pid in set(ranks) - set(victims):
+            assert codes[pid] in (0, 3), (codes, starter.log(name))
+        done += 1
+        in_a_save += any(run.glob("step_*.tmp"))
+        whole = starter.steps(name)
+        assert begun(run) - SAVE_EVERY <= max(whole, default=0), (begun(run), whole)
+        if whole:
+            newest, _ = newest_checkpoint(run, ALONE)
+            assert newest.name == f"step_{whole[-1]}", "the newest checkpoint is damaged"
+    last = starter.start(name, *(flags or []), "--resume", world=world)
+    assert [starter.wait(pid, 240) for pid in last] == [0] * world, starter.log(name)
+    figure(
+        f"SIGKILL at a random moment, {world} {'process' if world == 1 else 'ranks'}",
+        f"{done} of {kills} resumed, {in_a_save} were cut off inside a save",
+    )
+
+
+def final_weights(starter: Starter, name: str) -> dict[str, Tensor]:
+    run = starter.folder / "runs" / name
+    newest = checkpoints(run)[-1]
+    assert newest.name == f"step_{4800 // 4}"
+    found = {}
+    for file in newest.glob("*/*.safetensors"):
+        found |= {f"{file.parent.name}/{file.name}/{k}": t for k, t in load_file(file).items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(starter: Starter) -> dict[str, Tensor]:
+    (pid,) = starter.start("straight")
+    assert starter.wait(pid, 300) == 0, starter.log("straight")
+    return final_weights(starter, "straight")
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.faults)])
+def test_killed_at_any_moment(
+    starter: Starter, uninterrupted: dict[str, Tensor], kills: int, figure: Figure
+) -> None:
+    """SIGKILLs lose at most one save interval, and the run ends in the same bits."""
+    kill_at_random(starter, f"killed-{kills}", kills, world=1, seed=1, figure=figure)
+    assert_identical(final_weights(starter, f"killed-{kills}"), uninterrupted)
+
+
+@pytest.mark.faults
+def test_two_ranks_killed_at_any_moment(
+    starter: Starter, uninterrupted: dict[str, Tensor], figure: Figure
+) -> None:
+    """One rank or both, fifty times: what is left ends, and the run goes on to the same weights."""
+    kill_at_random(starter, "two-ranks", 50, world=2, seed=2, figure=figure, flags=HALF)
+    for name, tensor in final_weights(starter, "two-ranks").items():
+        if "sae.safetensors" in name:
+            torch.testing.assert_close(tensor, uninterrupted[name], rtol=1e-3, atol=1e-4)
+
+
+def test_damage_at_any_byte_is_found(
+    lm: PreTrainedModel,
+    tokens: Tensor,
+    settings: Settings,
+    figure: Figure,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """200 truncations and flipped bits: the file is named and the checkpoint before is used."""
+    run(lm, tokens, settings, run_name="r", save_every=10, layers=(1,), num_latents=32)
+    folder, chance, found = Path(settings["save_dir"]) / "r", random.Random(0), 0
+    files = sorted(f for f in (folder / "step_20").rglob("*") if f.is_file())
+    for case in range(200):
+        file = files[case % len(files)]
+        whole = file.read_bytes()
+        damaged = bytearray(whole[: chance.randrange(len(whole))] if case % 3 == 0 else whole)
+        for _ in range(chance.randint(1, 3) if case % 3 else 0):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        if bytes(damaged) == whole:
+            damaged.append(0)
+        file.write_bytes(bytes(damaged))
+        newest, _ = newest_checkpoint(folder, ALONE)
+        said = capsys.readouterr().out
+        assert newest.name == "step_10", f"{file.name}, case {case}"
+        assert (str(file) in said or file.name == "manifest.json") and "step_10" in said, said
+        file.write_bytes(whole)
+        found += 1
+    assert newest_checkpoint(folder, ALONE)[0].name == "step_20"
+    shutil.copy(files[0], folder / "step_20/layers.1/weights.pt")
+    assert newest_checkpoint(folder, ALONE)[0].name == "step_10"
+    assert "weights.pt was not written by the run" in capsys.readouterr().out
+    figure("truncation or flipped bits, any file", f"{found} of 200 found, the file named")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(starter: Starter, figure: Figure) -> None:
+    """On a file system of 12 MB a save ends in one line and code 2; what was saved resumes."""
+    small = starter.folder / "runs" / "small"
+    small.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        (pid,) = starter.start("small", "--max_examples", "64", "--num_latents", "4096")
+        code = starter.wait(pid)
+        assert code == 2
+        assert re.search(r"error: .*cannot be saved \(.*make room", starter.log("small"))
+        assert starter.steps("small") == [SAVE_EVERY]
+        assert newest_checkpoint(small, ALONE)[0].name == f"step_{SAVE_EVERY}"
+        subprocess.run(["mount", "-o", "remount,size=60m", str(small)], check=True)
+        flags = ["--max_examples", "64", "--num_latents", "4096", "--keep_last", "1", "--resume"]
+        (pid,) = starter.start("small", *flags)
+        assert starter.wait(pid) == 0, starter.log("small")
+        assert starter.steps("small") == [16]
+        figure(
+            "disk full during a save",
+            f"exit code {code}, the checkpoint before is whole; resumed with more room",
+        )
+    finally:
+        subprocess.run(["umount", str(small)], check=False)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.005)
+
+
+def test_ctrl_c_saves_and_twice_ends_at_once(starter: Starter, figure: Figure) -> None:
+    """ctrl-C ends a run with a checkpoint of its last step; a second one does not wait for it."""
+    (pid,) = starter.start("c", "--save_every", "1000000")
+    wait_until(lambda: (starter.folder / "runs/c/run.json").exists())
+    time.sleep(1.5)
+    os.kill(pid, signal.SIGINT)
+    assert starter.wait(pid) == 75
+    (step,) = starter.steps("c")
+    assert f"ctrl-C: saved after step {step}; the same command with --resume" in starter.log("c")
+    slow = ["--batch_size", "64", "--ctx_len", "512", "--save_every", "1", "--num_latents", "65536"]
+    (pid,) = starter.start("cc", *slow, "--max_examples", "640")
+    wait_until(lambda: bool(starter.steps("cc")))
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGINT)
+    assert starter.wait(pid, 1) == 130 and starter.steps("cc") == [1]
+    assert "ctrl-C again: ends without saving" in starter.log("cc")
+    figure("ctrl-C", f"saved after step {step}, code 75; a second one ends at once, code 130")
+
+
+def test_a_folder_belongs_to_one_run(starter: Starter, figure: Figure) -> None:
+    """A second run is refused by the first one's host and process; a dead one's lock is void."""
+    (first,) = starter.start("mine")
+    wait_until(lambda: bool(starter.steps("mine")))
+    (second,) = starter.start("mine", "--resume")
+    assert starter.wait(second) == 2
+    said = starter.log("mine")
+    host = os.uname().nodename
+    assert f"error: --run_name mine: process {first} on {host} is writing to" in said
+    os.kill(first, signal.SIGKILL)
+    starter.wait(first)
+    (third,) = starter.start("mine", "--resume")
+    wait_until(lambda: "its lock is void" in starter.log("mine"))
+    os.kill(third, signal.SIGTERM)
+    assert starter.wait(third) == 75
+    figure("two runs into one folder", "the second is refused by host and process; stale is void")
+
+
+@pytest.mark.parametrize("signals", [2, pytest.param(8, marks=pytest.mark.faults)])
+def test_a_loop_of_restarts_finishes(
+    starter: Starter, uninterrupted: dict[str, Tensor], signals: int, figure: Figure
+) -> None:
+    """`until train --resume; do :; done`, told to stop again and again, ends in the same bits."""
+    name, chance, codes = f"loop-{signals}", random.Random(3), []
+    while True:
+        (pid,) = starter.start(name, "--resume")
+        if len(codes) < signals:
+            before = begun(starter.folder / "runs" / name)
+            wait_until(lambda before=before: begun(starter.folder / "runs" / name) > before)
+            time.sleep(chance.uniform(0, 0.1))
+            os.kill(pid, chance.choice([signal.SIGTERM, signal.SIGUSR1]))
+        codes.append(starter.wait(pid, 300))
+        if codes[-1] == 0:
+            break
+        assert codes[-1] == 75, starter.log(name)
+    assert codes == [75] * signals + [0]
+    assert_identical(final_weights(starter, name), uninterrupted)
+    figure("SIGTERM and SIGUSR1 in a loop of restarts", f"{signals} stops of code 75, then 0")
+
+
+def test_the_token_is_nowhere(starter: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub token shows up in no file, no line and no process list."""
+    name, token = "secret", "hf_QbZ3nothing4but5a6test"
+    log = starter.folder / "secret.log"
+    argv = [str(starter.folder / "lm"), str(starter.folder / "ids.bin"), *FLAGS]
+    argv += ["--save_dir", str(starter.folder / "runs"), "--run_name", name]
+    for given in ([f"--hf-token={token}"], ["--hf_token", token]):
+        command = [sys.executable, "train_sae.py", *argv, *given, "--log_with", "tensorboard"]
+        with open(log, "a") as out:
+            env = {**os.environ, "HF_TOKEN": token}
+            started = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=env)
+        wait_until(lambda: bool(starter.steps(name)))
+        title = Path(f"/proc/{started.pid}/cmdline").read_bytes()
+        assert token.encode() not in title and b"hf" in title and b"train_sae.py" in title
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 75, log.read_text()
+        for file in [log, *(starter.folder / "runs" / name).rglob("*")]:
+            assert not file.is_file() or token.encode() not in file.read_bytes(), file
+        shutil.rmtree(starter.folder / "runs" / name)
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT + 1))
+def test_checkpoints_of_older_versions_resume(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, version: int
+) -> None:
+    """A checkpoint of every format there was resumes to what the uninterrupted run ends with."""
+    flags = {"layers": (1,), "num_latents": 32, "optimizer": "adam", "lr": 1e-2, "save_every": 10}
+    settings = {k: v for k, v in settings.items() if k != "expansion_factor"}
+    straight = weights(run(lm, tokens, settings, run_name="straight", **flags))
+    old = Path(settings["save_dir"]) / "old"
+    shutil.copytree(ROOT / f"tests/fixtures/format_{version}", old)
+    resumed = run(lm, tokens, settings, run_name="old", resume=True, **flags)
+    for name, tensor in weights(resumed).items():
+        torch.testing.assert_close(tensor, straight[name], rtol=1e-4, atol=1e-5)
+    manifest = old / "step_20/manifest.json"
+    newer = {**json.loads(manifest.read_text()), "format": FORMAT + 1}
+    shutil.rmtree(old / "step_10", ignore_errors=True)
+    manifest.write_text(json.dumps(newer))
+    with pytest.raises(UsageError, match=f"has format {FORMAT + 1}.*--finetune"):
+        run(lm, tokens, settings, run_name="old", resume=True, **flags)
+
+
+@pytest.mark.faults
+def test_soak(tmp_path: Path, figure: Figure) -> None:
+    """Half an hour of the demo run: memory flat to 2 %, open files flat, TensorBoard readable."""
+    minutes = float(os.environ.get("SOAK_MINUTES", "30"))
+    subprocess.run([sys.executable, str(ROOT / "demo/make_text.py"), str(tmp_path)], check=True)
+    text = tmp_path / "train.jsonl"
+    text.write_text(text.read_text() * max(1, round(minutes)))
+    command = [
+        *(sys.executable, "train_sae.py", str(ROOT / "demo/lm"), str(text), "--ctx_len", "256"),
+        *("--hookpoints", "layers.1", "layers.3", "layers.4.mlp", "--batch_size", "16"),
+        *("--expansion_factor", "16", "--k", "32", "--auxk_alpha", "0.03125", "--save_every", "50"),
+        *("--dead_feature_threshold", "200000", "--eval_every", "200", "--eval_tokens", "16384"),
+        *("--save_dir", str(tmp_path), "--run_name", "soak", "--keep_last", "2"),
+    ]
+    with open(tmp_path / "log", "w") as log:
+        started = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    memory, files, events = [], [], 0
+    wait_until(lambda: bool(checkpoints(tmp_path / "soak")), 600)
+    began = time.monotonic()
+    while time.monotonic() < began + 60 * minutes and started.poll() is None:
+        status = Path(f"/proc/{started.pid}/status").read_text()
+        memory.append(int(status.split("RssAnon:")[1].split()[0]))
+        files.append(len(os.listdir(f"/proc/{started.pid}/fd")))
+        if len(memory) % 30 == 0:
+            reader = EventAccumulator(str(tmp_path / "soak/tensorboard"))
+            points = len(reader.Reload().Scalars("fvu/layers.1"))
+            assert points >= events
+            events = points
+        time.sleep(2)
+    started.terminate()
+    assert started.wait(60) in (0, 75), (tmp_path / "log").read_text()[-2000:]
+    third = len(memory) // 3
+    early, late = (sorted(part)[third // 2] for part in (memory[:third], memory[-third:]))
+    step = checkpoints(tmp_path / "soak")[-1].name.removeprefix("step_")
+    figure(
+        f"soak, {(time.monotonic() - began) / 60:.0f} minutes, {step} steps",
+        f"memory {early / 2**20:.3f} to {late / 2**20:.3f} GiB, files {min(files)} to {max(files)}",
+    )
+    assert late / early < 1.02 and events > 0
+    assert max(files[-third:]) <= max(files[:third])

@@ -53,6 +53,8 @@ class SparseCoderConfig:
     def check(self, d_in: int, where: str) -> None:
         """Raise UsageError unless `k` fits the number of latents of a coder `d_in` wide."""
         latents = self.latents(d_in)
+        if self.k < 1:
+            raise UsageError(f"--k {self.k} of the coder at {where}: must be at least 1")
         if self.k > latents:
             raise UsageError(
                 f"--k {self.k} is larger than the {latents} latents of the coder at {where}: "

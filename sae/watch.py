@@ -230,18 +230,20 @@ def _is_of_communication(error: Exception) -> bool:
 def _why_others_ended(seconds: float = _SILENT + 2) -> str | None:
     """Which rank ended first and what it said, or None; it takes a moment to tell."""
     until = time.monotonic() + seconds
-    with suppress(RuntimeError):
-        while time.monotonic() < until:
-            missing = _watch.missing(_SILENT)
-            if words := _watch.last_words():
-                rank, said = next(iter(words.items()))
-                return f"rank {rank} ended: {said}" if rank else _SAID
-            if missing:
-                return (
-                    f"rank {' and '.join(map(str, missing))} died or hangs (no sign of life for "
-                    f"{_SILENT:.0f} s); --resume goes on from the last checkpoint"
-                )
-            time.sleep(_BEAT)
+    while time.monotonic() < until:
+        try:
+            missing, words = _watch.missing(_SILENT), _watch.last_words()
+        except RuntimeError:  # where ranks leave their signs is with the launcher, or with rank 0
+            return "the launcher or rank 0 is gone; --resume goes on from the last checkpoint"
+        if words:
+            rank, said = next(iter(words.items()))
+            return f"rank {rank} ended: {said}" if rank else _SAID
+        if missing:
+            return (
+                f"rank {' and '.join(map(str, missing))} died or hangs (no sign of life for "
+                f"{_SILENT:.0f} s); --resume goes on from the last checkpoint"
+            )
+        time.sleep(_BEAT)
     return None
 
 

@@ -47,17 +47,19 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table of faults, and keep it."""
+    """Print the table of faults, and keep it beside what was not tried this time."""
     figures = config.stash.get(FIGURES, [])
     if not config.getoption("--faults") or not figures:
         return
     width = max(len(fault) for fault, _ in figures)
     for fault, outcome in figures:
         terminalreporter.write_line(f"{fault:{width}}  {outcome}")
-    machine = f"{len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}"
-    table = {"date": f"{datetime.date.today()}", "machine": machine, "faults": dict(figures)}
     file = ROOT / "benchmarks/results/faults.json"
-    file.write_text(json.dumps(table, indent=2) + "\n")
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    machine = f"{len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}"
+    when = f"{datetime.date.today()}, {machine}"
+    kept |= {fault: {"outcome": outcome, "measured": when} for fault, outcome in figures}
+    file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def tiny_lm() -> PreTrainedModel:

@@ -76,7 +76,12 @@ class Starter:
 
     def start(self, name: str, *flags: str, world: int = 1) -> list[int]:
         """Process ids of the ranks."""
-        argv = [str(self.folder / "lm"), str(self.folder / "ids.bin"), *FLAGS, *flags]
+        lm, data = str(self.folder / "lm"), str(self.folder / "ids.bin")
+        return self.start_on(lm, data, name, *FLAGS, *flags, world=world)
+
+    def start_on(self, lm: str, data: str, name: str, *flags: str, world: int = 1) -> list[int]:
+        """The same on another LM and other data, with no flags but these."""
+        argv = [lm, data, *flags]
         argv += ["--save_dir", str(self.folder / "runs"), "--run_name", name]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

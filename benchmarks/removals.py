@@ -1,0 +1,157 @@
+"""Take each safeguard out in turn, and see which test notices.
+
+    python benchmarks/removals.py --out benchmarks/results/removals.json
+
+A test that stays green without what it guards proves nothing.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Removal(NamedTuple):
+    """A safeguard, the lines of it in a file, what is left of them, and the tests to ask."""
+
+    what: str
+    file: str
+    lines: str
+    left: str
+    tests: str
+
+
+REMOVALS = [
+    Removal(
+        "the rename of a checkpoint that is whole",
+        "sae/checkpoint.py",
+        'final, aside = run / f"step_{step}", run / f"step_{step}.tmp"',
+        'final, aside = run / f"step_{step}.none", run / f"step_{step}"',
+        "tests/test_checkpoint.py tests/test_faults.py",
+    ),
+    Removal(
+        "the check of files against the manifest",
+        "sae/checkpoint.py",
+        "if _digest(path) != digest:",
+        "if False:",
+        "tests/test_checkpoint.py tests/test_faults.py",
+    ),
+    Removal(
+        "the ranks' agreement on signals",
+        "sae/ranks.py",
+        "if self.world == 1 or not any(self.gather(reason is not None)):",
+        "if True:",
+        "tests/test_interruptions.py",
+    ),
+    Removal(
+        "the place in the order of the data, on resume",
+        "train_sae.py",
+        "order[first_step * per_step :], cfg.batch_size",
+        "order, cfg.batch_size",
+        "tests/test_checkpoint.py",
+    ),
+    Removal(
+        "the second rank's optimizer state, on resume",
+        "sae/checkpoint.py",
+        "optimizers[name].load_state_tensors(tensors)",
+        "ranks.rank or optimizers[name].load_state_tensors(tensors)",
+        "tests/test_placement.py",
+    ),
+    Removal(
+        "the search for weights that the LM's files lack",
+        "sae/hookpoints.py",
+        "    if missing:\n",
+        "    if False:\n",
+        "tests/test_hookpoints.py",
+    ),
+    Removal(
+        "the lock on the run's folder",
+        "sae/run_folder.py",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "tests/test_faults.py",
+    ),
+    Removal(
+        "the skipping of bad steps",
+        "train_sae.py",
+        "in optimizers.items() if good else ():",
+        "in optimizers.items():",
+        "tests/test_train.py",
+    ),
+    Removal(
+        "the thread that sees a second ctrl-C",
+        "sae/watch.py",
+        "if count == 2:",
+        "if False:",
+        "tests/test_faults.py",
+    ),
+    Removal(
+        "the blanking of the token in the process list",
+        "sae/watch.py",
+        "    _hide_tokens()\n",
+        "",
+        "tests/test_faults.py",
+    ),
+    Removal(
+        "the check for files that the run did not write",
+        "sae/checkpoint.py",
+        "if path.is_file() and not known and",
+        "if False and",
+        "tests/test_faults.py",
+    ),
+    Removal(
+        "the check of tensor types and shapes before loading",
+        "sae/sparse_coder.py",
+        "if shapes != expected:",
+        "if False:",
+        "tests/test_hostile.py tests/test_sparse_coder.py",
+    ),
+    Removal(
+        "the survivors' look for lost ranks",
+        "sae/watch.py",
+        "    threading.Thread(target=_beat).start()\n",
+        "",
+        "tests/test_interruptions.py",
+    ),
+]
+
+
+def first_red_test(removal: Removal) -> str | None:
+    """The first test that fails without the safeguard."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(
+            ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "checkpoints", "__pycache__")
+        )
+        file = copy / removal.file
+        text = file.read_text()
+        assert text.count(removal.lines) == 1, f"{removal.what}: not found once in {removal.file}"
+        file.write_text(text.replace(removal.lines, removal.left))
+        command = [sys.executable, "-m", "pytest", "-x", *removal.tests.split()]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=900)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, flags=re.M)
+    return failed[1] if failed else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = {}
+    for removal in REMOVALS:
+        found[removal.what] = first_red_test(removal)
+        print(f"{removal.what:55} {found[removal.what] or 'NO TEST NOTICES'}", flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(None in found.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Files, data and flags that mean harm or make no sense: refused in one line, or harmless."""
+
+import json
+import pickle
+import string
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from conftest import tiny_lm
+from hypothesis import HealthCheck, given, settings, strategies
+from runs import Settings, run
+from safetensors.torch import load_file, save_file
+from test_faults import Figure, Starter, folder, starter
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sae import SaeConfig, SparseCoder, UsageError, dry_run, load_many
+from sae.evaluate import EvaluateConfig, evaluate
+from train_sae import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+__all__ = ["folder", "starter"]  # fixtures
+
+
+class Planted:
+    """Leaves a trace when a pickle of it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture
+def coder(tmp_path: Path) -> Path:
+    path = tmp_path / "coders" / "layers.1"
+    SparseCoder(8, SaeConfig(num_latents=16, k=2)).save_to_disk(path)
+    return path
+
+
+CONFIGS: list[Any] = [
+    *("", "nonsense", "[]", "null", "[" * 100_000, '{"d_in": 8', "\ud83d", "1" * 5000),
+    *({"d_in": "8"}, {"d_in": 8.0}, {"d_in": True}, {"d_in": None}, {"d_in": -8}, {"d_in": 2**70}),
+    *({"k": "2"}, {"k": 0}, {"k": -1}, {"k": 10**30}, {"k": 17}, {"k": None}, {"k": 1.5}),
+    *({"num_latents": 2**60}, {"num_latents": -16}, {"num_latents": 17}, {"num_latents": [16]}),
+    *({"expansion_factor": 2**39, "num_latents": 0}, {"activation": "relu"}, {"activation": 5}),
+    *({"transcode": "yes"}, {"multi_topk": 1}, {"skip_connection": True}, {"signed": True}),
+    *({"__reduce__": "x"}, {"normalize_decoder": "../../x"}),
+]
+
+
+@pytest.mark.parametrize("change", CONFIGS, ids=range(len(CONFIGS)))
+def test_hostile_configs_are_refused(coder: Path, change: Any) -> None:
+    """Wrong types, huge numbers, unknown keys: one readable error, and no giant allocation."""
+    file = coder / "cfg.json"
+    if isinstance(change, str):
+        file.write_bytes(change.encode("utf-8", "surrogatepass"))
+    else:
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UsageError, match=r"cfg\.json|--|sae\.safetensors"):
+        SparseCoder.load_from_disk(coder)
+
+
+def test_hostile_tensors_are_refused(coder: Path) -> None:
+    """Shapes and types that lie, headers that promise too much, and a pickle by another name."""
+    file = coder / "sae.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    trace = coder / "trace"
+    header = json.dumps(
+        {"b_dec": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    ).encode()
+    planted = pickle.dumps(Planted(trace))
+    for content in (
+        b"",
+        whole[:100],
+        struct.pack("<Q", 2**60) + whole[8:],
+        struct.pack("<Q", len(header)) + header,
+        planted,
+        whole[:8] + planted + whole[8:],
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match="sae.safetensors"):
+            SparseCoder.load_from_disk(coder)
+    for change in (
+        {"b_dec": torch.zeros(9)},
+        {"encoder.bias": torch.zeros(16, dtype=torch.int64)},
+        {"extra": torch.zeros(1)},
+        {"W_dec": torch.zeros(16, 8, 1)},
+    ):
+        save_file({**tensors, **change}, file)
+        with pytest.raises(UsageError, match="sae.safetensors"):
+            SparseCoder.load_from_disk(coder)
+    file.unlink()
+    for name in ("sae.pt", "sae.bin", "pytorch_model.bin"):
+        (coder / name).write_bytes(planted)
+    with pytest.raises(UsageError):
+        SparseCoder.load_from_disk(coder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "layers.0/../../x", ".."])
+def test_names_do_not_lead_out_of_the_folder(coder: Path, name: str) -> None:
+    """Hookpoints with .. or an absolute path are refused before anything is read."""
+    with pytest.raises(UsageError, match="hookpoint|run_name"):
+        load_many(coder.parent, layers=[name])
+    with pytest.raises(UsageError, match="hookpoint"):
+        SparseCoder.load_from_hub("someone/coders", hookpoint=name)
+    with pytest.raises(UsageError, match="run_name"):
+        TrainConfig(run_name=name)
+
+
+def test_a_language_model_in_a_pickle_is_refused(tmp_path: Path) -> None:
+    """Weights of a model that are a pickle are not loaded."""
+    trace = tmp_path / "trace"
+    tiny_lm().save_pretrained(tmp_path / "lm")
+    (tmp_path / "lm/model.safetensors").unlink()
+    (tmp_path / "lm/pytorch_model.bin").write_bytes(pickle.dumps(Planted(trace)))
+    torch.zeros(64 * 64, dtype=torch.int16).numpy().tofile(tmp_path / "ids.bin")
+    cfg = EvaluateConfig(str(tmp_path), model=str(tmp_path / "lm"), dataset=str(tmp_path / "i.bin"))
+    SparseCoder(32, SaeConfig(num_latents=64, k=2)).save_to_disk(tmp_path / "layers.1")
+    with pytest.raises(UsageError, match="cannot be loaded|no such language model"):
+        evaluate(cfg)
+    assert not trace.exists()
+
+
+def test_code_that_comes_with_a_model_does_not_run(tmp_path: Path) -> None:
+    """A model whose config names code of its own is refused without a question."""
+    tiny_lm().save_pretrained(tmp_path / "lm")
+    config = json.loads((tmp_path / "lm/config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "lm/config.json").write_text(json.dumps(config))
+    trace = tmp_path / "trace"
+    (tmp_path / "lm/mine.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: ...\n")
+    with pytest.raises(UsageError, match="MODEL .*"):
+        dry_run.show(TrainConfig(str(tmp_path / "lm"), "x"))
+    assert not trace.exists()
+
+
+def test_hostile_run_files_are_refused(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """A run.json or manifest.json of other types is one readable error."""
+    run(lm, tokens, settings, run_name="r", layers=(1,))
+    folder = Path(settings["save_dir"]) / "r"
+    for content in ("[]", "{}", '{"model": 5}', '{"model": "m", "dataset": ["x"]}', "\x00"):
+        (folder / "run.json").write_text(content)
+        with pytest.raises(UsageError):
+            run(lm, tokens, settings, run_name="r", layers=(1,), resume=True)
+        with pytest.raises(UsageError):
+            evaluate(EvaluateConfig(str(folder)))
+
+
+def test_a_stream_that_ends_on_one_rank_ends_both(starter: Starter) -> None:
+    """Text that gives out in the middle of a step ends all ranks with the reason, and no hang."""
+    words = " ".join(f"w{i}" for i in range(700))
+    texts = ["", "\u0000", "\u202etxet\U0001f600", words, words]
+    file = starter.folder / "few.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    began = time.monotonic()
+    argv = ["--streaming", "--max_examples", "400", "--ctx_len", "64", "--k", "4"]
+    ranks = starter.start_on(str(ROOT / "demo/lm"), str(file), "stream", *argv, world=2)
+    codes = [starter.wait(pid, 60) for pid in ranks]
+    said = starter.log("stream") + starter.log("stream", 1)
+    assert codes == [2, 2] and "the data set ended before sequence" in said, (codes, said)
+    assert time.monotonic() - began < 60
+
+
+def numbers() -> Any:
+    edge = [0, 1, -1, 2, 3, 7, 64, 2**31, 2**40, 2**63, 2**64, 10**30, -(2**63)]
+    return strategies.sampled_from(edge).map(str)
+
+
+def texts() -> Any:
+    edge = ["", ".", "..", "/", "layers.1", "layers.*", "*", "[", "topk", "fvu", "kl", "nan", "inf"]
+    edge += [
+        "1e400",
+        "-0.0",
+        "1e-300",
+        "0.5",
+        "True",
+        "None",
+        "\u202e\U0001f600",
+        "a=b,c",
+        "x" * 5000,
+    ]
+    words = strategies.text(string.printable.replace("\x00", ""), max_size=12)
+    return strategies.one_of(strategies.sampled_from(edge), numbers(), words)
+
+
+def arguments() -> Any:
+    """Command lines of the script: mostly its own flags, mostly with values of the right kind."""
+    names = [
+        n for n in TrainConfig.__dataclass_fields__ if n not in ("model", "dataset", "hf_token")
+    ]
+    flag = strategies.sampled_from(names)
+    short = strategies.lists(strategies.one_of(numbers(), texts()), max_size=2)
+    one = strategies.tuples(flag, strategies.one_of(numbers(), texts()).map(lambda v: [v]))
+    pairs = strategies.lists(strategies.one_of(one, strategies.tuples(flag, short)), max_size=4)
+    return pairs.map(lambda found: [w for name, values in found for w in (f"--{name}", *values)])
+
+
+@pytest.mark.parametrize("cases", [120, pytest.param(2000, marks=pytest.mark.faults)])
+def test_any_flags_give_a_run_or_one_error(
+    cases: int, folder: Path, figure: Figure, capsys: pytest.CaptureFixture
+) -> None:
+    """Whatever the arguments, the dry run is shown or one readable error, soon."""
+    ends = {"shown": 0, "refused": 0, "not parsed": 0}
+
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(arguments())
+    def law(line: list[str]) -> None:
+        began = time.monotonic()
+        try:
+            args = [str(folder / "lm"), "data", *line]
+            cfg = tyro.cli(TrainConfig, args=args, use_underscores=True)
+            dry_run.show(cfg)
+            ends["shown"] += 1
+        except UsageError as error:
+            assert len(str(error)) < 7000 and "\n" not in str(error).strip()
+            ends["refused"] += 1
+        except SystemExit:  # the parser's own: what it printed names the flag
+            ends["not parsed"] += 1
+        assert time.monotonic() - began < 20
+        capsys.readouterr()
+
+    law()
+    assert min(ends.values()) > cases // 50
+    figure("flags at random", f"{sum(ends.values())} cases: {ends}, no traceback")

@@ -1,6 +1,7 @@
 """Text to token blocks: find it, tokenize it, check it against the LM."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def load_tokens(
     data: Any = dataset
     if isinstance(dataset, str):
         data = _open(dataset, split, arguments, streaming, token)
-    columns = data.column_names or list(next(iter(data), {}))
+    with _of_text(text_column):
+        columns = data.column_names or list(next(iter(data), {}))
     if "input_ids" in columns and not streaming:
         return _checked(_from_rows(data, name), name, limits)
     if "input_ids" not in columns and text_column not in columns:
@@ -82,15 +84,16 @@ def load_tokens(
             lambda: _packed(mixed, encode, ctx_len, prefix), stream_blocks, ctx_len, limits[0]
         )
     # `datasets` caches the result under a fingerprint of the text, the tokenizer and the column.
-    ids = data.map(
-        encode,
-        batched=True,
-        batch_size=_DOCUMENTS_PER_CALL,
-        remove_columns=columns,
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-        num_proc=min(data_preprocessing_num_proc, max(1, len(data) // _DOCUMENTS_PER_CALL)),
-        desc="Tokenizing",
-    )
+    with _of_text(text_column):
+        ids = data.map(
+            encode,
+            batched=True,
+            batch_size=_DOCUMENTS_PER_CALL,
+            remove_columns=columns,
+            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+            num_proc=min(data_preprocessing_num_proc, max(1, len(data) // _DOCUMENTS_PER_CALL)),
+            desc="Tokenizing",
+        )
     return _checked(TokenBlocks(_flat(ids), ctx_len - len(prefix), prefix), name, limits)
 
 
@@ -154,6 +157,18 @@ def _tokenizer(name: str, revision: str | None, token: str | None) -> PreTrained
     return tokenizer
 
 
+@contextmanager
+def _of_text(column: str) -> Iterator[None]:
+    """Files are checked to be text only when they are read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--text_column {column}: a document is not UTF-8 ({error.reason} at byte "
+            f"{error.start} of it); convert the files, for example with iconv"
+        ) from None
+
+
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """What the tokenizer puts before a text: nothing, or one token such as BOS."""
     bare = tokenizer("text", add_special_tokens=False).input_ids
@@ -177,13 +192,15 @@ def _tokenize(
 
 
 def _packed(
-    dataset: Any,
-    encode: Callable[..., dict[str, list[list[int]]]],
-    ctx_len: int,
-    prefix: tuple[int, ...],
+    dataset: Any, encode: partial[dict[str, list[list[int]]]], ctx_len: int, prefix: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
     rest, stride = np.empty(0, dtype=np.int64), ctx_len - len(prefix)
-    for batch in dataset.iter(batch_size=_DOCUMENTS_PER_CALL):
+    batches = iter(dataset.iter(batch_size=_DOCUMENTS_PER_CALL))
+    while True:
+        with _of_text(encode.keywords["column"]):
+            batch = next(batches, None)
+        if batch is None:
+            return
         if "input_ids" in batch:
             for row in batch["input_ids"]:
                 if len(row) != ctx_len:

@@ -17,9 +17,10 @@ from runs import Settings, run
 from safetensors.torch import load_file, save_file
 from test_faults import Figure, Starter, folder, starter
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from sae import SaeConfig, SparseCoder, UsageError, dry_run, load_many
+from sae.data import load_tokens
 from sae.evaluate import EvaluateConfig, evaluate
 from train_sae import TrainConfig
 
@@ -154,6 +155,34 @@ def test_hostile_run_files_are_refused(
             run(lm, tokens, settings, run_name="r", layers=(1,), resume=True)
         with pytest.raises(UsageError):
             evaluate(EvaluateConfig(str(folder)))
+
+
+@pytest.mark.faults
+def test_a_document_of_ten_megabytes_is_like_any_other(tmp_path: Path) -> None:
+    """It is packed whole: every token of it, between its neighbours' end tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/lm")
+    texts = ["def f(): pass", "x = 1\n" * (10 * 2**20 // 6), "", "def f(): pass"]
+    file = tmp_path / "long.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    source = load_tokens(
+        str(file), tokenizer=str(ROOT / "demo/lm"), limits=(4096, None), ctx_len=64
+    )
+    ids = torch.cat(list(source.batches(torch.arange(len(source)), 512))).flatten().tolist()
+    expected = []
+    for text in filter(None, texts):
+        expected += [*tokenizer(text, verbose=False).input_ids, tokenizer.eos_token_id]
+    assert len(ids) == len(expected) // 64 * 64 and ids == expected[: len(ids)]
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path, name: str) -> None:
+    """A file that is not UTF-8 is one readable error."""
+    (tmp_path / name).write_bytes(b'{"text": "caf\xe9 \xff\xfe"}\n' * 50)
+    with pytest.raises(UsageError, match="cannot be read|is not UTF-8"):
+        load_tokens(
+            str(tmp_path / name),
+            **{"tokenizer": str(ROOT / "demo/lm"), "limits": (4096, None), "ctx_len": 8},
+        )
 
 
 def test_a_stream_that_ends_on_one_rank_ends_both(starter: Starter) -> None:

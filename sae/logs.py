@@ -123,7 +123,6 @@ class RunLog:
     def finish(self, run: Path, summary: dict[str, Any]) -> dict[str, Any]:
         """Close tracker and folder, print the main figures and where everything is."""
         self._close()
-        unlock(run)
         if not self._exchange.ranks.main:
             return summary
         found = summary["hookpoints"]
@@ -138,6 +137,7 @@ class RunLog:
         return summary
 
     def _close(self) -> None:
+        unlock(Path(self._accelerator.project_dir))
         if self._bar is not None:
             self._bar.close()
         for tracker in self._accelerator.trackers:

@@ -123,7 +123,7 @@ def _lock(folder: Path) -> None:
             f"give another --run_name"
         ) from None
     if stale := os.read(descriptor, 200).decode(errors="replace"):
-        print(f"{folder}: {stale} ended without a word; its lock is void")
+        print(f"{folder}: {stale} wrote here and did not end in order; its lock is void")
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
     _locks[where] = descriptor

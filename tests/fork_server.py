@@ -4,6 +4,7 @@ Reads one JSON object a line: {"argv", "env", "log"} forks a run and answers its
 {"wait", "seconds"} answers a run's exit code, negative for a signal, or null if it is still alive.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ def run(job: dict) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source, target)
+    faulthandler.enable()  # a test that waits in vain sends SIGABRT to see where
     os.environ.update(job["env"])
     sys.argv = ["train_sae.py", *job["argv"]]
     code = 0

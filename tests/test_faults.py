@@ -135,7 +135,7 @@ def kill_at_random(
     run, chance = starter.folder / "runs" / name, random.Random(seed)
     done = in_a_save = 0
     while done < kills:
-        before = max(starter.steps(name), default=0)
+        before = begun(run)
         ranks = starter.start(name, *(flags or []), "--resume", world=world)
         until = time.monotonic() + 60
         while begun(run) <= before and time.monotonic() < until:  # it trains
@@ -148,7 +148,10 @@ def kill_at_random(
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         codes = {pid: starter.wait(pid, 30) for pid in ranks}
-        assert all(code is not None for code in codes.values()), "a survivor does not end"
+        for pid in (pid for pid, code in codes.items() if code is None):
+            os.kill(pid, signal.SIGABRT)
+            starter.wait(pid, 5)
+            pytest.fail(f"a survivor does not end: {starter.log(name, ranks.index(pid))}")
         for pid in set(ranks) - set(victims):
             assert codes[pid] in (0, 3), (codes, starter.log(name))
         done += 1

@@ -11,7 +11,7 @@ Blocks marked EDIT are what experiments change; what would make a result wrong i
 """
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from sae.evaluate import first_moments, held_out
 from sae.exchange import Exchange
 from sae.hookpoints import capture, find_hookpoints, load_lm, measure, token_limits
 from sae.optim import CoderOptimizer, OptimizerName, finish_gradients_, k_at
-from sae.run_folder import open_run
+from sae.run_folder import open_run, recorded_flags
 from sae.sums import StepSums
 
 
@@ -186,7 +186,7 @@ def train(
     accelerator = Accelerator(**launch.arguments(run, cfg.log_with, dtype, cfg.timeout))
     ranks = launch.join(accelerator, cfg.timeout)
     per_step = cfg.batch_size * cfg.grad_acc_steps * ranks.world
-    flags = {name: value for name, value in asdict(cfg).items() if name != "hf_token"}
+    flags = recorded_flags(cfg, lm, dataset)
     resumes = open_run(run, {**flags, "sequences_per_step": per_step}, ranks)
 
     # The language model, frozen, and no more of it than the hookpoints need.

@@ -30,6 +30,7 @@ class CoderBank(nn.Module):
         """`matmul_dtype`: the encoders' products, forward and backward; weights are float32."""
         super().__init__()
         self.transcode = cfg.transcode
+        """Whether some coder needs its module's input."""
         self.hookpoint: dict[str, str] = {}
         self._coders = nn.ModuleDict()
         for place in hookpoints:
@@ -59,8 +60,9 @@ class CoderBank(nn.Module):
         device: str | torch.device,
         matmul_dtype: torch.dtype = torch.float32,
     ) -> "CoderBank":
-        """A bank of coders that are there already; they are all of one kind."""
+        """A bank of coders that are there already, SAEs or transcoders or both."""
         bank = cls([], next(iter(coders.values())).cfg, (0,), device)
+        bank.transcode = any(coder.cfg.transcode for coder in coders.values())
         for name, coder in coders.items():
             coder.matmul_dtype = matmul_dtype
             bank.hookpoint[name] = hookpoint[name]

@@ -45,20 +45,28 @@ def summary_of(run: str) -> dict[str, Any]:
     """What a finished run wrote about itself. Raises UsageError for another folder."""
     if not (Path(run) / "summary.json").is_file():
         raise UsageError(f"{run}: has no summary.json; give the folder of a finished run")
-    return read_json(Path(run) / "summary.json")
+    summary = read_json(Path(run) / "summary.json")
+    if missing := {"step", "tokens", "wall_seconds", "hookpoints"} - summary.keys():
+        raise UsageError(f"{run}/summary.json lacks {', '.join(sorted(missing))}: it is damaged")
+    return summary
 
 
 def figures_of(run: str) -> dict[str, dict[str, float | None]]:
-    """FVU, CE recovered, KL and dead share of every coder of a run.
+    """FVU, CE recovered, KL and dead share of every coder of a run, on what it held out.
 
-    Predictions are those of `eval.json`, which sae.evaluate writes, or of the run's own end.
+    They are those of `eval.json`, which sae.evaluate writes, if it is of the run's last step; else
+    the run's own. The dead share is that of training.
     """
-    judged = Path(run) / "eval.json"
+    summary, judged = summary_of(run), Path(run) / "eval.json"
     evaluated = read_json(judged) if judged.is_file() else {}
+    of = evaluated.get("of", {})
+    fits = of.get("held_out") is True and of.get("step") == f"step_{summary['step']}"
     found = {}
-    for name, figures in summary_of(run)["hookpoints"].items():
-        predictions = figures.get("predictions") or evaluated.get(name, {}).get("predictions") or {}
-        found[name] = {f: figures.get(f, predictions.get(f)) for f in _FIGURES}
+    for name, figures in summary["hookpoints"].items():
+        theirs = evaluated["coders"].get(name, {}) if fits else {}
+        predictions = theirs.get("predictions") or figures.get("predictions") or {}
+        found[name] = {f: {**predictions, **figures, **theirs}.get(f) for f in _FIGURES}
+        found[name]["dead_share"] = figures["dead_share"]
     return found
 
 

@@ -3,6 +3,7 @@
 Logits are never whole: the head runs on chunks of positions, and is run again in the backward.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,14 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .bank import CoderBank
+from .config import UsageError
 from .exchange import Exchange
 from .hookpoints import first_tensor
 from .sums import StepSums
 
 _OUTPUTS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_BODIES: WeakKeyDictionary[nn.Module, tuple[nn.Module, Any]] = WeakKeyDictionary()
 _LOGITS = 1 << 26  # elements of a chunk of logits: 256 MiB in float32
 
 Replacement = Callable[[Float[Tensor, "N D"], Float[Tensor, "N D_out"] | None], Tensor]
@@ -170,10 +172,46 @@ def _over_chunks(
 
 def logits(lm: PreTrainedModel, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
     """The LM's own head on final hidden states, with whatever scaling or capping it does."""
-    output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.unsqueeze(0))
+    body, sample = check_head(lm)
+    output = _with_first_tensor(copy.copy(sample), rows.unsqueeze(0))
     ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
-    with _forward(lm.base_model, lambda *_, **__: output):
+    with _forward(body, lambda *_, **__: output):
         return lm(input_ids=ids).logits.squeeze(0).float()
+
+
+def check_head(lm: PreTrainedModel) -> tuple[nn.Module, Any]:
+    """The module below the head, which is not `base_model` in every LM, and what it returns.
+
+    Raises UsageError where the head does not read what `last_hidden_state` gives.
+    """
+    if lm in _BODIES:
+        return _BODIES[lm]
+    seen: list[tuple[nn.Module, Any]] = []
+    read: list[Tensor] = []
+    head: Any = lm.get_output_embeddings()
+    tokens = torch.arange(4, device=lm.device).unsqueeze(0)
+    with ExitStack() as hooks, torch.no_grad():
+        for module in lm.modules():
+            handle = module.register_forward_hook(lambda m, a, output: seen.append((m, output)))
+            hooks.callback(handle.remove)
+        hooks.callback(head.register_forward_pre_hook(lambda m, a: read.append(a[0])).remove)
+        expected = lm(input_ids=tokens).logits
+    for module, output in reversed(seen):  # from the outside in, the LM itself first
+        found = first_tensor(output)
+        if module is lm or found is None or isinstance(output, Tensor):
+            continue
+        if found.data_ptr() == read[0].data_ptr() or torch.equal(found, read[0]):
+            _BODIES[lm] = (module, output)
+            with torch.no_grad():
+                ours = logits(lm, last_hidden_state(lm, tokens)[0])
+            if torch.allclose(ours, expected[0].float(), rtol=1e-3, atol=1e-3):
+                return _BODIES[lm]
+            del _BODIES[lm]
+            break
+    raise UsageError(
+        f"MODEL: the head of {type(lm).__name__} cannot be run on hidden states alone, so nothing "
+        f"can be said of its predictions: use --loss_fn fvu without --eval_every"
+    )
 
 
 class EndToEnd:
@@ -194,6 +232,7 @@ class EndToEnd:
         self.local = bool(flags.auxk_alpha or flags.multi_topk)
         self.run_modules = self.local or not bank.transcode
         self._device = next(bank.parameters()).device
+        check_head(lm)
         self._start_step()
 
     def _start_step(self) -> None:

@@ -5,7 +5,6 @@ python -m sae.evaluate CODERS --model gpt2 --dataset DATA   a folder or Hub id o
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -30,8 +29,9 @@ from .hookpoints import capture
 from .optim import CoderOptimizer
 from .predictions import Predictions, predictions
 from .ranks import Ranks
+from .run_folder import check_target, write_json
 from .sparse_coder import SparseCoder
-from .trained import Where, load
+from .trained import Trained, Where, load
 from .watch import exit_codes
 
 _BINS = torch.linspace(-6, 0, 25, dtype=torch.float64)
@@ -155,7 +155,8 @@ def held_out(
             for place, (x, y) in exchange.to_owners(pairs).items():
                 accumulate(moments, place, y)
                 for name, coder in bank.at(place):
-                    out = coder(x, y, total_variance=1.0)
+                    # A folder may hold SAEs beside transcoders.
+                    out = coder(x if coder.cfg.transcode else y, y, total_variance=1.0)
                     active = out.top_acts > 0
                     cosine = F.cosine_similarity(out.sae_out, y.float(), dim=1).sum()
                     sums[name] += torch.stack([out.fvu, cosine, active.sum()])
@@ -219,7 +220,11 @@ class EvaluateConfig(Where):
 
 def evaluate(cfg: Where) -> Evaluation:
     """All figures of trained coders. Raises UsageError for what cannot be found or does not fit."""
-    it = load(cfg)
+    return judge(load(cfg))
+
+
+def judge(it: Trained) -> Evaluation:
+    """All figures of coders that are loaded."""
     return held_out(it.lm, it.exchange, it.bank, {}, it.source, it.blocks, it.exclude_tokens)
 
 
@@ -244,17 +249,28 @@ def _row(p: Predictions | None) -> list[str]:
     return [*(f"{value:.4f}" for value in losses), f"{p.top1_agreement:.2%}"]
 
 
+def as_json(it: Trained, found: Evaluation) -> dict[str, Any]:
+    """The figures, and what they are figures of."""
+    figures: dict[str, Any] = {n: dataclasses.asdict(f) for n, f in found.coders.items()}
+    together = None if found.together is None else dataclasses.asdict(found.together)
+    of = {name: it.flags[name] for name in ("model", "dataset", "split", "ctx_len")}
+    of |= {"tokens": len(it.blocks) * it.source.block_len, "step": it.step, "held_out": it.ours}
+    return {"of": of, "coders": figures, "all_at_once": together}
+
+
 def main() -> None:
     """Evaluate what the command line names; print the table and write the JSON beside it."""
     with exit_codes():
         cfg = tyro.cli(EvaluateConfig, description=__doc__, use_underscores=True)
-        found = evaluate(cfg)
-        out = Path(cfg.out) if cfg.out else cfg.folder / "eval.json"
-        figures: dict[str, Any] = {n: dataclasses.asdict(f) for n, f in found.coders.items()}
-        if found.together is not None:
-            figures["all at once"] = dataclasses.asdict(found.together)
-        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        if cfg.out:
+            check_target("--out", Path(cfg.out))
+        it = load(cfg)
+        # What the run held out is the run's own figure; other text is not.
+        out = Path(cfg.out or cfg.folder / ("eval.json" if it.ours else "eval_other_text.json"))
+        check_target("--out", out)
+        found = judge(it)
         print(table(found))
+        write_json(out, as_json(it, found))
         print(f"figures  {out.resolve()}")
 
 

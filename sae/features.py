@@ -24,6 +24,7 @@ from .contexts import Contexts
 from .evaluate import frequency_histogram
 from .hookpoints import capture
 from .latents import Words, describe
+from .run_folder import check_target
 from .trained import Trained, Where, load
 from .watch import exit_codes
 
@@ -45,6 +46,7 @@ class FeaturesConfig(Where):
     """Numbers of the latents to show instead."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.latents < 1:
             raise UsageError(f"--latents {self.latents}: must be 1 or more")
 
@@ -59,8 +61,8 @@ def look(it: Trained, candidates: dict[str, Int[Tensor, " C"]]) -> dict[str, Con
         kept = ~torch.isin(tokens, tokens.new_tensor(it.exclude_tokens))
         pairs = capture(it.lm, tokens, places, it.exclude_tokens, inputs=it.bank.transcode)
         for name, coder in it.bank.items():
-            x, _ = pairs[it.bank.hookpoint[name]]
-            latents = coder.encode(x)
+            x, y = pairs[it.bank.hookpoint[name]]
+            latents = coder.encode(x if coder.cfg.transcode else y)
             found[name].observe(tokens[0], kept[0], latents.top_acts, latents.top_indices)
     return found
 
@@ -81,6 +83,7 @@ def report(cfg: FeaturesConfig) -> dict[str, Any]:
     coders = []
     for name, coder in it.bank.items():
         fired = seen[name].fired
+        place = it.bank.hookpoint[name]
         slots = [i for i, n in enumerate(candidates[name].tolist()) if fired[n] > 0]
         shown = slots[: None if cfg.ids else cfg.latents]
         coders.append(
@@ -93,7 +96,7 @@ def report(cfg: FeaturesConfig) -> dict[str, Any]:
                 "chosen": bool(cfg.ids),
                 "histogram": frequency_histogram(fired, seen[name].rows),
                 "figures": {n: v for n, v in figures.get(name, {}).items() if v is not None},
-                "latents": describe(it.lm, coder, seen[name], shown, words),
+                "latents": describe(it.lm, place, coder, seen[name], shown, words),
             }
         )
     read = f"{len(it.blocks) * it.source.block_len:,} tokens of {it.flags['dataset']}"
@@ -169,9 +172,9 @@ def main() -> None:
     """Write the page that the command line asks for."""
     with exit_codes():
         cfg = tyro.cli(FeaturesConfig, description=__doc__, use_underscores=True)
-        found = report(cfg)
         out = Path(cfg.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        check_target("--out", out)
+        found = report(cfg)
         out.write_text(page(found), encoding="utf-8")
         run = Path(cfg.coders)
         if (run / "summary.json").is_file():

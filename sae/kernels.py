@@ -12,7 +12,8 @@ Every sum has a fixed order, so a step repeats bit for bit.
 """
 
 import warnings
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .config import Activation
+from .config import Activation, UsageError
 
 # The sampled product goes through a CSR tensor, which warns of its beta state at first use.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
@@ -29,6 +30,35 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 # Elements of pre_acts at a time: few enough to stay in cache (CPU), enough to fill a device (GPU).
 _CHUNK = {"cpu": 6 * 2**20, "cuda": 2**27}
 _GROUP = 8
+
+
+Choice = Literal["auto", "torch", "triton"]
+_choice: Choice = "auto"
+
+
+def choose(choice: Choice, device: torch.device) -> str:
+    """Set where sparse sums are computed from now on, and say it in words.
+
+    `auto` is Triton on CUDA and PyTorch's operators elsewhere. Raises UsageError where Triton is
+    asked for and cannot be had.
+    """
+    global _choice
+    _choice = choice
+    try:
+        sums = _in_triton(device)
+    except ImportError:
+        if choice == "triton":
+            raise UsageError("--kernels triton: is not installed: use auto or torch") from None
+        _choice, sums = "torch", None
+    return "PyTorch's operators" if sums is None else "Triton kernels"
+
+
+def _in_triton(device: torch.device) -> ModuleType | None:
+    if _choice == "torch" or (_choice == "auto" and device.type != "cuda"):
+        return None
+    from . import triton_kernels  # there is no Triton where there is no GPU
+
+    return triton_kernels
 
 
 def encode(
@@ -187,11 +217,15 @@ def _group_max(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _weighted_rows(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """out_n = sum_j weights_nj table[indices_nj], [N D]."""
+    if sums := _in_triton(table.device):
+        return sums.weighted_rows(weights, indices, table)
     return F.embedding_bag(indices.int(), table, per_sample_weights=weights, mode="sum")
 
 
 def _sampled_product(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """out_nj = <rows_n, table[indices_nj]>, [N K]."""
+    if sums := _in_triton(table.device):
+        return sums.sampled_product(rows, table, indices)
     n, k = indices.shape
     wide = torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
     pattern = torch.sparse_csr_tensor(
@@ -236,6 +270,8 @@ class _ByLatent:
     def sum_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
         """out_l = sum of weights_nj rows_n over the entries with top_indices_nj = l, [L D]."""
         in_order = weights.flatten()[self.order].to(rows.dtype)
+        if sums := _in_triton(rows.device):
+            return sums.sum_by_latent(in_order, self.rows, self.starts, self.counts, rows)
         return F.embedding_bag(
             self.rows, rows, self.starts, per_sample_weights=in_order, mode="sum"
         )

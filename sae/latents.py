@@ -1,5 +1,6 @@
 """What a latent stands for: what it writes, what is near it, where it fires."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -16,18 +17,25 @@ from .sparse_coder import SparseCoder
 Effects = list[tuple[int, float]]
 """(token id, change of its logit) pairs."""
 
+# Modules whose output goes into another one of the same block: queries, gates, norms and the like.
+_WITHIN = re.compile(
+    r"(^|[._])(q|k|v|qkv|query|key|value|query_key_value|c_attn|c_fc|fc1|gate|up|act)(_proj)?$"
+    r"|norm|(^|\.)ln_\w+$"
+)
+
 
 @torch.no_grad()
 def logit_effects(
-    lm: PreTrainedModel, directions: Float[Tensor, "C D"], count: int = 10
+    lm: PreTrainedModel, hookpoint: str, directions: Float[Tensor, "C D"], count: int = 10
 ) -> list[tuple[Effects, Effects]]:
     """The tokens that each direction promotes and suppresses most if the head reads it alone.
 
     head(norm(direction)) - head(norm(0)), less its mean over the vocabulary. Nothing where the
-    directions are not of the residual stream's width, or no norm comes last.
+    `hookpoint` does not write to the residual stream, or no norm comes last.
     """
     norm = _final_norm(lm)
-    if norm is None or norm.weight.shape != directions.shape[1:]:
+    writes = not _WITHIN.search(hookpoint)
+    if norm is None or norm.weight.shape != directions.shape[1:] or not writes:
         return [([], [])] * len(directions)
     found = []
     for part in directions.split(64):
@@ -109,12 +117,17 @@ class Words:
 
 
 def describe(
-    lm: PreTrainedModel, coder: SparseCoder, seen: Contexts, slots: list[int], words: Words
+    lm: PreTrainedModel,
+    hookpoint: str,
+    coder: SparseCoder,
+    seen: Contexts,
+    slots: list[int],
+    words: Words,
 ) -> list[dict[str, Any]]:
     """All that there is to show of the latents in `slots`, as JSON; texts by their number."""
     latents = seen.latents[slots]
     assert coder.W_dec is not None
-    effects = logit_effects(lm, coder.W_dec[latents])
+    effects = logit_effects(lm, hookpoint, coder.W_dec[latents])
     near = neighbours(coder, latents)
     described = []
     for i, slot in enumerate(slots):

@@ -11,6 +11,7 @@ from .blocks import TokenSource
 from .end_to_end import (
     Replacement,
     agreement,
+    check_head,
     cross_entropy,
     kl_divergence,
     last_hidden_state,
@@ -62,6 +63,7 @@ def predictions(
     `means` are the mean outputs of the hookpoints. Of `order` the blocks after the first `real`
     only keep ranks in step and do not count.
     """
+    check_head(lm)
     # Per set: cross-entropy clean, spliced, zero, mean; KL; agreement; positions of CE and of KL.
     sums = {name: torch.zeros(8, dtype=torch.float64, device=ranks.device) for name in replace}
     for i, tokens in enumerate(source.batches(order, 1)):

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ def open_run(folder: Path, flags: dict[str, Any], ranks: Ranks) -> bool:
     return ranks.merge(found)["resumes"]
 
 
+def recorded_flags(cfg: Any, lm: Any, dataset: Any) -> dict[str, Any]:
+    """The flags of a run as they are written down, without the token.
+
+    What was passed from Python has no name by which it could be found again, but an LM may know it.
+    """
+    flags = {name: value for name, value in asdict(cfg).items() if name != "hf_token"}
+    if lm is not None:
+        flags["model"] = lm.name_or_path or None
+    if dataset is not None:
+        flags["dataset"] = None
+    return flags
+
+
 def _open_run(folder: Path, flags: dict[str, Any]) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +105,10 @@ def _same_run(folder: Path, flags: dict[str, Any]) -> None:
             f"the run started: choose the two so that it is the same on this many ranks"
         )
     for name, value in json.loads(json.dumps(flags)).items():
-        if name not in {*_FREE_ON_RESUME, "sequences_per_step"} and before.get(name) != value:
+        from_python = name in ("model", "dataset") and value is None
+        if name in {*_FREE_ON_RESUME, "sequences_per_step"} or from_python:
+            continue
+        if before.get(name) != value:
             raise UsageError(
                 f"--resume: --{name} is {value!r} now and was {before.get(name)!r} when the "
                 f"run started; give the same flags, or start a new run with --finetune"
@@ -149,6 +166,20 @@ def write_json(path: Path, value: Any) -> None:
     aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     flush(aside)
     os.replace(aside, path)
+
+
+def check_target(flag: str, path: Path) -> None:
+    """Raise UsageError, before hours of work, for a file that could not be written after them."""
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {path}: cannot be written ({error.strerror}); give another file"
+        ) from None
+    if new:
+        path.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:

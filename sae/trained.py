@@ -17,10 +17,10 @@ from .blocks import TokenSource, hold_out
 from .config import UsageError
 from .data import TEXT_FLAGS, load_tokens
 from .exchange import Exchange
-from .hookpoints import find_hookpoints, load_lm, token_limits
+from .hookpoints import find_hookpoints, load_lm, measure, token_limits
 from .launch import on_cpu, working_dtype
 from .ranks import Ranks
-from .run_folder import read_json
+from .run_folder import checkpoints, read_json
 from .sparse_coder import SparseCoder
 
 
@@ -47,6 +47,10 @@ class Where:
     hf_token: str | None = field(default=None, repr=False)
     """Hub token."""
 
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise UsageError(f"--tokens {self.tokens}: must be 1 or more")
+
     @property
     def folder(self) -> Path:
         """Where results go: the folder of the coders, or the one at hand for a Hub id."""
@@ -57,15 +61,18 @@ _DEFAULTS: dict[str, Any] = {
     **{"model": None, "dataset": None, "split": "train", "text_column": "text", "ctx_len": 2048},
     **{"data_args": "", "token_dtype": None, "shuffle_seed": 42, "exclude_tokens": ()},
     **{"data_preprocessing_num_proc": 1, "streaming": False, "max_examples": None},
-    **{"eval_tokens": 2**17, "mixed_precision": "auto", "revision": None},
+    **{"eval_tokens": 2**17, "mixed_precision": "auto", "revision": None, "load_in_8bit": False},
 }
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("ctx_len", "shuffle_seed", "max_examples", "eval_tokens"), (int,)),
-    **{"data_preprocessing_num_proc": (int,), "streaming": (bool,)},
+    **{"data_preprocessing_num_proc": (int,), "streaming": (bool,), "load_in_8bit": (bool,)},
     "exclude_tokens": (list, tuple),
 }
 """Types of the flags that are not text."""
+
+_OF_THE_DATA = ("data_args", "token_dtype", "streaming", "max_examples")
+"""Flags that say how to read one data set, and nothing of another."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,11 @@ class Trained:
     source: TokenSource
     blocks: Int[Tensor, " n"]
     flags: dict[str, Any]
+    ours: bool
+    """Whether the text is what the run itself held out."""
+
+    step: str | None
+    """The checkpoint, if it is a run's."""
 
     @property
     def exclude_tokens(self) -> tuple[int, ...]:
@@ -87,23 +99,35 @@ class Trained:
 
 def load(where: Where) -> Trained:
     """Load what `where` names. Raises UsageError for what cannot be found or does not fit."""
+    coders = _coders(where)
     before = flags_of_run(Path(where.coders))
     given = {n: v for n, v in vars(where).items() if n in _DEFAULTS and v is not None}
+    ours = bool(before) and _same_text(given, before)
     flags = {**_DEFAULTS, **before, **given}
+    if before and not ours:
+        flags |= {name: _DEFAULTS[name] for name in _OF_THE_DATA}
     for name in ("model", "dataset"):
         if flags[name] is None:
             raise UsageError(
                 f"--{name}: {where.coders} does not come with its run: name the {name}"
             )
-    coders = SparseCoder.load_many(where.coders)
-    hookpoint = {name: re.sub(r"\.seed\d+$", "", name) for name in coders}
+    hookpoint = {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
     hub: dict[str, Any] = {"revision": flags["revision"], "token": where.hf_token}
     patterns = tuple(dict.fromkeys(hookpoint.values()))
     disable_progress_bar()
     skeleton, places = find_hookpoints(flags["model"], patterns, with_head=True, **hub)
+    for place in measure(skeleton, places):
+        for name in (name for name in coders if hookpoint[name] == place.name):
+            d_in = place.d_in if coders[name].cfg.transcode else place.d_out
+            if (coders[name].d_in, coders[name].d_out) != (d_in, place.d_out):
+                raise UsageError(
+                    f"--model {flags['model']}: {place.name} is {d_in} and {place.d_out} wide, and "
+                    f"the coder {coders[name].d_in} and {coders[name].d_out}: name its own model"
+                )
     dtype = working_dtype(flags["mixed_precision"])
     ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
-    lm = load_lm(flags["model"], skeleton, places, dtype, ranks.device, **hub)
+    eight_bit = flags["load_in_8bit"]
+    lm = load_lm(flags["model"], skeleton, places, dtype, ranks.device, eight_bit, **hub)
     bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
     source = load_tokens(
         flags["dataset"],
@@ -112,20 +136,68 @@ def load(where: Where) -> Trained:
         **{name: flags[name] for name in TEXT_FLAGS},
         **hub,
     )
-    same_data = all(given.get(n) in (None, before.get(n)) for n in ("dataset", "split", "ctx_len"))
-    held = torch.arange(len(source))
-    if before and same_data:  # the rest was trained on
-        held, _ = hold_out(source, flags["eval_tokens"], flags["max_examples"], per_step=1)
-    wanted = -(-(where.tokens or len(held) * source.block_len) // source.block_len)
-    if not before and where.tokens is None:
-        wanted = min(len(held), -(-flags["eval_tokens"] // source.block_len))
-    if wanted > len(held):
+    blocks = torch.arange(len(source))
+    saved = _data_of_run(Path(where.coders))
+    if before and (ours or saved == source.fingerprint):  # the rest was trained on
+        ours, blocks = True, blocks[: _held_blocks(source, flags, before, saved)]
+    wanted = len(blocks)
+    if where.tokens is not None or not ours:
+        tokens = flags["eval_tokens"] if where.tokens is None else where.tokens
+        wanted = -(-tokens // source.block_len)
+    if where.tokens is None:
+        wanted = min(wanted, len(blocks))
+    if wanted > len(blocks):
         raise UsageError(
-            f"--tokens {where.tokens}: there are {len(held) * source.block_len:,}"
-            + (" that the run held out; give another --dataset or --split" if before else "")
+            f"--tokens {where.tokens}: there are {len(blocks) * source.block_len:,}"
+            + (" that the run held out; give another --dataset" if ours else "")
         )
     exchange = Exchange(ranks, dict.fromkeys(places, 1), distributed=False)
-    return Trained(lm, bank, exchange, source, held[:wanted], flags)
+    newest = checkpoints(Path(where.coders))
+    step = newest[-1].name if newest else None
+    return Trained(lm, bank, exchange, source, blocks[:wanted], flags, ours, step)
+
+
+def _coders(where: Where) -> dict[str, SparseCoder]:
+    if (Path(where.coders) / "cfg.json").is_file():
+        raise UsageError(
+            f"{where.coders} is one coder, whose hookpoint its folder's name says: give "
+            f"{Path(where.coders).resolve().parent}"
+        )
+    return SparseCoder.load_many(where.coders)
+
+
+def _same_text(given: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether the data set is the run's own; `--split` is a mere label for files here."""
+    theirs, asked = before["dataset"], given.get("dataset", before["dataset"])
+    if theirs is None or asked is None:
+        return False
+    here = Path(asked).exists()
+    same = Path(asked).resolve() == Path(theirs).resolve() if here else asked == theirs
+    split = given.get("split", before["split"]) == before["split"]
+    return (
+        same
+        and (here or split)
+        and given.get("text_column", before["text_column"]) == (before["text_column"])
+    )
+
+
+def _held_blocks(
+    source: TokenSource, flags: dict[str, Any], before: dict[str, Any], saved: dict[str, Any]
+) -> int:
+    """Leading blocks that the run held out, whatever the length of a block is now."""
+    if not saved or saved.get("block_len") == source.block_len:
+        held, _ = hold_out(source, before["eval_tokens"], flags["max_examples"], per_step=1)
+        return len(held)
+    then = saved["block_len"]
+    tokens = then * min(-(-before["eval_tokens"] // then), max(1, saved["blocks"] // 10))
+    return max(1, tokens // source.block_len)
+
+
+def _data_of_run(folder: Path) -> dict[str, Any]:
+    """The fingerprint of what a run trained on."""
+    found = [folder, *checkpoints(folder)][-1] / "manifest.json"
+    data = read_json(found).get("data") if found.is_file() else None
+    return data if isinstance(data, dict) else {}
 
 
 def flags_of_run(folder: Path) -> dict[str, Any]:

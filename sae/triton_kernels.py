@@ -4,6 +4,9 @@ Every sum runs in one order, entry by entry, in float32 (float64 for float64): n
 repeats bit for bit. Nothing of size N x K x D exists.
 """
 
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# Triton makes constants of what is annotated as such.
+
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +51,7 @@ def sum_by_latent(
     counts: Int[Tensor, " L"],
     rows: Float[Tensor, "N D"],
 ) -> Float[Tensor, "L D"]:
-    """out_l = sum of weights_e rows[entry_rows_e] over the entries starts_l <= e < starts_l + counts_l.
+    """out_l = sum of weights_e rows[entry_rows_e] over the counts_l entries from starts_l on.
 
     A latent with many entries is summed in pieces of 1,024, so that no program works alone while
     all others are done; then the pieces are added in order.
@@ -76,9 +79,7 @@ def sum_by_latent(
             LONG=_LONG,
             BLOCK=block,
         )
-        _sum_of_pieces[(latents, columns)](
-            *(partial, first_piece, pieces, out, width), BLOCK=block
-        )
+        _sum_of_pieces[(latents, columns)](*(partial, first_piece, pieces, out, width), BLOCK=block)
     return out
 
 
@@ -91,7 +92,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 @triton.jit
-def _wide_zeros(out, BLOCK: tl.constexpr):  # noqa: N803
+def _wide_zeros(out, BLOCK: tl.constexpr):
     if out.dtype.element_ty == tl.float64:
         zeros = tl.zeros((BLOCK,), dtype=tl.float64)
     else:
@@ -100,7 +101,7 @@ def _wide_zeros(out, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _weighted_rows(weights, indices, table, out, k, width, BLOCK: tl.constexpr):  # noqa: N803
+def _weighted_rows(weights, indices, table, out, k, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -114,7 +115,7 @@ def _weighted_rows(weights, indices, table, out, k, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sampled_product(rows, table, indices, out, k, width, BLOCK: tl.constexpr):  # noqa: N803
+def _sampled_product(rows, table, indices, out, k, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     for j in range(k):
         latent = tl.load(indices + row * k + j).to(tl.int64)
@@ -141,7 +142,7 @@ def _entry_sum(weights, entry_rows, rows, begin, end, column, inside, total, wid
 @triton.jit
 def _short_sums(
     weights, entry_rows, starts, counts, rows, out, width, LONG: tl.constexpr, BLOCK: tl.constexpr
-):  # noqa: N803
+):
     latent = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -169,7 +170,7 @@ def _pieces(
     width,
     LONG: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # noqa: N803
+):
     piece = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -185,7 +186,7 @@ def _pieces(
 
 
 @triton.jit
-def _sum_of_pieces(partial, first_piece, pieces, out, width, BLOCK: tl.constexpr):  # noqa: N803
+def _sum_of_pieces(partial, first_piece, pieces, out, width, BLOCK: tl.constexpr):
     latent = tl.program_id(0).to(tl.int64)
     count = tl.load(pieces + latent).to(tl.int64)
     if count > 0:

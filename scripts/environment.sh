@@ -7,9 +7,11 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: Python 3.11 or newer is needed; set PYTHON to one" >&2
     exit 2
 fi
-if ! cmp -s requirements.txt .venv/installed.txt; then
-    [ -d .venv ] || "$python" -m venv .venv
-    echo "Installing requirements.txt into .venv (a minute or two)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt .venv/installed.txt
-fi
+[ -d .venv ] || "$python" -m venv .venv
+install() { # requirements, and the copy of them that says they are installed
+    cmp -s "$1" "$2" && return
+    echo "Installing $1 into .venv (a minute or two)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+    cp "$1" "$2"
+}
+install requirements.txt .venv/installed.txt

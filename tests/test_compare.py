@@ -40,9 +40,10 @@ def test_a_table_of_runs(
         "lr": [None, 0.02],
         "run_name": ["a", "b"],
     }
-    (Path(folders[1]) / "eval.json").write_text(
-        json.dumps({"layers.1": {"predictions": {"ce_recovered": 0.9, "kl": 0.25}}})
-    )
+    judged = {"layers.1": {"predictions": {"ce_recovered": 0.9, "kl": 0.25}}}
+    for folder, step, held_out in ((folders[0], "step_20", False), (folders[1], "step_20", True)):
+        of = {"step": step, "held_out": held_out}
+        (Path(folder) / "eval.json").write_text(json.dumps({"of": of, "coders": judged}))
     monkeypatch.setattr("sys.argv", ["compare", *folders])
     main()
     lines = {line[:32].strip(): line for line in capsys.readouterr().out.splitlines()}
@@ -51,7 +52,7 @@ def test_a_table_of_runs(
         other = second["hookpoints"][place]["fvu"]
         assert f"{figures['fvu']:.4f}" in row and row.endswith(f"{other:.4f}")
     text = "\n".join(lines.values())
-    assert "0.9000" in text and "0.2500" in text and "--lr" in text and "2,560" in text
+    assert text.count("0.9000") == 1 and "0.2500" in text and "--lr" in text and "2,560" in text
     same = report((folders[0], folders[0]), near=0.999)
     assert same.count("128 (mean 1.000)") == 3
     assert "latents with a twin" in text and "128 (mean 1.000)" not in text

@@ -16,9 +16,11 @@ from sae import UsageError, end_to_end
 from sae.end_to_end import (
     EndToEnd,
     agreement,
+    check_head,
     cross_entropy,
     kl_divergence,
     last_hidden_state,
+    logits,
     spliced,
 )
 from sae.hookpoints import capture, freeze
@@ -76,6 +78,41 @@ def test_chunks_are_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
         assert agreement(lm, hidden, clean) == same
         assert kl_divergence(lm, clean, clean).abs() < 1e-5
+
+
+HEADS = {
+    "opt": hf.OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32),
+    "mixtral": hf.MixtralConfig(
+        **SMALL, intermediate_size=48, num_local_experts=4, num_key_value_heads=2
+    ),
+    "mamba": hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "granite": hf.GraniteConfig(**SMALL, intermediate_size=48, logits_scaling=3.0),
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_heads_read_hidden_states(family: str) -> None:
+    """Whatever lies between an LM's layers and its head, the head on its own gives its logits."""
+    lm = make(HEADS[family])
+    with torch.no_grad():
+        whole = lm(TOKENS).logits
+        ours = logits(lm, last_hidden_state(lm, TOKENS).flatten(0, 1))
+    torch.testing.assert_close(ours, whole.flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_reads_something_else_is_refused() -> None:
+    """Where hidden states alone do not make the logits, no prediction is judged."""
+    lm = make(FAMILIES["gpt2"])
+    forward = lm.forward
+
+    def biased(input_ids: Tensor) -> Any:
+        output = forward(input_ids=input_ids)
+        output.logits = output.logits + input_ids.unsqueeze(-1)
+        return output
+
+    lm.forward = biased
+    with pytest.raises(UsageError, match="cannot be run on hidden states alone"):
+        check_head(lm)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,6 +21,7 @@ from sae.evaluate import EvaluateConfig, Evaluation, evaluate, held_out, table
 from sae.exchange import Exchange
 from sae.hookpoints import capture
 from sae.ranks import Ranks
+from sae.trained import Where, load
 from train_sae import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
@@ -207,11 +208,74 @@ def test_the_command_line_writes_json(
     monkeypatch.setattr("sys.argv", ["evaluate", str(folder)])
     sae.evaluate.main()
     printed = capsys.readouterr().out
-    figures = json.loads((folder / "eval.json").read_text())
-    assert list(figures) == ["layers.0", "layers.1", "layers.2", "all at once"]
-    for name, found in figures.items():
-        kl = found["kl"] if name == "all at once" else found["predictions"]["kl"]
-        assert name in printed and f"{kl:.4f}" in printed
+    written = json.loads((folder / "eval.json").read_text())
+    assert written["of"] == {
+        **names,
+        **{"split": "train", "ctx_len": 16, "tokens": 256, "step": "step_20", "held_out": True},
+    }
+    assert list(written["coders"]) == ["layers.0", "layers.1", "layers.2"]
+    for name, found in written["coders"].items():
+        assert name in printed and f"{found['predictions']['kl']:.4f}" in printed
+    assert f"{written['all_at_once']['kl']:.4f}" in printed.split("all at once")[1]
+    (tmp_path / "other.bin").write_bytes((tmp_path / "ids.bin").read_bytes()[640:])
+    other = ["--dataset", str(tmp_path / "other.bin"), "--tokens", "64"]
+    monkeypatch.setattr("sys.argv", ["evaluate", str(folder), *other])
+    sae.evaluate.main()
+    assert json.loads((folder / "eval.json").read_text()) == written
+    assert not json.loads((folder / "eval_other_text.json").read_text())["of"]["held_out"]
+    for bad in (["--out", str(tmp_path)], ["--tokens", "-5"], ["--model", str(ROOT / "demo/lm")]):
+        monkeypatch.setattr("sys.argv", ["evaluate", str(folder), *bad])
+        with pytest.raises(SystemExit) as stopped:
+            sae.evaluate.main()
+        assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_text_that_was_trained_on_is_never_judged_as_held_out(
+    causal: PreTrainedModel, tokens: Tensor, settings: Settings, tmp_path: Path
+) -> None:
+    """The run's data under another spelling, split or block length is still the run's data."""
+    causal.save_pretrained(tmp_path / "lm")
+    tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
+    names = {"model": str(tmp_path / "lm"), "dataset": str(tmp_path / "ids.bin")}
+    train(TrainConfig(**{**settings, **names}, run_name="r", layers=(1,)))
+    run_folder = str(Path(settings["save_dir"]) / "r")
+    (tmp_path / "copy.bin").write_bytes((tmp_path / "ids.bin").read_bytes())
+    held = load(Where(run_folder))
+    assert held.ours and len(held.blocks) == 16
+    for given in (
+        {"dataset": f"{tmp_path}/../{tmp_path.name}/ids.bin"},
+        {"dataset": str(tmp_path / "copy.bin")},
+        {"split": "test"},
+    ):
+        again = load(Where(run_folder, **given))
+        assert again.ours and torch.equal(again.blocks, held.blocks), given
+    longer = load(Where(run_folder, ctx_len=32))
+    assert longer.ours and len(longer.blocks) == 8
+    (tmp_path / "other.bin").write_bytes((tmp_path / "ids.bin").read_bytes()[640:])
+    other = load(Where(run_folder, dataset=str(tmp_path / "other.bin")))
+    assert not other.ours and len(other.blocks) == 16
+
+
+def test_a_run_from_python_does_not_name_what_it_did_not_use(
+    causal: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """Of an LM and data that were passed as objects, evaluating asks for the names."""
+    run(causal, tokens, settings, run_name="r")
+    folder = Path(settings["save_dir"]) / "r"
+    assert json.loads((folder / "run.json").read_text())["dataset"] is None
+    with pytest.raises(UsageError, match="--model|--dataset"):
+        load(Where(str(folder)))
+    with pytest.raises(UsageError, match="is one coder.*give .*step_20"):
+        load(Where(str(folder / "step_20/layers.1")))
+
+
+def test_saes_beside_transcoders(causal: PreTrainedModel, tokens: Tensor) -> None:
+    """Each coder of a mixed folder reads what it was made for."""
+    coders = {"layers.1": identity(32), "layers.2.mlp": identity(32, transcode=True)}
+    both = judge(causal, coders, tokens[:6])
+    for name, coder in coders.items():
+        alone = judge(causal, {name: coder}, tokens[:6])
+        assert both.coders[name] == alone.coders[name], name
 
 
 def test_kl_fine_tuning_raises_what_is_recovered(tmp_path: Path) -> None:

@@ -113,16 +113,18 @@ def test_promoted_tokens_are_those_of_the_unembedding() -> None:
     lm = make(FAMILIES["llama"])
     head: Any = lm.get_output_embeddings()
     rows = head.weight.detach()[[3, 41]]
-    effects = logit_effects(lm, rows, count=64)
+    effects = logit_effects(lm, "layers.1", rows, count=64)
     for token, v, (promoted, suppressed) in zip((3, 41), rows, effects, strict=True):
         logits = head.weight @ (v / v.square().mean().sqrt())
         centred = (logits - logits.mean()).detach()
         assert promoted[0][0] == token and promoted == suppressed[::-1]
         for index, value in promoted:
             assert value == pytest.approx(float(centred[index]), abs=2e-3)
-    assert logit_effects(lm, torch.ones(2, 31)) == [([], [])] * 2
+    assert logit_effects(lm, "layers.1", torch.ones(2, 31)) == [([], [])] * 2
+    for within in ("layers.1.self_attn.q_proj", "layers.1.input_layernorm", "h.1.ln_1"):
+        assert logit_effects(lm, within, rows) == [([], [])] * 2
     for family in FAMILIES:
-        assert logit_effects(make(FAMILIES[family]), torch.randn(1, 32))[0][0], family
+        assert logit_effects(make(FAMILIES[family]), "h.0.mlp", torch.randn(1, 32))[0][0], family
 
 
 def test_neighbours_are_the_largest_cosines() -> None:
@@ -257,7 +259,7 @@ def listed(shown: str) -> list[int]:
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium on the PATH")
 def test_page_in_a_browser(written: Path) -> None:
     """It draws itself, text of the data stays text, and find, sort and choice do what they say."""
-    shown = dom(written, find="onerror", coder="layers.1")
+    shown = dom(written, find="<script", coder="layers.1")
     elements = re.sub(r' title="[^"]*"', "", shown)
     assert "<script" not in elements and "<img" not in elements and "&lt;" in elements
     assert "<title>run \u2013 features</title>" in dom(written, whole=True)

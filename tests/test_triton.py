@@ -1,0 +1,101 @@
+"""The Triton kernels compute what the definitions say: on CUDA, or in Triton's interpreter."""
+
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from test_kernels import SHAPES, leaves
+
+from sae import UsageError, functional, kernels
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs tests/requirements.txt"
+)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The kernels, cutting long sums into pieces of 8 and rows into blocks of 16 columns.
+
+    What they do not write is NaN.
+    """
+    assert kernels.choose("triton", DEVICE) == "Triton kernels"
+    from sae import triton_kernels as module
+
+    monkeypatch.setattr(module, "_LONG", 8)
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    yield module
+    torch.use_deterministic_algorithms(False)
+    kernels.choose("auto", DEVICE)
+
+
+def through(ops: ModuleType, tensors: list[torch.Tensor], k: int, activation: str) -> list:
+    """The reconstruction, and the gradient of every input."""
+    moved = [t.detach().to(DEVICE).requires_grad_() for t in tensors]
+    x, W_enc, b_enc, W_dec, pre_bias = moved
+    acts, indices = ops.encode(x, W_enc, b_enc, k, activation, pre_bias)
+    out = ops.decode(acts, indices, W_dec)
+    scale = torch.arange(out.numel(), dtype=out.dtype, device=DEVICE).view_as(out).cos()
+    ((out * scale).sum() + acts.pow(2).sum()).backward()
+    return [out.detach(), *(t.grad for t in moved)]
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] < 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_twins_agree(triton_kernels: ModuleType, shape: tuple, dtype: torch.dtype) -> None:
+    """Outputs and every gradient equal the plain definition's, at odd shapes, with no NaN left."""
+    n, d, latents, k, activation = shape
+    tensors = [t.to(dtype) for t in leaves(n, d, latents)]
+    close = 1e-9 if dtype == torch.float64 else 2e-4
+    plain, fast = (through(ops, tensors, k, activation) for ops in (functional, kernels))
+    for ours, expected in zip(fast, plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=close, atol=close)
+
+
+def test_sums_by_hand(triton_kernels: ModuleType) -> None:
+    """Latents in no entry, in few, in many, and twice in a row sum to what they should."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 9, (60, 5), generator=generator)
+    indices[indices == 4] = 3  # 4 is never active, 3 twice in some rows
+    indices[:, 0] = 7  # in every row: 60 entries and more
+    weights = torch.randn(60, 5, generator=generator)
+    rows, table = torch.randn(60, 37, generator=generator), torch.randn(9, 37, generator=generator)
+    order = kernels._ByLatent(indices.to(DEVICE), 9)
+    in_order = weights.to(DEVICE).flatten()[order.order]
+    ours = triton_kernels.sum_by_latent(
+        in_order, order.rows, order.starts, order.counts, rows.to(DEVICE)
+    )
+    expected = torch.zeros(9, 37, dtype=torch.float64)
+    products = weights.double()[:, :, None] * rows.double()[:, None, :]
+    expected.index_add_(0, indices.flatten(), products.flatten(0, 1))
+    torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[4].cpu(), torch.zeros(37))
+    again = triton_kernels.sum_by_latent(
+        in_order, order.rows, order.starts, order.counts, rows.to(DEVICE)
+    )
+    assert torch.equal(ours, again)
+    ours = triton_kernels.weighted_rows(weights.to(DEVICE), indices.to(DEVICE), table.to(DEVICE))
+    torch.testing.assert_close(ours.cpu(), functional.decode(weights, indices, table))
+    ours = triton_kernels.sampled_product(rows.to(DEVICE), table.to(DEVICE), indices.to(DEVICE))
+    torch.testing.assert_close(ours.cpu(), (rows[:, None] * table[indices]).sum(2))
+
+
+def test_the_choice_is_said_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto takes PyTorch's operators on the CPU; Triton asked for in vain is a readable error."""
+    cpu = torch.device("cpu")
+    assert kernels.choose("auto", cpu) == "PyTorch's operators"
+    assert kernels.choose("torch", cpu) == "PyTorch's operators"
+
+    def absent(device: torch.device) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(kernels, "_in_triton", absent)
+    with pytest.raises(UsageError, match="--kernels triton"):
+        kernels.choose("triton", cpu)
+    assert kernels.choose("auto", cpu) == "PyTorch's operators"
+    monkeypatch.undo()
+    kernels.choose("auto", cpu)

@@ -4,8 +4,6 @@
     python train_sae.py gpt2 DATA --hookpoints "h.*.mlp" --transcode --skip_connection
     python train_sae.py gpt2 DATA --run_name R --resume     go on after an interruption
     accelerate launch --config_file accelerate_configs/8gpu.yaml train_sae.py MODEL DATASET
-    ... --distribute_modules                                each coder on one rank only
-    ... --dry_run                                           who holds what, and no more
 
 Blocks marked EDIT are what experiments change; what would make a result wrong is in sae/.
 """
@@ -139,6 +137,8 @@ class TrainConfig:
     """Load the LM with 8-bit weights (needs bitsandbytes and a GPU)."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """bf16 runs the LM and the encoder product in bfloat16; auto: on GPUs that have it."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Sparse sums by Triton or by PyTorch's operators; auto: Triton on CUDA."""
     distribute_modules: bool = False
     """Keep each coder on one rank only, and send that rank the rows of all ranks."""
     layer_to_rank: tuple[str, ...] = ()
@@ -184,7 +184,7 @@ def train(
     with_head = cfg.loss_fn != "fvu" or cfg.eval_every > 0
     skeleton, places = find_hookpoints(lm or cfg.model, *choose, with_head=with_head, **hub)
     accelerator = Accelerator(**launch.arguments(run, cfg.log_with, dtype, cfg.timeout))
-    ranks = launch.join(accelerator, cfg.timeout)
+    ranks = launch.join(accelerator, cfg.timeout, cfg.kernels)
     per_step = cfg.batch_size * cfg.grad_acc_steps * ranks.world
     flags = recorded_flags(cfg, lm, dataset)
     resumes = open_run(run, {**flags, "sequences_per_step": per_step}, ranks)

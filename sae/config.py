@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 Activation = Literal["topk", "groupmax"]
 
+_TOO_MANY = 2**46
+_TOO_LARGE = 2**40
+
 
 class UsageError(Exception):
     """What the user asked for cannot be done; it names the flag, the value and the way out."""
@@ -53,6 +56,11 @@ class SparseCoderConfig:
     def check(self, d_in: int, where: str) -> None:
         """Raise UsageError unless `k` fits the number of latents of a coder `d_in` wide."""
         latents = self.latents(d_in)
+        if latents * d_in >= _TOO_MANY:
+            raise UsageError(
+                f"--num_latents or --expansion_factor: the coder at {where} would have {latents} "
+                f"latents of {d_in} weights: lower it"
+            )
         if self.k < 1:
             raise UsageError(f"--k {self.k} of the coder at {where}: must be at least 1")
         if self.k > latents:
@@ -94,7 +102,7 @@ class SparseCoderConfig:
                 continue
             value = known[field.name]
             kind = type(field.default)
-            if type(value) is not kind or (kind is int and not 0 <= value < 2**40):
+            if type(value) is not kind or (kind is int and not 0 <= value < _TOO_LARGE):
                 raise UsageError(f"{path}: {field.name} is {value!r}, not a usable {kind.__name__}")
         if known.get("activation", "topk") not in ("topk", "groupmax"):
             raise UsageError(f"{path}: activation {known['activation']!r} is not topk or groupmax")
@@ -135,6 +143,10 @@ def check_flags(flags: Any) -> None:
     def refuse(flag: str, why: str) -> None:
         raise UsageError(f"--{flag} {getattr(flags, flag)}: {why}")
 
+    for flag, value in vars(flags).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) >= _TOO_LARGE:
+                refuse(flag, "must be less than 2^40 in size")
     for flag in _AT_LEAST_ONE:
         if getattr(flags, flag) < 1:
             refuse(flag, "must be at least 1")

@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .config import UsageError
 from .hookpoints import is_sharded
+from .kernels import Choice, choose
 from .ranks import Ranks
 
 
@@ -69,8 +70,11 @@ def arguments(
     return {**found, "deepspeed_plugin": plugin}
 
 
-def join(accelerator: Accelerator, timeout_minutes: float) -> Ranks:
-    """The ranks of this launch. Raises UsageError if a process takes itself for the only one."""
+def join(accelerator: Accelerator, timeout_minutes: float, kernels: Choice) -> Ranks:
+    """The ranks of this launch, with the kernels of their devices chosen.
+
+    Raises UsageError if a process takes itself for the only one.
+    """
     launched = os.environ.get("WORLD_SIZE", "1")
     # Several processes on the CPU are MPI's to accelerate: it sets an address and starts one.
     address_for_one = {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys()
@@ -87,6 +91,9 @@ def join(accelerator: Accelerator, timeout_minutes: float) -> Ranks:
         disable_progress_bar()
         disable_progress_bars()
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+    chosen = choose(kernels, device)
+    if accelerator.is_main_process:
+        print(f"sparse sums by {chosen} on {device.type}")
     return Ranks(device, timeout_minutes)
 
 

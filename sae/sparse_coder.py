@@ -232,7 +232,7 @@ class SparseCoder(nn.Module):
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Scale every row of W_dec to unit norm; rows of zeros (a fresh transcoder's) stay."""
-        if self.W_dec is None or not self.cfg.normalize_decoder:
+        if self.W_dec is None or self.W_dec.is_meta or not self.cfg.normalize_decoder:
             return
         for rows in self.W_dec.split(256):  # a block stays in cache between its two passes
             norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

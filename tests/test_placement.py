@@ -128,6 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     others["kl replicas"] = "--batch_size 3 --grad_acc_steps 2 --loss_fn kl"
     harmed = {name: "--batch_size 6 --distribute_modules" for name in HARMED}
     harmed["slow preparation"] += " --timeout 0.04"
+    harmed["spoiled"] += " --max_bad_steps 0"
     shutil.copy(made.folder / "ids.bin", made.folder / "other.bin")
     with open(made.folder / "other.bin", "r+b") as file:
         file.write(b"\x01\x00\x02\x00")
@@ -253,7 +254,7 @@ def test_each_coder_lives_on_one_rank(runs: Runs) -> None:
 def test_owners_compute_at_the_same_time(runs: Runs) -> None:
     """Coders of 50 ms, two on each rank: a step takes the time of two, not of four."""
     forwards = STEPS + 11 / 2  # of training and of evaluation
-    assert 0.1 * forwards < runs.summary("slow coders")["wall_seconds"] + 0.55 < 0.16 * forwards
+    assert 0.1 * forwards < runs.summary("slow coders")["wall_seconds"] + 0.55 < 0.18 * forwards
 
 
 def test_preparing_data_is_no_timeout(runs: Runs) -> None:
@@ -275,7 +276,7 @@ def test_a_mistake_on_one_rank_ends_all(runs: Runs) -> None:
         assert all(message in error for error in errors), (name, errors)
         assert len({error.removeprefix("rank 0: ") for error in errors}) == 1
     assert not (runs.folder / "runs" / "other seed").exists()
-    assert not list((runs.folder / "runs" / "spoiled").glob("step_*"))
+    assert [f.name for f in (runs.folder / "runs" / "spoiled").glob("step_*")] == ["step_3"]
 
 
 def test_no_rank_holds_the_whole_lm(runs: Runs) -> None:

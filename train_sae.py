@@ -137,8 +137,8 @@ class TrainConfig:
     """Load the LM with 8-bit weights (needs bitsandbytes and a GPU)."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """bf16 runs the LM and the encoder product in bfloat16; auto: on GPUs that have it."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Sparse sums by Triton or by PyTorch's operators; auto: Triton on CUDA."""
+    kernels: Literal["auto", "torch", "native"] = "auto"
+    """C on the CPU and Triton on CUDA, or PyTorch's operators; auto: native if it can be had."""
     distribute_modules: bool = False
     """Keep each coder on one rank only, and send that rank the rows of all ranks."""
     layer_to_rank: tuple[str, ...] = ()

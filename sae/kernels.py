@@ -4,7 +4,7 @@ What makes them fast, on the CPU and, through the same PyTorch operators, on a G
 
 - `pre_acts` exist only for a few hundred rows at a time. The backward needs the indices and the
   values of the active latents alone.
-- The top k come from a tournament over group maxima, which reads every row once.
+- The top k come from one pass in C (native.py), or a tournament over group maxima.
 - The gradient of `top_acts` is a sampled product; N x K x D is never built.
 - Both weight gradients are sums of rows by latent, over one sort of `top_indices`.
 
@@ -12,6 +12,7 @@ Every sum has a fixed order, so a step repeats bit for bit.
 """
 
 import warnings
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import native
 from .config import Activation, UsageError
 
 # The sampled product goes through a CSR tensor, which warns of its beta state at first use.
@@ -32,29 +34,37 @@ _CHUNK = {"cpu": 6 * 2**20, "cuda": 2**27}
 _GROUP = 8
 
 
-Choice = Literal["auto", "torch", "triton"]
+Choice = Literal["auto", "torch", "native"]
 _choice: Choice = "auto"
 
 
 def choose(choice: Choice, device: torch.device) -> str:
-    """Set where sparse sums are computed from now on, and say it in words.
+    """Set from now on what computes the selection and the sparse sums, and say it in words.
 
-    `auto` is Triton on CUDA and PyTorch's operators elsewhere. Raises UsageError where Triton is
-    asked for and cannot be had.
+    `native` is C for the selection on the CPU and Triton for the sums on CUDA, `torch` PyTorch's
+    operators for both, `auto` native where it can be had. The numbers are the same but for the
+    order of sums. Raises UsageError where `native` cannot be had.
     """
     global _choice
     _choice = choice
-    try:
-        sums = _in_triton(device)
-    except ImportError:
-        if choice == "triton":
-            raise UsageError("--kernels triton: is not installed: use auto or torch") from None
-        _choice, sums = "torch", None
-    return "PyTorch's operators" if sums is None else "Triton kernels"
+    if choice == "torch":
+        return "PyTorch's operators"
+    if device.type == "cpu" and native.library() is not None:
+        return "C for the selection, PyTorch's operators for the sums"
+    if device.type == "cuda":
+        with suppress(ImportError):
+            _in_triton(device)
+            return "PyTorch's operators for the selection, Triton for the sums"
+    if choice == "native":
+        raise UsageError(
+            "--kernels native: needs a C compiler on the CPU, Triton on CUDA; use auto or torch"
+        )
+    _choice = "torch"
+    return "PyTorch's operators"
 
 
 def _in_triton(device: torch.device) -> ModuleType | None:
-    if _choice == "torch" or (_choice == "auto" and device.type != "cuda"):
+    if _choice == "torch" or device.type != "cuda":
         return None
     from . import triton_kernels  # there is no Triton where there is no GPU
 
@@ -109,11 +119,7 @@ class _Encode(torch.autograd.Function):
             pre_acts = buffer[: len(inputs[rows])]
             torch.addmm(b, inputs[rows], W.t(), out=pre_acts)
             if activation == "topk":
-                # The bits of bfloat16 order positive numbers as int16 does, which compares faster;
-                # negative ones fall behind them in any order, and relu drops them all.
-                keys = pre_acts.view(torch.int16) if dtype == torch.bfloat16 else pre_acts
-                values, indices = _top_k(keys, k)
-                values = values.view(dtype)
+                values, indices = _largest(pre_acts, k)
             else:
                 values, indices = _group_max(pre_acts, k)
             torch.relu_(values)
@@ -181,6 +187,13 @@ class _SquaredError(torch.autograd.Function):
 def _chunk_rows(inputs: Tensor, num_latents: int) -> int:
     elements = _CHUNK["cpu" if inputs.device.type == "cpu" else "cuda"]
     return max(1, min(len(inputs), max(64, elements // num_latents // 64 * 64)))
+
+
+def _largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest pre_acts of every row, exactly as far as they are positive."""
+    if _choice != "torch" and native.serves(pre_acts):
+        return native.top_k(pre_acts, k)
+    return _top_k(pre_acts, k)
 
 
 def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

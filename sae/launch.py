@@ -93,7 +93,7 @@ def join(accelerator: Accelerator, timeout_minutes: float, kernels: Choice) -> R
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     chosen = choose(kernels, device)
     if accelerator.is_main_process:
-        print(f"sparse sums by {chosen} on {device.type}")
+        print(f"kernels on {device.type}: {chosen}")
     return Ranks(device, timeout_minutes)
 
 

@@ -2,13 +2,16 @@
 
 import copy
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from runs import Settings, run, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
-from sae import SparseCoder, SparseCoderConfig, functional, kernels
+from sae import SparseCoder, SparseCoderConfig, UsageError, functional, kernels, native
 
 SHAPES = [  # N, D, L, k, activation
     (37, 13, 67, 5, "topk"),
@@ -257,3 +260,70 @@ def test_twins_agree_on_a_gpu(shape: tuple) -> None:
     torch.testing.assert_close(fast_out.cpu(), out, rtol=1e-9, atol=1e-9)
     for fast, plain in zip((x, W_enc, b_enc, W_dec, pre_bias), grads, strict=True):
         torch.testing.assert_close(fast.grad.cpu(), plain, rtol=1e-8, atol=1e-8)  # type: ignore[union-attr]
+
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(5, 64, 64), (7, 100, 3), (3, 1031, 7), (33, 12288, 32), (9, 4099, 192), (3, 70, 1)]
+)
+def test_selection_in_c_is_exact(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """The positive ones among the k largest are torch.topk's, each from a column of its own."""
+    n, width, k = shape
+    for shift in (3.0, 0.0, -2.0, -9.0):  # from all to none positive, with many ties in bfloat16
+        values = (torch.randn(n, width, generator=torch.Generator().manual_seed(k)) + shift).to(
+            dtype
+        )
+        top, columns = native.top_k(values, k)
+        assert torch.equal(top, values.gather(1, columns))
+        assert all(len(set(row)) == k for row in columns.tolist())
+        expected = values.topk(k, dim=1).values.relu()
+        assert torch.equal(top.relu().sort(1).values, expected.sort(1).values)
+
+
+@needs_compiler
+def test_selection_in_c_does_not_hide_bad_numbers() -> None:
+    """NaN and infinity count as the largest, so that they reach the loss."""
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.randn(4, 300).to(dtype)
+        values[1, 77], values[2, 299] = float("nan"), float("inf")
+        values[1, 5], values[1, 298] = -values[1, 77], -values[1, 77]  # the sign of inf - inf
+        top, _ = native.top_k(values, 5)
+        assert top[1].isnan().sum() == 3 and top[2].isinf().sum() == 1
+        assert top[[0, 3]].isfinite().all()
+
+
+def test_the_choice_of_kernels_is_said_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch is always there; what is asked for in vain is a readable error, auto does without."""
+    cpu = torch.device("cpu")
+    assert kernels.choose("torch", cpu) == "PyTorch's operators"
+    assert kernels.choose("auto", cpu).startswith("C for" if native.library() else "PyTorch")
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(UsageError, match="--kernels native: needs a C compiler"):
+        kernels.choose("native", cpu)
+    assert kernels.choose("auto", cpu) == "PyTorch's operators"
+    monkeypatch.undo()
+    kernels.choose("auto", cpu)
+
+
+def test_kernels_do_not_change_a_run(
+    lm: PreTrainedModel, tokens: torch.Tensor, settings: Settings
+) -> None:
+    """A run with the selection in C ends where one with PyTorch's operators does."""
+    ends: dict[tuple[str, str], Any] = {}
+    for precision in ("no", "bf16"):
+        for choice in ("torch", "auto"):
+            flags = {"kernels": choice, "mixed_precision": precision, "optimizer": "adam"}
+            done = run(lm, tokens, settings, run_name=choice + precision, **flags)
+            fvu = [figures["fvu"] for figures in done["hookpoints"].values()]
+            ends[choice, precision] = weights(done) if precision == "no" else fvu
+    kernels.choose("auto", torch.device("cpu"))
+    for name, tensor in ends["torch", "no"].items():
+        torch.testing.assert_close(ends["auto", "no"][name], tensor, rtol=1e-4, atol=1e-5)
+    # In bfloat16 many latents tie, and any of them is as large.
+    found = [ends[choice, "bf16"] for choice in ("torch", "auto")]
+    for plain, fast in zip(*found, strict=True):
+        assert fast == pytest.approx(plain, rel=0.02)

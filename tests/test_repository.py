@@ -13,7 +13,8 @@ SOURCES = sorted([*ROOT.glob("sae/*.py"), ROOT / "train_sae.py"])
 BELOW = {
     "config": set(),
     "functional": {"config"},
-    "kernels": {"config", "triton_kernels"},
+    "kernels": {"config", "native", "triton_kernels"},
+    "native": set(),
     "triton_kernels": set(),
     "blocks": {"config"},
     "data": {"blocks", "config"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_kernels import SHAPES, leaves
 
-from sae import UsageError, functional, kernels
+from sae import functional, kernels
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs tests/requirements.txt"
@@ -22,15 +22,14 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
     What they do not write is NaN.
     """
-    assert kernels.choose("triton", DEVICE) == "Triton kernels"
     from sae import triton_kernels as module
 
+    monkeypatch.setattr(kernels, "_in_triton", lambda device: module)
     monkeypatch.setattr(module, "_LONG", 8)
     monkeypatch.setattr(module, "_BLOCK", 16)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     yield module
     torch.use_deterministic_algorithms(False)
-    kernels.choose("auto", DEVICE)
 
 
 def through(ops: ModuleType, tensors: list[torch.Tensor], k: int, activation: str) -> list:
@@ -82,20 +81,3 @@ def test_sums_by_hand(triton_kernels: ModuleType) -> None:
     torch.testing.assert_close(ours.cpu(), functional.decode(weights, indices, table))
     ours = triton_kernels.sampled_product(rows.to(DEVICE), table.to(DEVICE), indices.to(DEVICE))
     torch.testing.assert_close(ours.cpu(), (rows[:, None] * table[indices]).sum(2))
-
-
-def test_the_choice_is_said_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """auto takes PyTorch's operators on the CPU; Triton asked for in vain is a readable error."""
-    cpu = torch.device("cpu")
-    assert kernels.choose("auto", cpu) == "PyTorch's operators"
-    assert kernels.choose("torch", cpu) == "PyTorch's operators"
-
-    def absent(device: torch.device) -> None:
-        raise ImportError
-
-    monkeypatch.setattr(kernels, "_in_triton", absent)
-    with pytest.raises(UsageError, match="--kernels triton"):
-        kernels.choose("triton", cpu)
-    assert kernels.choose("auto", cpu) == "PyTorch's operators"
-    monkeypatch.undo()
-    kernels.choose("auto", cpu)

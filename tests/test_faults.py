@@ -9,19 +9,17 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_lm
 from runs import Settings, assert_identical, run, weights
 from safetensors.torch import load_file
+from starts import FLAGS, SAVE_EVERY, Starter, folder, starter, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,86 +32,8 @@ from sae.run_folder import checkpoints
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks(torch.device("cpu"), 1.0)
 Figure = Callable[[str, str], None]
-SAVE_EVERY = 4
-FLAGS = [
-    *("--ctx_len", "16", "--batch_size", "4", "--max_examples", "4800", "--layers", "1", "2"),
-    *("--num_latents", "2048", "--k", "4", "--eval_tokens", "256", "--save_every", str(SAVE_EVERY)),
-    *("--optimizer", "adam", "--lr", "1e-3", "--log_with", "none"),
-]
-
+__all__ = ["folder", "starter"]  # fixtures
 HALF = ["--batch_size", "2"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LM and token ids on disk."""
-    made = tmp_path_factory.mktemp("faults")
-    tiny_lm().save_pretrained(made / "lm")
-    tokens = torch.randint(0, 64, (40_000 * 16,), generator=torch.Generator().manual_seed(0))
-    tokens.numpy().astype("uint16").tofile(made / "ids.bin")
-    return made
-
-
-class Starter:
-    """Starts runs of the script from a process that has imported it already."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.server = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/fork_server.py")],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def ask(self, job: dict[str, Any]) -> Any:
-        assert self.server.stdin is not None and self.server.stdout is not None
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def start(self, name: str, *flags: str, world: int = 1) -> list[int]:
-        """Process ids of the ranks."""
-        lm, data = str(self.folder / "lm"), str(self.folder / "ids.bin")
-        return self.start_on(lm, data, name, *FLAGS, *flags, world=world)
-
-    def start_on(self, lm: str, data: str, name: str, *flags: str, world: int = 1) -> list[int]:
-        """The same on another LM and other data, with no flags but these."""
-        argv = [lm, data, *flags]
-        argv += ["--save_dir", str(self.folder / "runs"), "--run_name", name]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        ids = []
-        for rank in range(world):
-            env = {"HF_HUB_OFFLINE": "1"}
-            if world > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-                env |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-                env |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-            log = str(self.folder / f"{name}.{rank}.log")
-            ids.append(self.ask({"argv": argv, "env": env, "log": log}))
-        return ids
-
-    def wait(self, pid: int, seconds: float = 60.0) -> int | None:
-        return self.ask({"wait": pid, "seconds": seconds})
-
-    def log(self, name: str, rank: int = 0) -> str:
-        file = self.folder / f"{name}.{rank}.log"
-        return file.read_text() if file.exists() else ""
-
-    def steps(self, name: str) -> list[int]:
-        found = checkpoints(self.folder / "runs" / name)
-        return [int(f.name.removeprefix("step_")) for f in found]
-
-
-@pytest.fixture(scope="module")
-def starter(folder: Path) -> Iterator[Starter]:
-    started = Starter(folder)
-    yield started
-    started.server.kill()
 
 
 def begun(run: Path) -> int:
@@ -268,13 +188,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(starter: Starter, figure: Figure)
         subprocess.run(["umount", str(small)], check=False)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it takes too long"
-        time.sleep(0.005)
-
-
 def test_ctrl_c_saves_and_twice_ends_at_once(starter: Starter, figure: Figure) -> None:
     """ctrl-C ends a run with a checkpoint of its last step; a second one does not wait for it."""
     (pid,) = starter.start("c", "--save_every", "1000000")
@@ -336,7 +249,7 @@ def test_a_loop_of_restarts_finishes(
     figure("SIGTERM and SIGUSR1 in a loop of restarts", f"{signals} stops of code 75, then 0")
 
 
-def test_the_token_is_nowhere(starter: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_nowhere(starter: Starter, figure: Figure) -> None:
     """A Hub token shows up in no file, no line and no process list."""
     name, token = "secret", "hf_QbZ3nothing4but5a6test"
     log = starter.folder / "secret.log"
@@ -355,11 +268,12 @@ def test_the_token_is_nowhere(starter: Starter, monkeypatch: pytest.MonkeyPatch)
         for file in [log, *(starter.folder / "runs" / name).rglob("*")]:
             assert not file.is_file() or token.encode() not in file.read_bytes(), file
         shutil.rmtree(starter.folder / "runs" / name)
+    figure("a Hub token", "in no file of the run, no line, no process list")
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT + 1))
 def test_checkpoints_of_older_versions_resume(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings, version: int
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, version: int, figure: Figure
 ) -> None:
     """A checkpoint of every format there was resumes to what the uninterrupted run ends with."""
     flags = {"layers": (1,), "num_latents": 32, "optimizer": "adam", "lr": 1e-2, "save_every": 10}
@@ -370,6 +284,7 @@ def test_checkpoints_of_older_versions_resume(
     resumed = run(lm, tokens, settings, run_name="old", resume=True, **flags)
     for name, tensor in weights(resumed).items():
         torch.testing.assert_close(tensor, straight[name], rtol=1e-4, atol=1e-5)
+    figure(f"a checkpoint of format {version}", "resumed to the weights of an uninterrupted run")
     manifest = old / "step_20/manifest.json"
     newer = {**json.loads(manifest.read_text()), "format": FORMAT + 1}
     shutil.rmtree(old / "step_10", ignore_errors=True)

@@ -15,7 +15,8 @@ from conftest import tiny_lm
 from hypothesis import HealthCheck, given, settings, strategies
 from runs import Settings, run
 from safetensors.torch import load_file, save_file
-from test_faults import Figure, Starter, folder, starter
+from starts import Starter, folder, starter
+from test_faults import Figure
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -68,7 +69,7 @@ def test_hostile_configs_are_refused(coder: Path, change: Any) -> None:
         SparseCoder.load_from_disk(coder)
 
 
-def test_hostile_tensors_are_refused(coder: Path) -> None:
+def test_hostile_tensors_are_refused(coder: Path, figure: Figure) -> None:
     """Shapes and types that lie, headers that promise too much, and a pickle by another name."""
     file = coder / "sae.safetensors"
     whole, tensors = file.read_bytes(), load_file(file)
@@ -103,6 +104,9 @@ def test_hostile_tensors_are_refused(coder: Path) -> None:
     with pytest.raises(UsageError):
         SparseCoder.load_from_disk(coder)
     assert not trace.exists()
+    figure(
+        "hostile coder files", f"{len(CONFIGS)} configs and 13 tensor files refused, no code run"
+    )
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc", "layers.0/../../x", ".."])
@@ -185,7 +189,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path, name: str) -> None:
         )
 
 
-def test_a_stream_that_ends_on_one_rank_ends_both(starter: Starter) -> None:
+def test_a_stream_that_ends_on_one_rank_ends_both(starter: Starter, figure: Figure) -> None:
     """Text that gives out in the middle of a step ends all ranks with the reason, and no hang."""
     words = " ".join(f"w{i}" for i in range(700))
     texts = ["", "\u0000", "\u202etxet\U0001f600", words, words]
@@ -198,6 +202,7 @@ def test_a_stream_that_ends_on_one_rank_ends_both(starter: Starter) -> None:
     said = starter.log("stream") + starter.log("stream", 1)
     assert codes == [2, 2] and "the data set ended before sequence" in said, (codes, said)
     assert time.monotonic() - began < 60
+    figure("text that ends within a step, 2 ranks", "both end with code 2 and the reason")
 
 
 INTEGERS = [0, 1, 1, 2, 3, 8, 64, 512, -1, 2**31, 2**40, 2**63, 10**30, -(2**63)]

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from sae.run_folder import checkpoints
 from train_sae import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
+Figure = Callable[[str, str], None]
 FLAGS = [
     "--layers",
     "0",
@@ -131,7 +132,7 @@ def ended(*runs: Launched) -> Iterator[None]:
             run.launcher.wait()
 
 
-def test_a_lost_rank_or_launcher_ends_the_run(folder: Path) -> None:
+def test_a_lost_rank_or_launcher_ends_the_run(folder: Path, figure: Figure) -> None:
     """A killed rank and a hung one are named within seconds; orphans save and end."""
     killed = Launched(folder, "killed", launcher=ACCELERATE)
     hung = Launched(folder, "hung", "--timeout", "0.1", "--distribute_modules", launcher=TORCHRUN)
@@ -152,9 +153,11 @@ def test_a_lost_rank_or_launcher_ends_the_run(folder: Path) -> None:
         assert not alive(ranks[killed][0]) and not alive(ranks[hung][0])
         assert all(step % 20 == 0 for step in killed.whole_steps() + hung.whole_steps())
         assert orphaned.whole_steps()
+        seconds = time.monotonic() - began
+        figure("a rank killed, one hung, a launcher killed", f"all ended within {seconds:.0f} s")
 
 
-def test_preemption_saves_one_agreed_checkpoint(folder: Path) -> None:
+def test_preemption_saves_one_agreed_checkpoint(folder: Path, figure: Figure) -> None:
     """SIGTERM: all ranks save the same step and end with 75; resumed, the run is as if whole."""
     flags = ["--distribute_modules", "--batch_size", "4", "--max_examples", "8000"]
     first = Launched(folder, "preempted", *flags, launcher=ACCELERATE)
@@ -185,6 +188,7 @@ def test_preemption_saves_one_agreed_checkpoint(folder: Path) -> None:
         expected = load_file(Path(figures["path"]) / "sae.safetensors")
         for key, tensor in expected.items():
             torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
+    figure("SIGTERM to a launcher of two ranks", f"one checkpoint, of step {steps[-1]}; resumed")
 
 
 def test_one_process_ends_with_75(folder: Path) -> None:

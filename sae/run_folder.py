@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -67,13 +69,9 @@ def recorded_flags(cfg: Any, lm: Any, dataset: Any) -> dict[str, Any]:
 
 
 def _open_run(folder: Path, flags: dict[str, Any]) -> bool:
-    try:
+    with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-    except OSError as error:
-        raise UsageError(
-            f"--save_dir {folder.parent}: cannot be written ({error.strerror}); give another folder"
-        ) from None
     for left_over in folder.glob("*.tmp"):  # of a save or a deletion that was cut off
         # Cut off between two renames, .old.tmp is the only best coder: keep_best puts it back.
         if not left_over.name.endswith(".old.tmp"):
@@ -88,13 +86,19 @@ def _open_run(folder: Path, flags: dict[str, Any]) -> bool:
         return True
     if flags["resume"]:
         print(f"--resume: {folder} holds no checkpoint yet; the run starts from the beginning")
-    try:
+    with _writable(folder):
         write_json(folder / "run.json", flags)
+    return False
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(
             f"--save_dir {folder.parent}: cannot be written ({error.strerror}); give another folder"
         ) from None
-    return False
 
 
 def _same_run(folder: Path, flags: dict[str, Any]) -> None:

@@ -75,3 +75,14 @@ class FiringRecord:
         self.recent.copy_(tensors["firing.recent"])
         self.tokens = int(tensors["firing.tokens"])
         self.recent_rows = int(tensors["firing.recent_rows"])
+
+
+def dead_latents(records: dict[str, FiringRecord]) -> dict[str, Int[Tensor, " M"] | None]:
+    """Numbers of each coder's dead latents, None where none are; one question to the device."""
+    masks = [record.dead_mask() for record in records.values()]
+    counts = torch.stack([mask.sum() for mask in masks]).tolist() if masks else []
+    found = zip(records, masks, counts, strict=True)
+    return {
+        name: mask.nonzero_static(size=count).squeeze(1) if count else None
+        for name, mask, count in found
+    }

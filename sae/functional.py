@@ -34,7 +34,8 @@ def encode(
 
     `topk` selects the k largest of a row, `groupmax` the largest of each of k runs of L / k
     neighbouring latents. Where fewer than k pre_acts are positive the rest of top_acts is 0: such
-    a latent is not active and gets no gradient. `matmul_dtype` is the precision of the product.
+    a latent is not active and gets no gradient. `matmul_dtype` is the precision of the product; the
+    bias is added in that or a higher one.
 
     Source: Gao et al., section 2.3 (TopK).
     """
@@ -48,6 +49,28 @@ def encode(
         starts = torch.arange(k, device=x.device) * (pre_acts.shape[1] // k)
         top_indices = within + starts
     return top_acts.relu().to(W_enc.dtype), top_indices
+
+
+def encode_with_dead(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    activation: Activation,
+    pre_bias: Float[Tensor, " D"] | None,
+    matmul_dtype: torch.dtype | None,
+    dead: Int[Tensor, " M"],
+    k_dead: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`encode`, and then the `k_dead` largest among the latents numbered by `dead`, both as there.
+
+    Source: Gao et al., appendix A.2 (AuxK).
+    """
+    acts, indices = encode(x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype)
+    dead_acts, among_dead = encode(
+        x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype
+    )
+    return acts, indices, dead_acts, dead[among_dead]
 
 
 def decode(

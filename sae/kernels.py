@@ -4,7 +4,8 @@ What makes them fast, on the CPU and, through the same PyTorch operators, on a G
 
 - `pre_acts` exist only for a few hundred rows at a time. The backward needs the indices and the
   values of the active latents alone.
-- The top k come from one pass in C (native.py), or a tournament over group maxima.
+- The top k, and the top of the dead latents, come from one pass in C (native.py), or a tournament
+  over group maxima.
 - The gradient of `top_acts` is a sampled product; N x K x D is never built.
 - Both weight gradients are sums of rows by latent, over one sort of `top_indices`.
 
@@ -39,18 +40,18 @@ _choice: Choice = "auto"
 
 
 def choose(choice: Choice, device: torch.device) -> str:
-    """Set from now on what computes the selection and the sparse sums, and say it in words.
+    """Set from now on what computes selections, sparse sums and updates, and say it in words.
 
-    `native` is C for the selection on the CPU and Triton for the sums on CUDA, `torch` PyTorch's
-    operators for both, `auto` native where it can be had. The numbers are the same but for the
-    order of sums. Raises UsageError where `native` cannot be had.
+    `native` is C on the CPU and Triton (for the sums) on CUDA, `torch` PyTorch's operators, `auto`
+    native where it can be had. The numbers are the same but for the order of sums. Raises
+    UsageError where `native` cannot be had.
     """
     global _choice
     _choice = choice
     if choice == "torch":
         return "PyTorch's operators"
     if device.type == "cpu" and native.library() is not None:
-        return "C for the selection, PyTorch's operators for the sums"
+        return "C for all but the products"
     if device.type == "cuda":
         with suppress(ImportError):
             _in_triton(device)
@@ -61,6 +62,11 @@ def choose(choice: Choice, device: torch.device) -> str:
         )
     _choice = "torch"
     return "PyTorch's operators"
+
+
+def in_c(*tensors: Tensor, table: Tensor | None = None) -> bool:
+    """Whether what is done with these tensors is done in C; a table may be bfloat16."""
+    return _choice != "torch" and native.serves(*tensors, table=table)
 
 
 def _in_triton(device: torch.device) -> ModuleType | None:
@@ -81,7 +87,25 @@ def encode(
     matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "N K"], Int[Tensor, "N K"]]:
     """Twin of `functional.encode`."""
-    return _Encode.apply(x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype)  # type: ignore[return-value]
+    found = _Encode.apply(x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype, None, 0)
+    return found[:2]  # type: ignore[index]  # apply() is untyped
+
+
+def encode_with_dead(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    activation: Activation,
+    pre_bias: Float[Tensor, " D"] | None,
+    matmul_dtype: torch.dtype | None,
+    dead: Int[Tensor, " M"],
+    k_dead: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Twin of `functional.encode_with_dead`: of one product both selections."""
+    return _Encode.apply(  # type: ignore[return-value]  # apply() is untyped
+        x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype, dead, k_dead
+    )
 
 
 def decode(
@@ -107,46 +131,83 @@ class _Encode(torch.autograd.Function):
         activation: Activation,
         pre_bias: Tensor | None,
         matmul_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor]:
+        dead: Tensor | None,
+        k_dead: int,
+    ) -> tuple[Tensor, ...]:
         dtype = matmul_dtype or W_enc.dtype
         inputs = (x if pre_bias is None else x - pre_bias).to(dtype)
-        W, b = W_enc.to(dtype), b_enc.to(dtype)
-        top_acts = x.new_empty(len(x), k, dtype=W_enc.dtype)
-        top_indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+        W = W_enc.to(dtype)
+        widths = (k,) if dead is None else (k, k_dead)
+        tops = [x.new_empty(len(x), width, dtype=W_enc.dtype) for width in widths]
+        indices = [torch.empty(t.shape, dtype=torch.int64, device=x.device) for t in tops]
+        select = _Selection(W, b_enc, activation, dead)
         buffer = inputs.new_empty(_chunk_rows(inputs, len(W)), len(W))
         for start in range(0, len(x), len(buffer)):
             rows = slice(start, start + len(buffer))
             pre_acts = buffer[: len(inputs[rows])]
-            torch.addmm(b, inputs[rows], W.t(), out=pre_acts)
-            if activation == "topk":
-                values, indices = _largest(pre_acts, k)
-            else:
-                values, indices = _group_max(pre_acts, k)
-            torch.relu_(values)
-            top_acts[rows], top_indices[rows] = values, indices
-        ctx.save_for_backward(inputs, W_enc, top_acts)
-        ctx.top_indices = top_indices
-        ctx.mark_non_differentiable(top_indices)
-        return top_acts, top_indices
+            select(inputs[rows], pre_acts, [t[rows] for t in tops], [i[rows] for i in indices])
+        for top_acts in tops:
+            torch.relu_(top_acts)
+        ctx.save_for_backward(inputs, W_enc, *tops)
+        ctx.indices = indices
+        ctx.mark_non_differentiable(*indices)
+        return tuple(t for pair in zip(tops, indices, strict=True) for t in pair)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_acts: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, W_enc, top_acts = ctx.saved_tensors
-        grad_x, grad_W, grad_b, _, _, grad_bias, _ = ctx.needs_input_grad
-        grad = torch.where(top_acts > 0, grad_acts, 0).to(W_enc.dtype)
-        by_latent = _ByLatent.of(ctx.top_indices, len(W_enc))
-        d_latents = by_latent.sum(grad) if grad_b or grad_bias else None
-        return (
-            _weighted_rows(grad, ctx.top_indices, W_enc) if grad_x else None,
-            by_latent.sum_rows(grad, inputs).to(W_enc.dtype) if grad_W else None,
-            d_latents if grad_b else None,
-            None,
-            None,
-            # Gao et al., appendix D: sum the latents' gradients over rows, then multiply once.
-            -(d_latents @ W_enc) if d_latents is not None and grad_bias else None,
-            None,
-        )
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, W_enc, *tops = ctx.saved_tensors
+        grad_x, grad_W, grad_b, _, _, grad_bias, *_ = ctx.needs_input_grad
+        d_x = d_W = d_latents = None
+        for top_acts, indices, grad_acts in zip(tops, ctx.indices, grads[::2], strict=True):
+            grad = torch.where(top_acts > 0, grad_acts, 0).to(W_enc.dtype)
+            by_latent = _ByLatent.of(indices, len(W_enc))
+            if grad_b or grad_bias:
+                d_latents = _add(d_latents, by_latent.sum(grad))
+            if grad_x:
+                d_x = _add(d_x, _weighted_rows(grad, indices, W_enc))
+            if grad_W:
+                d_W = _add(d_W, by_latent.sum_rows(grad, inputs).to(W_enc.dtype))
+        # Gao et al., appendix D: sum the latents' gradients over rows, then multiply once.
+        d_bias = -(d_latents @ W_enc) if d_latents is not None and grad_bias else None
+        return d_x, d_W, d_latents if grad_b else None, None, None, d_bias, None, None, None
+
+
+def _add(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
+
+
+class _Selection:
+    """From rows of inputs to their active latents, and those among the dead where there are any."""
+
+    def __init__(
+        self, W: Tensor, b_enc: Tensor, activation: Activation, dead: Tensor | None
+    ) -> None:
+        self.W, self.activation, self.dead = W, activation, dead
+        self.in_c = activation == "topk" and in_c(b_enc, table=W)
+        # In C the bias is added while a row is looked at: an infinite one leaves a latent out.
+        self.biases = [b_enc if self.in_c else b_enc.to(W.dtype)]
+        if dead is not None and self.in_c:
+            others_out = torch.full_like(self.biases[0], -torch.inf)
+            self.biases.append(others_out.index_copy_(0, dead, self.biases[0][dead]))
+
+    def __call__(
+        self, inputs: Tensor, pre_acts: Tensor, tops: list[Tensor], indices: list[Tensor]
+    ) -> None:
+        """Write what is found for `inputs` into `tops` and `indices`; `pre_acts` is a buffer."""
+        if self.in_c:
+            torch.mm(inputs, self.W.t(), out=pre_acts)
+            native.select_largest(pre_acts, *zip(self.biases, tops, indices, strict=True))
+            return
+        torch.addmm(self.biases[0], inputs, self.W.t(), out=pre_acts)
+        select = _top_k if self.activation == "topk" else _group_max
+        values, columns = select(pre_acts, tops[0].shape[1])
+        tops[0].copy_(values)
+        indices[0].copy_(columns)
+        if self.dead is not None:
+            values, columns = _top_k(pre_acts.index_select(1, self.dead), tops[1].shape[1])
+            tops[1].copy_(values)
+            indices[1].copy_(self.dead[columns])
 
 
 class _Decode(torch.autograd.Function):
@@ -154,6 +215,9 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
         ctx.save_for_backward(top_acts, W_dec)
         ctx.top_indices = top_indices
+        # PyTorch's operators check what they index.
+        if in_c(top_acts, W_dec) and not _within(top_indices, len(W_dec)):
+            raise IndexError(f"top_indices must be at least 0 and below {len(W_dec)}")
         return _weighted_rows(top_acts, top_indices, W_dec)
 
     @staticmethod
@@ -184,16 +248,13 @@ class _SquaredError(torch.autograd.Function):
         return None, difference.mul_(2 * grad).view(ctx.shape)  # its last use
 
 
+def _within(indices: Tensor, limit: int) -> bool:
+    return not indices.numel() or bool(indices.min() >= 0 and indices.max() < limit)
+
+
 def _chunk_rows(inputs: Tensor, num_latents: int) -> int:
     elements = _CHUNK["cpu" if inputs.device.type == "cpu" else "cuda"]
     return max(1, min(len(inputs), max(64, elements // num_latents // 64 * 64)))
-
-
-def _largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest pre_acts of every row, exactly as far as they are positive."""
-    if _choice != "torch" and native.serves(pre_acts):
-        return native.top_k(pre_acts, k)
-    return _top_k(pre_acts, k)
 
 
 def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -232,6 +293,10 @@ def _weighted_rows(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """out_n = sum_j weights_nj table[indices_nj], [N D]."""
     if sums := _in_triton(table.device):
         return sums.weighted_rows(weights, indices, table)
+    if in_c(weights, table):
+        n, k = indices.shape
+        starts = torch.arange(0, n * k + 1, k, dtype=torch.int32)
+        return native.sum_rows(starts, indices.flatten().int(), weights.contiguous(), table)
     return F.embedding_bag(indices.int(), table, per_sample_weights=weights, mode="sum")
 
 
@@ -239,6 +304,8 @@ def _sampled_product(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """out_nj = <rows_n, table[indices_nj]>, [N K]."""
     if sums := _in_triton(table.device):
         return sums.sampled_product(rows, table, indices)
+    if in_c(rows, table):
+        return native.sampled_product(rows.contiguous(), indices, table)
     n, k = indices.shape
     wide = torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
     pattern = torch.sparse_csr_tensor(
@@ -261,11 +328,15 @@ class _ByLatent:
     _sorted = WeakTensorKeyDictionary()
 
     def __init__(self, top_indices: Tensor, num_latents: int) -> None:
-        flat = top_indices.flatten()
-        narrow = torch.int16 if num_latents <= 2**15 else torch.int32  # sorts faster
-        self.order = torch.sort(flat.to(narrow), stable=True).indices
-        self.counts = torch.bincount(flat, minlength=num_latents)
-        self.starts = (self.counts.cumsum(0) - self.counts).int()
+        if in_c() and top_indices.device.type == "cpu":
+            self.order, self.starts = native.sort_by_column(top_indices, num_latents)
+        else:
+            flat = top_indices.flatten()
+            narrow = torch.int16 if num_latents <= 2**15 else torch.int32  # sorts faster
+            self.order = torch.sort(flat.to(narrow), stable=True).indices
+            counts = torch.bincount(flat, minlength=num_latents)
+            self.starts = F.pad(counts.cumsum(0), (1, 0)).int()
+        self.counts = self.starts.diff().long()
         self.rows = (self.order // top_indices.shape[1]).int()
 
     @classmethod
@@ -282,9 +353,18 @@ class _ByLatent:
 
     def sum_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
         """out_l = sum of weights_nj rows_n over the entries with top_indices_nj = l, [L D]."""
-        in_order = weights.flatten()[self.order].to(rows.dtype)
+        in_order = weights.flatten()[self.order]
         if sums := _in_triton(rows.device):
-            return sums.sum_by_latent(in_order, self.rows, self.starts, self.counts, rows)
+            return sums.sum_by_latent(
+                in_order.to(rows.dtype), self.rows, self.starts, self.counts, rows
+            )
+        if in_c(in_order, table=rows):
+            return native.sum_rows(self.starts, self.rows, in_order, rows)
         return F.embedding_bag(
-            self.rows, rows, self.starts, per_sample_weights=in_order, mode="sum"
+            self.rows,
+            rows,
+            self.starts,
+            per_sample_weights=in_order.to(rows.dtype),
+            mode="sum",
+            include_last_offset=True,
         )

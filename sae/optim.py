@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from .config import UsageError
 from .sparse_coder import SparseCoder
+from .updates import finish_gradient_, signum_step_
 
 OptimizerName = Literal["signum", "adam", "muon"]
-
-_BLOCK = 1 << 17  # elements that stay in a core's cache while every operation of an update runs
 
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
@@ -30,8 +29,16 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
     Source: Defazio et al., "The Road Less Scheduled" (arXiv 2405.15682), equations 1-3.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, beta: float = 0.95) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        beta: float = 0.95,
+        unit_norm: Tensor | None = None,
+    ) -> None:
+        """`unit_norm`: the parameter whose rows get unit norm in the same pass."""
         super().__init__(params, {"lr": lr, "beta": beta, "lr_max": 0.0, "weight_sum": 0.0})
+        self._unit_norm = unit_norm
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -48,11 +55,8 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
                 state = self.state[p]
                 if "z" not in state:
                     state["z"] = p.clone(memory_format=torch.preserve_format)
-                flat = (t.view(-1).split(_BLOCK) for t in (p, state["z"], p.grad))
-                for y, z, g in zip(*flat, strict=True):
-                    y.sub_(z, alpha=1 - beta).mul_(1 - c)  # (1 - c) beta x
-                    z.add_(g.sign(), alpha=-lr)
-                    y.add_(z, alpha=1 - beta + beta * c)
+                unit_norm = p is self._unit_norm
+                signum_step_(p, state["z"], p.grad, lr, beta, c, unit_norm=unit_norm)
 
     @torch.no_grad()
     def average_(self) -> None:
@@ -83,7 +87,9 @@ class CoderOptimizer:
         if matrices:
             self._add(torch.optim.Muon(list(matrices.values()), lr=self.peak_lr), matrices)
         if name == "signum":
-            self._add(ScheduleFreeSignum(rest.values(), lr=self.peak_lr), rest)
+            unit_norm = coder.W_dec if coder.cfg.normalize_decoder else None
+            signum = ScheduleFreeSignum(rest.values(), lr=self.peak_lr, unit_norm=unit_norm)
+            self._add(signum, rest)
         else:
             self._add(_adam(list(rest.values()), self.peak_lr, adam_8bit), rest)
         self.coder = coder
@@ -102,7 +108,8 @@ class CoderOptimizer:
                 group["lr"] = rates[-1]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.coder.normalize_decoder_()
+        if self.name != "signum":  # which has done it in its one pass
+            self.coder.normalize_decoder_()
         return rates[0]
 
     @contextmanager
@@ -187,20 +194,14 @@ def finish_gradients_(coder: SparseCoder, total_variance: Tensor) -> Tensor:
     """Turn the summed gradients of squared errors into those of FVU; return their norm.
 
     grad /= total_variance, and for unit-norm decoders g -= (g . w) w row by row: the part along a
-    row is what normalising would undo. Blocks of rows stay in cache between the operations.
+    row is what normalising would undo.
     """
     square = torch.zeros((), device=coder.device)
     scale = (1 / total_variance).to(coder.dtype)
     for name, parameter in coder.named_parameters():
-        if parameter.grad is None:
-            continue
-        unit = name == "W_dec" and coder.cfg.normalize_decoder
-        rows = max(1, _BLOCK // parameter.shape[1]) if parameter.ndim == 2 else len(parameter)
-        for grad, weight in zip(parameter.grad.split(rows), parameter.split(rows), strict=True):
-            grad.mul_(scale)
-            if unit:
-                grad.addcmul_(weight, torch.linalg.vecdot(grad, weight).unsqueeze(1), value=-1)
-            square += torch.dot(grad.flatten(), grad.flatten())
+        if parameter.grad is not None:
+            unit_norm = name == "W_dec" and coder.cfg.normalize_decoder
+            square += finish_gradient_(parameter.grad, scale, parameter if unit_norm else None)
     return square.sqrt()
 
 

@@ -1,140 +1,219 @@
-/* The k largest entries of every row of a matrix, exactly, in one pass over it.
+/* The k largest of values + bias in every row of a matrix, exactly, in one pass over it.
 
-   Entries are compared as integers: the bits of positive floating-point numbers order as they do,
-   and negative numbers fall behind them in any order, which no one minds who takes the positive part.
-   NaN of either sign counts as the largest, so that it is not lost on the way to the loss.
+   A threshold comes first, from the largest of each of 8 k groups of columns: no score below the k-th
+   largest of them can be one of the k, and few others pass. What passes is kept; where more than 2 k
+   have gathered, because large scores share groups, tie, or a row is too short for groups, they are
+   thinned to the k largest, and the least of these is the new threshold. NaN passes every threshold
+   and counts as the largest: it must not be lost on the way to the loss. */
 
-   The largest of each of a few hundred groups are found first: no entry below the k-th largest of
-   them can be one of the k, and few others pass. Where too many do, because a row is short or its
-   large entries share groups, the k largest so far stay, and the smallest of those is the threshold. */
+#include <math.h>
 
-#include <stdint.h>
-#include <stdlib.h>
-#ifdef __AVX512BW__
+#include "lanes.h"
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-/* The bits of negative NaN start here, as unsigned integers. */
-#define NEGATIVE_NAN_16 0xff81u
-#define NEGATIVE_NAN_32 0xff800001u
+#define ROWS 4 /* at a time, so that a bias is loaded once for all */
+#define STEP (4 * LANES)
 
-/* Entries of 64 neighbours above the threshold, one bit each. */
-static inline uint64_t above_16(const int16_t *p, int16_t threshold) {
-#ifdef __AVX512BW__
-    __m512i t = _mm512_set1_epi16(threshold), nan = _mm512_set1_epi16((int16_t)NEGATIVE_NAN_16);
-    uint64_t mask = 0;
-    for (int i = 0; i < 2; i++) {
-        __m512i values = _mm512_loadu_si512(p + 32 * i);
-        uint64_t part = _mm512_cmpgt_epi16_mask(values, t) | _mm512_cmpge_epu16_mask(values, nan);
-        mask |= part << 32 * i;
+/* What one row keeps: at most 2 k + STEP scores, and their columns. */
+typedef struct {
+    float *scores;
+    int32_t *columns;
+    int64_t count;
+    float threshold;
+} kept;
+
+/* Integers in the order of floats, NaN of either sign last. */
+static inline int32_t key_of(float score) {
+    int32_t bits;
+    memcpy(&bits, &score, 4);
+    return score != score ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+static inline float score_of(int32_t key) {
+    float score;
+    key ^= (key >> 31) & INT32_MAX;
+    memcpy(&score, &key, 4);
+    return score;
+}
+
+static int32_t count_above(const int32_t *keys, int64_t n, int32_t limit) {
+    words counts = {0};
+    int32_t count = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) counts -= *(const words *)(keys + i) > limit;
+    for (; i < n; i++) count += keys[i] > limit;
+    for (int lane = 0; lane < LANES; lane++) count += counts[lane];
+    return count;
+}
+
+/* A limit that at least k of the scores are above, and at most `enough` unless they tie. */
+static int32_t limit_of(const float *scores, int64_t n, int64_t k, int64_t enough, int32_t *keys) {
+    int32_t least = INT32_MAX, most = INT32_MIN + 1;
+    for (int64_t i = 0; i < n; i++) {
+        keys[i] = key_of(scores[i]);
+        least = keys[i] < least ? keys[i] : least;
+        most = keys[i] > most ? keys[i] : most;
     }
-    return mask;
+    int64_t low = least - 1LL, high = most; /* fewer than k are above high */
+    while (high - low > 1) {
+        int32_t middle = (int32_t)(low + (high - low) / 2), count = count_above(keys, n, middle);
+        if (count < k) high = middle;
+        else low = middle;
+        if (count >= k && count <= enough) break;
+    }
+    return (int32_t)low;
+}
+
+/* Keep the k largest of more than k. */
+static void thin(kept *row, int64_t k, int32_t *keys) {
+    int32_t limit = limit_of(row->scores, row->count, k, k, keys) + 1;
+    int64_t ties = k - count_above(keys, row->count, limit), to = 0;
+    for (int64_t i = 0; i < row->count; i++) {
+        int tie = (keys[i] == limit) & (ties > 0);
+        row->scores[to] = row->scores[i];
+        row->columns[to] = row->columns[i];
+        to += (keys[i] > limit) | tie;
+        ties -= tie;
+    }
+    row->count = k;
+    row->threshold = INFINITY;
+    for (int64_t i = 0; i < k; i++)
+        if (row->scores[i] < row->threshold) row->threshold = row->scores[i];
+}
+
+static inline lanes larger_of(lanes a, lanes b) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    for (int i = 0; i < LANES; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+#endif
+}
+
+/* Which of sixteen scores are not at or below the threshold, one bit each. */
+static inline uint64_t passing(lanes scores, float threshold) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)scores, _mm512_set1_ps(threshold), _CMP_NLE_UQ);
 #else
     uint64_t mask = 0;
-    for (int i = 0; i < 64; i++)
-        mask |= (uint64_t)(p[i] > threshold || (uint16_t)p[i] >= NEGATIVE_NAN_16) << i;
+    for (int i = 0; i < LANES; i++) mask |= (uint64_t) !(scores[i] <= threshold) << i;
     return mask;
 #endif
 }
 
-static inline uint64_t above_32(const int32_t *p, int32_t threshold) {
-#ifdef __AVX512BW__
-    __m512i t = _mm512_set1_epi32(threshold), nan = _mm512_set1_epi32((int32_t)NEGATIVE_NAN_32);
-    uint64_t mask = 0;
-    for (int i = 0; i < 4; i++) {
-        __m512i values = _mm512_loadu_si512(p + 16 * i);
-        uint64_t part = _mm512_cmpgt_epi32_mask(values, t) | _mm512_cmpge_epu32_mask(values, nan);
-        mask |= part << 16 * i;
-    }
-    return mask;
-#else
-    uint64_t mask = 0;
-    for (int i = 0; i < 64; i++)
-        mask |= (uint64_t)(p[i] > threshold || (uint32_t)p[i] >= NEGATIVE_NAN_32) << i;
-    return mask;
-#endif
+typedef struct {
+    const char *values; /* the first of ROWS rows */
+    int64_t rows, width;
+    const float *bias;
+} block;
+
+static inline const void *row_of(block b, int64_t r, int bf16) {
+    return b.values + r * b.width * (bf16 ? 2 : 4);
 }
 
-/* Put the k largest of n in front (quickselect). An entry is its value above its column. */
-static void keep_largest(int64_t *entries, int n, int k) {
-    int low = 0, high = n - 1;
-    while (low < high) {
-        int64_t a = entries[low], b = entries[(low + high) / 2], c = entries[high];
-        int64_t pivot = a > b ? (b > c ? b : (a > c ? c : a)) : (a > c ? a : (b > c ? c : b));
-        int i = low, j = high;
-        while (i <= j) {
-            while (entries[i] > pivot) i++;
-            while (entries[j] < pivot) j--;
-            if (i <= j) {
-                int64_t swapped = entries[i];
-                entries[i++] = entries[j];
-                entries[j--] = swapped;
+/* The largest of the scores i, i + groups, i + 2 groups, ... of every row, for every i < groups. */
+static inline void group_maxima(block b, int bf16, int64_t groups, float *maxima) {
+    for (int64_t i = 0; i < ROWS * groups; i++) maxima[i] = -INFINITY;
+    for (int64_t from = 0; from + groups <= b.width; from += groups)
+        for (int64_t r = 0; r < b.rows; r++) {
+            const void *row = row_of(b, r, bf16);
+            for (int64_t g = 0; g < groups; g += LANES) {
+                lanes *largest = (lanes *)(maxima + r * groups + g);
+                lanes scores = load(row, from + g, bf16) + load(b.bias, from + g, 0);
+                *largest = larger_of(scores, *largest);
             }
         }
-        if (k - 1 <= j) high = j;
-        else if (k - 1 >= i) low = i;
-        else return;
-    }
 }
 
-#define DEFINE_SELECT(name, type, unsigned_type, above, lowest, highest, nan)                  \
-    static inline int64_t name##_entry(const type *row, int64_t column) {                      \
-        int64_t value = (unsigned_type)row[column] >= nan ? highest : row[column];             \
-        return value * (1LL << 32) + column;                                                   \
-    }                                                                                          \
-                                                                                               \
-    static void name##_row(const type *row, int64_t width, int k, int64_t *kept, int64_t *out) { \
-        int64_t groups = 64 * ((8 * (int64_t)k + 63) / 64), begin = 0;                         \
-        int n = 0;                                                                             \
-        type threshold = lowest;                                                               \
-        if (width >= 4 * groups) {                                                             \
-            type *largest = (type *)(kept + 2 * k + 64);                                       \
-            for (int64_t i = 0; i < groups; i++) largest[i] = row[i];                          \
-            for (int64_t from = groups; from + groups <= width; from += groups)                \
-                for (int64_t i = 0; i < groups; i++)                                           \
-                    largest[i] = row[from + i] > largest[i] ? row[from + i] : largest[i];      \
-            int64_t *sorted = (int64_t *)(largest + groups);                                   \
-            for (int64_t i = 0; i < groups; i++) sorted[i] = largest[i];                       \
-            keep_largest(sorted, (int)groups, k);                                              \
-            int64_t least = sorted[0];                                                         \
-            for (int i = 1; i < k; i++) least = sorted[i] < least ? sorted[i] : least;         \
-            threshold = least > lowest ? (type)(least - 1) : lowest;                           \
-        }                                                                                      \
-        if (threshold == lowest) /* the lowest value itself is never above it */               \
-            for (; n < k; n++) kept[n] = name##_entry(row, n);                                 \
-        for (begin = n; begin < width; begin += 64) {                                          \
-            uint64_t mask = 0;                                                                 \
-            if (begin + 64 <= width) {                                                         \
-                mask = above(row + begin, threshold);                                          \
-            } else {                                                                           \
-                for (int64_t i = begin; i < width; i++)                                        \
-                    if (row[i] > threshold || (unsigned_type)row[i] >= nan)                    \
-                        mask |= 1ULL << (i - begin);                                           \
-            }                                                                                  \
-            for (; mask; mask &= mask - 1)                                                     \
-                kept[n++] = name##_entry(row, begin + __builtin_ctzll(mask));                  \
-            if (n > 2 * k) {                                                                   \
-                keep_largest(kept, n, k);                                                      \
-                n = k;                                                                         \
-                int64_t least = kept[0];                                                       \
-                for (int i = 1; i < k; i++) least = kept[i] < least ? kept[i] : least;         \
-                threshold = (type)(least >> 32);                                               \
-            }                                                                                  \
-        }                                                                                      \
-        if (n > k) keep_largest(kept, n, k);                                                   \
-        for (int i = 0; i < k; i++) out[i] = kept[i] & 0xffffffffLL;                           \
-    }                                                                                          \
-                                                                                               \
-    void name(const type *values, int64_t rows, int64_t width, int64_t k, int64_t *columns) {  \
-        _Pragma("omp parallel") {                                                              \
-            int64_t groups = 64 * ((8 * k + 63) / 64);                                         \
-            int64_t *kept = malloc(sizeof(int64_t) * (2 * k + 64 + 2 * groups));               \
-            _Pragma("omp for schedule(static)")                                                \
-            for (int64_t i = 0; i < rows; i++)                                                 \
-                name##_row(values + i * width, width, (int)k, kept, columns + i * k);          \
-            free(kept);                                                                        \
-        }                                                                                      \
+/* Keep the scores of columns [from, from + STEP) that pass. */
+static inline void look(block b, int bf16, int64_t r, int64_t from, int64_t k, kept *own,
+                        int32_t *keys) {
+    const void *row = row_of(b, r, bf16);
+    uint64_t mask = 0;
+    if (from + STEP <= b.width)
+        for (int i = 0; i < STEP; i += LANES)
+            mask |= passing(load(row, from + i, bf16) + load(b.bias, from + i, 0),
+                            own->threshold) << i;
+    else
+        for (int64_t i = from; i < b.width; i++)
+            if (!(load_one(row, i, bf16) + b.bias[i] <= own->threshold)) mask |= 1ULL << (i - from);
+    for (; mask; mask &= mask - 1) {
+        int64_t column = from + __builtin_ctzll(mask);
+        own->scores[own->count] = load_one(row, column, bf16) + b.bias[column];
+        own->columns[own->count++] = (int32_t)column;
     }
+    if (own->count > 2 * k) thin(own, k, keys);
+}
 
-DEFINE_SELECT(select_16, int16_t, uint16_t, above_16, INT16_MIN, INT16_MAX, NEGATIVE_NAN_16)
-DEFINE_SELECT(select_32, int32_t, uint32_t, above_32, INT32_MIN, INT32_MAX, NEGATIVE_NAN_32)
+static int64_t groups_for(int64_t width, int64_t k) {
+    int64_t groups = LANES * ((8 * k + LANES - 1) / LANES);
+    return width >= 4 * groups ? groups : 0;
+}
+
+/* Leave with every row its k largest scores, or all that are above -inf. */
+static inline void select_rows(block b, int bf16, int64_t k, kept *own, float *maxima,
+                               int32_t *keys) {
+    int64_t groups = groups_for(b.width, k);
+    if (groups) group_maxima(b, bf16, groups, maxima);
+    for (int64_t r = 0; r < b.rows; r++) {
+        own[r].count = 0;
+        own[r].threshold = -INFINITY;
+        if (!groups) continue;
+        int32_t limit = limit_of(maxima + r * groups, groups, k, k + k / 4, keys);
+        if (limit > key_of(-INFINITY)) own[r].threshold = score_of(limit);
+    }
+    for (int64_t from = 0; from < b.width; from += STEP)
+        for (int64_t r = 0; r < b.rows; r++) look(b, bf16, r, from, k, own + r, keys);
+    for (int64_t r = 0; r < b.rows; r++)
+        if (own[r].count > k) thin(own + r, k, keys);
+}
+
+static void *numbers(int64_t count) { return aligned_alloc(64, (4 * count + 63) / 64 * 64); }
+
+/* What is wanted of every row: the positive parts of the k largest, and their columns. Where fewer
+   than k are above -inf, the rest are zeros of column 0. */
+typedef struct {
+    const float *bias;
+    int64_t k;
+    float *top;
+    int64_t *columns;
+} wanted;
+
+/* One or two selections from each row, while it is at hand. */
+void select_largest(const void *values, int64_t bf16, int64_t rows, int64_t width,
+                    const float *bias, int64_t k, float *top, int64_t *columns,
+                    const float *other_bias, int64_t other_k, float *other_top,
+                    int64_t *other_columns) {
+    wanted all[2] = {{bias, k, top, columns}, {other_bias, other_k, other_top, other_columns}};
+    int64_t room = 2 * (k > other_k ? k : other_k) + STEP;
+#pragma omp parallel
+    {
+        float *maxima = numbers(ROWS * width);
+        int32_t *keys = numbers(width > room ? width : room);
+        kept own[ROWS];
+        for (int r = 0; r < ROWS; r++) own[r] = (kept){numbers(room), numbers(room), 0, 0};
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < rows; first += ROWS)
+            for (wanted *w = all; w < all + 2 && w->k; w++) {
+                const char *start = (const char *)values + first * width * (bf16 ? 2 : 4);
+                block b = {start, rows - first < ROWS ? rows - first : ROWS, width, w->bias};
+                if (bf16) select_rows(b, 1, w->k, own, maxima, keys);
+                else select_rows(b, 0, w->k, own, maxima, keys);
+                for (int64_t i = 0; i < b.rows * w->k; i++) {
+                    kept *row = own + i / w->k;
+                    int64_t j = i % w->k, at = first * w->k + i;
+                    float score = j < row->count ? row->scores[j] : 0;
+                    w->top[at] = score < 0 ? 0 : score;
+                    w->columns[at] = j < row->count ? row->columns[j] : 0;
+                }
+            }
+        free(maxima);
+        free(keys);
+        for (int r = 0; r < ROWS; r++) {
+            free(own[r].scores);
+            free(own[r].columns);
+        }
+    }
+}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import functional, kernels
 from .config import SparseCoderConfig, UsageError
+from .updates import normalize_rows_
 
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 
@@ -121,11 +122,14 @@ class SparseCoder(nn.Module):
         """The `k` (default: the config's) active latents of every row of `x`."""
         k = k or self.cfg.k
         encoded = self._encode_rows(x.reshape(-1, self.d_in).to(self.dtype), k)
-        return EncoderOutput(*(t.view(*x.shape[:-1], k) for t in encoded))
+        return EncoderOutput(*(t.view(*x.shape[:-1], k) for t in encoded[:2]))
 
-    def _encode_rows(self, rows: Tensor, k: int) -> EncoderOutput:
-        # No view of the result: the kernels know by top_indices' identity what they sorted before.
-        encoded = self.ops.encode(
+    def _encode_rows(self, rows: Tensor, k: int, dead: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Activations and indices of the active latents, and of those of AuxK where any are dead.
+
+        They are no views: the kernels know by an index tensor's identity what they sorted before.
+        """
+        arguments = (
             rows,
             self.encoder.weight,
             self.encoder.bias,
@@ -134,7 +138,10 @@ class SparseCoder(nn.Module):
             None if self.cfg.transcode else self.b_dec,
             self.matmul_dtype,
         )
-        return EncoderOutput(*encoded)
+        if dead is None:
+            return self.ops.encode(*arguments)
+        k_dead = min(functional.k_aux(self.d_out), len(dead))
+        return self.ops.encode_with_dead(*arguments, dead, k_dead)
 
     def decode(
         self, top_acts: Float[Tensor, "*rows K"], top_indices: Int[Tensor, "*rows K"]
@@ -153,7 +160,7 @@ class SparseCoder(nn.Module):
         self,
         x: Float[Tensor, "*rows D"],
         y: Float[Tensor, "*rows D_out"] | None = None,
-        dead_mask: Bool[Tensor, " L"] | None = None,
+        dead_mask: Bool[Tensor, " L"] | Int[Tensor, " M"] | None = None,
         *,
         total_variance: Tensor | float | None = None,
         k: int | None = None,
@@ -165,9 +172,10 @@ class SparseCoder(nn.Module):
         multi_topk_fvu = sum ||y - sae_out_4k||^2 / total_variance
 
         e = (y - sae_out).detach(), and e_hat is the reconstruction, without b_dec, from the k_aux
-        largest of the latents in `dead_mask` (Gao et al., appendix A.2). `total_variance` defaults
-        to that of `y`; a step of several forwards gives 1 and divides the sums of squared errors
-        by the variance of all its rows.
+        largest of the latents in `dead_mask` (Gao et al., appendix A.2), or whose numbers it
+        gives, which spares the device a question. `total_variance` defaults to that of `y`; a step
+        of several forwards gives 1 and divides the sums of squared errors by the variance of all
+        its rows.
         """
         k = k or self.cfg.k
         rows = x.reshape(-1, self.d_in).to(self.dtype)
@@ -175,18 +183,27 @@ class SparseCoder(nn.Module):
         if total_variance is None:
             total_variance = functional.Moments.of(y_rows).total_variance.to(self.dtype)
 
+        dead = dead_mask
+        if dead is not None and dead.dtype == torch.bool:
+            dead = dead.nonzero().squeeze(1)
+        if dead is not None and not len(dead):
+            dead = None
+
+        wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
+        wide_acts, wide_indices, *of_dead = self._encode_rows(rows, wide_k, dead)
+        top_acts, top_indices = wide_acts, wide_indices
         if self.cfg.multi_topk:
-            wide_acts, wide_indices = self._encode_rows(rows, min(4 * k, self.num_latents))
             top_acts, top_indices = self._narrow(rows, wide_acts, wide_indices, k)
-        else:
-            top_acts, top_indices = self._encode_rows(rows, k)
         offset = self.b_dec if self.W_skip is None else rows @ self.W_skip.mT + self.b_dec
         sae_out = self._decode_rows(top_acts, top_indices, offset)
         fvu = self.ops.squared_error(y_rows, sae_out) / total_variance
 
         auxk_loss = multi_topk_fvu = fvu.new_zeros(())
-        if dead_mask is not None and (dead := dead_mask.nonzero().squeeze(1)).numel():
-            auxk_loss = self._auxk_error(rows, (y_rows - sae_out).detach(), dead) / total_variance
+        if dead is not None:
+            residual = (y_rows - sae_out).detach()
+            auxk_loss = (
+                self._auxk_error(residual, of_dead[0], of_dead[1], len(dead)) / total_variance
+            )
         if self.cfg.multi_topk:
             wide_out = self._decode_rows(wide_acts, wide_indices, offset)
             multi_topk_fvu = self.ops.squared_error(y_rows, wide_out) / total_variance
@@ -200,27 +217,19 @@ class SparseCoder(nn.Module):
             multi_topk_fvu,
         )
 
-    def _narrow(self, rows: Tensor, acts: Tensor, indices: Tensor, k: int) -> EncoderOutput:
+    def _narrow(self, rows: Tensor, acts: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k active latents among the 4k, without a second product where topk allows it."""
         if self.cfg.activation == "groupmax":
-            return self._encode_rows(rows, k)
+            top_acts, top_indices = self._encode_rows(rows, k)
+            return top_acts, top_indices
         top_acts, position = acts.topk(k, dim=1)
-        return EncoderOutput(top_acts, indices.gather(1, position))
+        return top_acts, indices.gather(1, position)
 
-    def _auxk_error(self, rows: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    def _auxk_error(self, residual: Tensor, acts: Tensor, indices: Tensor, n_dead: int) -> Tensor:
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
-        k_aux = functional.k_aux(self.d_out)
-        acts, indices = self.ops.encode(
-            rows,
-            self.encoder.weight[dead],
-            self.encoder.bias[dead],
-            min(k_aux, len(dead)),
-            "topk",
-            None if self.cfg.transcode else self.b_dec,
-            self.matmul_dtype,
-        )
-        e_hat = self.ops.decode(acts, indices, self.W_dec[dead])
-        return min(len(dead) / k_aux, 1.0) * self.ops.squared_error(residual, e_hat)
+        e_hat = self.ops.decode(acts, indices, self.W_dec)
+        share = min(n_dead / functional.k_aux(self.d_out), 1.0)
+        return share * self.ops.squared_error(residual, e_hat)
 
     @torch.no_grad()
     def center_(self, x_mean: Float[Tensor, " D"], y_mean: Float[Tensor, " D"]) -> None:
@@ -234,9 +243,7 @@ class SparseCoder(nn.Module):
         """Scale every row of W_dec to unit norm; rows of zeros (a fresh transcoder's) stay."""
         if self.W_dec is None or self.W_dec.is_meta or not self.cfg.normalize_decoder:
             return
-        for rows in self.W_dec.split(256):  # a block stays in cache between its two passes
-            norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            rows.div_(norm.masked_fill_(norm == 0, 1))
+        normalize_rows_(self.W_dec)
 
     def save_to_disk(self, path: Path | str) -> None:
         """Write `cfg.json` and `sae.safetensors` into the folder `path`."""

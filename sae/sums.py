@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .bank import CoderBank
-from .dead_latents import FiringRecord
+from .dead_latents import FiringRecord, dead_latents
 from .functional import Moments, accumulate
 from .sparse_coder import CoderOutput
 
@@ -28,7 +28,7 @@ class StepSums:
         self.start_step()
 
     def start_step(self, auxk: bool = False) -> dict[str, Tensor | None]:
-        """Forget the last step; return the latents that AuxK may revive, if it is asked for.
+        """Forget the last step; return numbers of the latents that AuxK may revive, if asked for.
 
         Of a step that was skipped, gradients and counts are still there.
         """
@@ -40,7 +40,7 @@ class StepSums:
         for record in self.firing.values():
             record.step_counts.zero_()
         self._errors = {name: torch.zeros(3, device=device) for name, _ in self.bank.items()}
-        return {name: f.dead_mask() if auxk else None for name, f in self.firing.items()}
+        return dead_latents(self.firing) if auxk else dict.fromkeys(self.firing)
 
     def add_targets(self, place: str, y: Tensor) -> None:
         """Count the target rows of a hookpoint."""

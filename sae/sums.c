@@ -1,0 +1,151 @@
+/* The sparse sums of a step, and the order they run in.
+
+   Every result is written by one thread that adds in the order of the entries: it has the same bits
+   whatever the number of threads.
+
+   Rows of a table are gathered many times over. Where the table is small enough, a strip of a few
+   columns of all its rows is first copied together, so that it stays in a core's second-level cache
+   while these columns of all results are made. */
+
+#include "lanes.h"
+
+#define STRIP 64
+#define BLOCK 128
+#define STRIP_BYTES (7 << 19)
+
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+
+static inline float sum_of(lanes v) {
+    eight h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    four q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+    return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+static int in_strips(int64_t rows, int64_t entries) {
+    return rows * STRIP * 4 <= STRIP_BYTES && entries >= 4 * rows;
+}
+
+/* Columns [from, from + STRIP) of every row, zeros beyond the last; all threads share the work. */
+static void copy_strip(const void *table, int bf16, int64_t rows, int64_t d, int64_t from,
+                       float *strip) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        float *to = strip + r * STRIP;
+        if (from + STRIP <= d)
+            for (int i = 0; i < STRIP; i += LANES)
+                *(lanes *)(to + i) = load(table, r * d + from + i, bf16);
+        else
+            for (int i = 0; i < STRIP; i++)
+                to[i] = from + i < d ? load_one(table, r * d + from + i, bf16) : 0;
+    }
+}
+
+typedef struct {
+    const float *weights;
+    const int32_t *columns;
+    int64_t begin, end;
+} entries;
+
+/* n vectors of: sum of weights[j] table[columns[j]] */
+static inline void add_up(entries e, const void *table, int bf16, int64_t stride, int64_t from,
+                          int n, float *out) {
+    lanes total[BLOCK / LANES];
+    for (int i = 0; i < n; i++) total[i] = (lanes){0};
+    for (int64_t j = e.begin; j < e.end; j++)
+        for (int i = 0; i < n; i++)
+            total[i] += e.weights[j] *
+                        load(table, e.columns[j] * stride + from + LANES * i, bf16);
+    for (int i = 0; i < n; i++) *(lanes *)(out + LANES * i) = total[i];
+}
+
+static inline void add_up_row(entries e, const void *table, int bf16, int64_t d, float *out) {
+    int64_t i = 0;
+    for (; i + BLOCK <= d; i += BLOCK) add_up(e, table, bf16, d, i, BLOCK / LANES, out + i);
+    for (; i + STRIP <= d; i += STRIP) add_up(e, table, bf16, d, i, STRIP / LANES, out + i);
+    for (; i + LANES <= d; i += LANES) add_up(e, table, bf16, d, i, 1, out + i);
+    for (; i < d; i++) {
+        out[i] = 0;
+        for (int64_t j = e.begin; j < e.end; j++)
+            out[i] += e.weights[j] * load_one(table, e.columns[j] * d + i, bf16);
+    }
+}
+
+/* out[m] = sum of weights[j] table[columns[j]] over j in [starts[m], starts[m + 1]), [M D] */
+void sum_rows(const int32_t *starts, const int32_t *columns, const float *weights, int64_t m,
+              const void *table, int64_t bf16, int64_t rows, int64_t d, float *out) {
+    if (!in_strips(rows, starts[m])) {
+#pragma omp parallel for schedule(dynamic, 32)
+        for (int64_t i = 0; i < m; i++) {
+            entries e = {weights, columns, starts[i], starts[i + 1]};
+            if (bf16) add_up_row(e, table, 1, d, out + i * d);
+            else add_up_row(e, table, 0, d, out + i * d);
+        }
+        return;
+    }
+    float *strips = aligned_alloc(64, 2 * rows * STRIP * 4);
+#pragma omp parallel
+    for (int64_t from = 0, turn = 0; from < d; from += STRIP, turn ^= 1) {
+        /* Two strips in turn: nobody writes into the one that others still read. */
+        float *strip = strips + turn * rows * STRIP, found[STRIP];
+        copy_strip(table, bf16, rows, d, from, strip);
+        int64_t width = d - from < STRIP ? d - from : STRIP;
+#pragma omp for schedule(dynamic, 32) nowait
+        for (int64_t i = 0; i < m; i++) {
+            entries e = {weights, columns, starts[i], starts[i + 1]};
+            add_up(e, strip, 0, STRIP, 0, STRIP / LANES, found);
+            memcpy(out + i * d + from, found, 4 * width);
+        }
+    }
+    free(strips);
+}
+
+/* out[n][j] = <rows[n], table[columns[n][j]]>, [N K] */
+void sampled_product(const float *rows, const int32_t *columns, int64_t n, int64_t k,
+                     const float *table, int64_t table_rows, int64_t d, float *out) {
+    if (!in_strips(table_rows, n * k)) {
+#pragma omp parallel for schedule(static)
+        for (int64_t e = 0; e < n * k; e++) {
+            const float *a = rows + e / k * d, *b = table + columns[e] * d;
+            lanes total = {0};
+            int64_t i = 0;
+            for (; i + LANES <= d; i += LANES) total += load(a, i, 0) * load(b, i, 0);
+            float rest = 0;
+            for (; i < d; i++) rest += a[i] * b[i];
+            out[e] = sum_of(total) + rest;
+        }
+        return;
+    }
+    float *strips = aligned_alloc(64, 2 * table_rows * STRIP * 4);
+#pragma omp parallel
+    for (int64_t from = 0, turn = 0; from < d; from += STRIP, turn ^= 1) {
+        float *strip = strips + turn * table_rows * STRIP, row[STRIP] = {0};
+        copy_strip(table, 0, table_rows, d, from, strip);
+        int64_t width = d - from < STRIP ? d - from : STRIP;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < n; i++) {
+            memcpy(row, rows + i * d + from, 4 * width);
+            for (int64_t j = i * k; j < (i + 1) * k; j++) {
+                const float *other = strip + columns[j] * (int64_t)STRIP;
+                lanes total = load(row, 0, 0) * load(other, 0, 0);
+                for (int v = LANES; v < STRIP; v += LANES)
+                    total += load(row, v, 0) * load(other, v, 0);
+                out[j] = from ? out[j] + sum_of(total) : sum_of(total);
+            }
+        }
+    }
+    free(strips);
+}
+
+/* The entries of an index matrix by column, those of a column in their old order (counting sort):
+   column l has entries order[starts[l]] to order[starts[l + 1] - 1]. */
+void sort_by_column(const int64_t *indices, int64_t count, int64_t columns, int32_t *starts,
+                    int64_t *order) {
+    int32_t *next = calloc(columns + 1, sizeof(int32_t));
+    for (int64_t e = 0; e < count; e++) next[indices[e] + 1]++;
+    for (int64_t l = 0; l < columns; l++) next[l + 1] += next[l];
+    memcpy(starts, next, (columns + 1) * sizeof(int32_t));
+    for (int64_t e = 0; e < count; e++) order[next[indices[e]]++] = e;
+    free(next);
+}

@@ -1,0 +1,54 @@
+"""What an optimizer step does to the weights, in one pass over each: in C, or block by block."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import native
+from .kernels import in_c
+
+_BLOCK = 1 << 17  # elements that stay in a core's cache while every operation of an update runs
+
+
+def finish_gradient_(grad: Tensor, scale: Tensor, unit_rows: Tensor | None) -> Tensor:
+    """grad *= scale, and g -= (g . w) w by rows w of `unit_rows`, if given; return ||grad||^2."""
+    if in_c(grad):
+        return native.finish_gradient_(grad, unit_rows, float(scale))
+    square = grad.new_zeros(())
+    rows = max(1, _BLOCK // grad.shape[-1]) if grad.ndim == 2 else len(grad)
+    weights = grad if unit_rows is None else unit_rows
+    for g, w in zip(grad.split(rows), weights.split(rows), strict=True):
+        g.mul_(scale)
+        if unit_rows is not None:
+            g.addcmul_(w, torch.linalg.vecdot(g, w).unsqueeze(1), value=-1)
+        square += torch.dot(g.flatten(), g.flatten())
+    return square
+
+
+def signum_step_(
+    y: Tensor, z: Tensor, grad: Tensor, lr: float, beta: float, c: float, *, unit_norm: bool
+) -> None:
+    """z' = z - lr sign(g), y' = (1 - c)(y - (1 - beta) z) + (1 - beta + beta c) z'.
+
+    Then every row of y' gets unit norm, if `unit_norm`.
+    """
+    if in_c(y, z, grad):
+        native.signum_step_(y, z, grad, lr, beta, c, unit_norm)
+        return
+    blocks = (t.view(-1).split(_BLOCK) for t in (y, z, grad))
+    for y_part, z_part, g in zip(*blocks, strict=True):
+        y_part.sub_(z_part, alpha=1 - beta).mul_(1 - c)  # (1 - c) beta x
+        z_part.add_(g.sign(), alpha=-lr)
+        y_part.add_(z_part, alpha=1 - beta + beta * c)
+    if unit_norm:
+        normalize_rows_(y)
+
+
+def normalize_rows_(rows: Float[Tensor, "R D"]) -> None:
+    """Scale every row to unit norm; rows of zeros stay."""
+    if in_c(rows):
+        native.normalize_rows_(rows)
+        return
+    for block in rows.split(256):  # stays in cache between its two passes
+        norm = torch.linalg.vector_norm(block, dim=1, keepdim=True)
+        block.div_(norm.masked_fill_(norm == 0, 1))

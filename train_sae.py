@@ -2,7 +2,6 @@
 
     python train_sae.py MODEL DATASET                       SAEs on every layer's residual stream
     python train_sae.py gpt2 DATA --hookpoints "h.*.mlp" --transcode --skip_connection
-    python train_sae.py gpt2 DATA --run_name R --resume     go on after an interruption
     accelerate launch --config_file accelerate_configs/8gpu.yaml train_sae.py MODEL DATASET
 
 Blocks marked EDIT are what experiments change; what would make a result wrong is in sae/.
@@ -139,6 +138,8 @@ class TrainConfig:
     """bf16 runs the LM and the encoder product in bfloat16; auto: on GPUs that have it."""
     kernels: Literal["auto", "torch", "native"] = "auto"
     """C on the CPU and Triton on CUDA, or PyTorch's operators; auto: native if it can be had."""
+    compile: bool = False
+    """Compile the LM's blocks by torch.compile, except those with hookpoints inside."""
     distribute_modules: bool = False
     """Keep each coder on one rank only, and send that rank the rows of all ranks."""
     layer_to_rank: tuple[str, ...] = ()
@@ -190,9 +191,8 @@ def train(
     resumes = open_run(run, {**flags, "sequences_per_step": per_step}, ranks)
 
     # The language model, frozen, and no more of it than the hookpoints need.
-    if lm is None:
-        lm = load_lm(cfg.model, skeleton, places, dtype, ranks.device, cfg.load_in_8bit, **hub)
-    lm = launch.shard(accelerator, lm)
+    lm = lm or load_lm(cfg.model, skeleton, places, dtype, ranks.device, cfg.load_in_8bit, **hub)
+    lm = launch.shard(accelerator, lm, places, cfg.compile)
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
     hookpoints = measure(lm, places, ranks.device)

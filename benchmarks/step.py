@@ -1,10 +1,12 @@
-"""What a coder's step costs beside its encoder's matrix product alone, and a whole run's speed.
+"""What a coder's step costs beside its encoder's matrix product alone, and what it is made of.
 
     python benchmarks/step.py --out benchmarks/results/step.json
 
 A step is all that the loop does for one coder: moments of the rows, forward, backward, firing
-counts, gradients, optimizer, unit norm. Product and step alternate within one run, and the median
-of the ratios is what to quote: times drift with the machine, ratios much less.
+counts, gradients, optimizer, unit norm. Products and steps alternate within one run, and the median
+of their ratios is what to quote: times drift with the machine, ratios much less. The product is
+measured twice: as `F.linear` runs it, into fresh memory, which the system must first clear, and
+into memory that is there. On a GPU the two are the same.
 """
 
 import argparse
@@ -14,9 +16,9 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,20 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sae import SaeConfig, SparseCoder
+from sae import SaeConfig, SparseCoder, kernels
 from sae.dead_latents import FiringRecord
 from sae.functional import Moments
 from sae.optim import CoderOptimizer, finish_gradients_
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows, width, latents, active latents."""
+
+    N: int = 8192
+    D: int = 384
+    L: int = 12288
+    k: int = 32
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
@@ -41,63 +53,108 @@ def seconds(work: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
+def median_ms(work: Callable[[], Any], device: str, repeats: int) -> float:
+    """Median milliseconds of a call, after two that do not count."""
+    times = [seconds(work, device) for _ in range(repeats + 2)]
+    return 1e3 * statistics.median(times[2:])
+
+
+class Step:
+    """One coder's step on random rows, in parts that can be timed."""
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: str, dead_share: float = 0.0, seed: int = 0
+    ) -> None:
+        """`dead_share` of the latents take part in AuxK; 0: no AuxK."""
+        torch.manual_seed(seed)
+        self.coder = SparseCoder(shape.D, SaeConfig(num_latents=shape.L, k=shape.k), device)
+        self.coder.matmul_dtype = dtype
+        self.optimizer = CoderOptimizer(self.coder, "signum")
+        self.firing = FiringRecord(shape.L, 10**7, device)
+        self.rows = torch.randn(shape.N, shape.D, device=device)
+        dead = torch.randperm(shape.L, device=device)[: int(dead_share * shape.L)].sort().values
+        self.dead = dead if dead_share else None
+
+    def __call__(self) -> None:
+        moments = Moments.of(self.rows)
+        out = self.coder(self.rows, dead_mask=self.dead, total_variance=1.0)
+        (out.fvu + out.auxk_loss / 32).backward()
+        self.firing.observe(out.top_acts, out.top_indices)
+        finish_gradients_(self.coder, moments.total_variance)
+        self.optimizer.step(0, 1000, 0)
+        self.firing.end_step(len(self.rows))
+
+
 def step_over_product(
-    dtype: torch.dtype, n: int, d: int, latents: int, k: int, repeats: int, device: str
+    shape: Shape, dtype: torch.dtype, repeats: int, device: str, dead_share: float = 0.0
 ) -> dict[str, float]:
-    """Milliseconds of the encoder's product and of a whole step, and the median ratio."""
-    torch.manual_seed(0)
-    coder = SparseCoder(d, SaeConfig(num_latents=latents, k=k), device)
-    coder.matmul_dtype = dtype
-    optimizer, firing = CoderOptimizer(coder, "signum"), FiringRecord(latents, 10**7, device)
-    rows = torch.randn(n, d, device=device)
-    x, weight = rows.to(dtype), coder.encoder.weight.detach().to(dtype)
-
-    def product() -> None:
-        F.linear(x, weight)
-
-    def step() -> None:
-        moments = Moments.of(rows)
-        out = coder(rows, total_variance=1.0)
-        out.fvu.backward()
-        firing.observe(out.top_acts, out.top_indices)
-        finish_gradients_(coder, moments.total_variance)
-        optimizer.step(0, 1000, 0)
-        firing.end_step(n)
-
-    for work in (product, step):
+    """Milliseconds of the encoder's product and of a whole step, and the median ratios."""
+    plain = Step(shape, dtype, device)
+    x, W = plain.rows.to(dtype), plain.coder.encoder.weight.detach().to(dtype)
+    there = x.new_empty(shape.N, shape.L)
+    works: dict[str, Callable[[], Any]] = {
+        "product": lambda: F.linear(x, W),
+        "product_in_place": lambda: torch.mm(x, W.t(), out=there),
+        "step": plain,
+    }
+    if dead_share:
+        works["step_with_auxk"] = Step(shape, dtype, device, dead_share)
+    for work in works.values():
         for _ in range(2):
             seconds(work, device)
-    pairs = [(seconds(product, device), seconds(step, device)) for _ in range(repeats)]
-    return {
-        "product_ms": 1e3 * statistics.median(p for p, _ in pairs),
-        "step_ms": 1e3 * statistics.median(s for _, s in pairs),
-        "ratio": statistics.median(s / p for p, s in pairs),
+    rounds = [{n: seconds(work, device) for n, work in works.items()} for _ in range(repeats)]
+    found = {f"{n}_ms": 1e3 * statistics.median(r[n] for r in rounds) for n in works}
+    found["ratio"] = statistics.median(r["step"] / r["product"] for r in rounds)
+    found["ratio_in_place"] = statistics.median(r["step"] / r["product_in_place"] for r in rounds)
+    if dead_share:
+        found["auxk_ratio"] = statistics.median(r["step_with_auxk"] / r["step"] for r in rounds)
+    return found
+
+
+def parts(shape: Shape, dtype: torch.dtype, repeats: int, device: str) -> dict[str, float]:
+    """Milliseconds of each kernel of a step, alone and one after another."""
+    step = Step(shape, dtype, device)
+    coder, rows = step.coder, step.rows
+    W_enc, b_enc, b_dec = (
+        p.detach() for p in (coder.encoder.weight, coder.encoder.bias, coder.b_dec)
+    )
+    assert coder.W_dec is not None
+    W_dec = coder.W_dec.detach()
+    acts, indices = kernels.encode(rows, W_enc, b_enc, shape.k, "topk", b_dec, dtype)
+    by_latent = kernels._ByLatent(indices, shape.L)
+    inputs, W = rows.to(dtype), W_enc.to(dtype)
+    buffer = inputs.new_empty(kernels._chunk_rows(inputs, shape.L), shape.L)
+
+    def product() -> None:
+        for piece in inputs.split(len(buffer)):
+            torch.mm(piece, W.t(), out=buffer[: len(piece)])
+
+    def gradients() -> None:
+        for p in coder.parameters():
+            p.grad = torch.ones_like(p)
+
+    def update() -> None:
+        finish_gradients_(coder, torch.ones((), dtype=torch.float64, device=device))
+        step.optimizer.step(0, 1000, 0)
+
+    works: dict[str, Callable[[], Any]] = {
+        "product, in chunks": product,
+        "encode: product, top k": lambda: kernels.encode(
+            rows, W_enc, b_enc, shape.k, "topk", b_dec, dtype
+        ),
+        "decode": lambda: kernels.decode(acts, indices, W_dec),
+        "gradient of activations": lambda: kernels._sampled_product(rows, W_dec, indices),
+        "sort by latent": lambda: kernels._ByLatent(indices, shape.L),
+        "gradient of W_dec": lambda: by_latent.sum_rows(acts, rows),
+        "gradient of W_enc": lambda: by_latent.sum_rows(acts, inputs),
+        "moments": lambda: Moments.of(rows),
     }
-
-
-def run_tokens_per_second() -> float:
-    """Tokens per second of a run on the demo LM: three hookpoints, 4 times its width in blocks."""
-    from train_sae import TrainConfig, train
-
-    with tempfile.TemporaryDirectory() as folder:
-        sys.path.insert(0, str(ROOT / "demo"))
-        from make_text import write_text
-
-        write_text(Path(folder) / "text")
-        summary = train(
-            TrainConfig(
-                model=str(ROOT / "demo/lm"),
-                dataset=f"{folder}/text/heldout.jsonl",
-                hookpoints=("layers.1", "layers.3", "layers.4.mlp"),
-                ctx_len=256,
-                batch_size=16,
-                max_examples=960,
-                expansion_factor=16,
-                save_dir=folder,
-                log_with="none",
-            )
-        )
-    return summary["tokens_per_second"]
+    found = {name: median_ms(work, device, repeats) for name, work in works.items()}
+    times = []
+    for _ in range(repeats + 2):
+        gradients()
+        times.append(seconds(update, device))
+    return found | {"update, unit norm": 1e3 * statistics.median(times[2:])}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -115,38 +172,44 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def write(result: dict[str, Any], out: Path | None) -> None:
+    """Write a result as JSON, where it is wanted."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--d_in", type=int, default=384)
-    parser.add_argument("--num_latents", type=int, default=12288)
-    parser.add_argument("--k", type=int, default=32)
+    for name, default in asdict(Shape()).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dead_share", type=float, default=0.3, help="dead latents, for AuxK")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--kernels", choices=["auto", "torch", "native"], default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no_run", action="store_true", help="leave out the whole run")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    shape = (args.rows, args.d_in, args.num_latents, args.k)
-    result: dict[str, Any] = {
-        "machine": machine(args.device),
-        "shape": dict(zip(("N", "D", "L", "k"), shape, strict=True)),
-    }
-    print(f"N={args.rows} D={args.d_in} L={args.num_latents} k={args.k} on {result['machine']}")
-    print(f"{'precision':10} {'product ms':>11} {'step ms':>9} {'step / product':>15}")
+    shape = Shape(args.N, args.D, args.L, args.k)
+    made_by = kernels.choose(args.kernels, torch.device(args.device))
+    result: dict[str, Any] = {"machine": machine(args.device), "shape": asdict(shape)}
+    print(f"{shape}, {made_by}, on {result['machine']}")
+    print(
+        f"{'':9} {'product':>9} {'in place':>9} {'step':>9} {'ratios':>13} {'with AuxK / step':>17}"
+    )
     for dtype in (torch.float32, torch.bfloat16):
-        found = step_over_product(dtype, *shape, args.repeats, args.device)
+        found = step_over_product(shape, dtype, args.repeats, args.device, args.dead_share)
         name = str(dtype).removeprefix("torch.")
-        result[name] = found
         print(
-            f"{name:10} {found['product_ms']:11.1f} {found['step_ms']:9.1f} {found['ratio']:15.2f}"
+            f"{name:9} {found['product_ms']:6.1f} ms {found['product_in_place_ms']:6.1f} ms "
+            f"{found['step_ms']:6.1f} ms {found['ratio']:6.2f} {found['ratio_in_place']:6.2f} "
+            f"{found.get('auxk_ratio', float('nan')):17.2f}"
         )
-    if not args.no_run:
-        result["run_tokens_per_second"] = run_tokens_per_second()
-        print(f"whole run on the demo LM: {result['run_tokens_per_second']:,.0f} tokens/s")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        found["parts_ms"] = parts(shape, dtype, args.repeats, args.device)
+        for part, ms in found["parts_ms"].items():
+            print(f"    {part:26} {ms:7.1f} ms")
+        result[name] = found
+    write(result, args.out)
 
 
 if __name__ == "__main__":

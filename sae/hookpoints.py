@@ -227,6 +227,19 @@ def layers_needed(lm: PreTrainedModel, hookpoints: Iterable[str]) -> int | None:
     return None if needed == depth else needed
 
 
+def compile_blocks(lm: PreTrainedModel, hookpoints: Iterable[str]) -> None:
+    """Compile the LM's blocks by torch.compile, all but those with a hookpoint inside.
+
+    Hooks on a block run outside of what is compiled; those within would be compiled away.
+    """
+    prefix, depth = text_layers(lm)
+    for i in range(depth):
+        name = f"{prefix}.{i}"
+        if not any(place.startswith(f"{name}.") for place in hookpoints):
+            block = lm.base_model.get_submodule(name)
+            block.forward = torch.compile(block.forward)
+
+
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from .config import UsageError
-from .hookpoints import is_sharded
+from .hookpoints import compile_blocks, is_sharded
 from .kernels import Choice, choose
 from .ranks import Ranks
 
@@ -97,11 +97,20 @@ def join(accelerator: Accelerator, timeout_minutes: float, kernels: Choice) -> R
     return Ranks(device, timeout_minutes)
 
 
-def shard(accelerator: Accelerator, lm: PreTrainedModel) -> PreTrainedModel:
-    """The LM on the accelerator's device, or, if it was loaded into shards, gathered as it runs."""
+def shard(
+    accelerator: Accelerator, lm: PreTrainedModel, hookpoints: list[str], compiled: bool = False
+) -> PreTrainedModel:
+    """The LM on the accelerator's device, or, if it was loaded into shards, gathered as it runs.
+
+    If it is to be `compiled`, that is done block by block. Raises UsageError where it is sharded.
+    """
     if not is_sharded(lm):
+        if compiled:
+            compile_blocks(lm, hookpoints)
         same = lm.device.type == accelerator.device.type
-        return lm if same else lm.to(accelerator.device)  # type: ignore[arg-type]
+        return lm if same else lm.to(accelerator.device)  # type: ignore[arg-type]  # stubs lack it
+    if compiled:
+        raise UsageError("--compile: does not work on a sharded LM; leave it out")
     # Its module is called, never the engine, which would take part in the coders' backward.
     return accelerator.prepare(lm).module
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -43,7 +44,7 @@ class Ranks:
         """
         self.same({"the data's fingerprint": source.fingerprint})
         mine = order.view(-1, self.world, batch_size)[:, self.rank].flatten()
-        return (tokens.to(self.device) for tokens in source.batches(mine, batch_size))
+        return _ahead(source.batches(mine, batch_size), self.device)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Sum each tensor over ranks, in place; every rank ends with the same bits."""
@@ -159,3 +160,19 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self._words)
         return values
+
+
+def _ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The same batches, on the device: each is read and copied while the one before is at work."""
+
+    def read() -> Tensor | None:
+        tokens = next(batches, None)
+        if tokens is None or device.type == "cpu":
+            return tokens
+        return tokens.pin_memory().to(device, non_blocking=True)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:
+        coming = reader.submit(read)
+        while (tokens := coming.result()) is not None:
+            coming = reader.submit(read)
+            yield tokens

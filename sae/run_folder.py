@@ -28,8 +28,7 @@ _FREE_ON_RESUME = {
     *("resume", "save_dir", "run_name", "save_every", "save_best", "log_every", "log_with"),
     *("data_preprocessing_num_proc", "micro_acc_steps", "batch_size", "grad_acc_steps"),
     *("distribute_modules", "layer_to_rank", "timeout", "dry_run", "keep_last", "max_bad_steps"),
-    "kernels",
-    *("eval_every", "finetune"),
+    *("eval_every", "finetune", "kernels", "compile"),
 }
 
 _locks: dict[Path, int] = {}

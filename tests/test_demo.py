@@ -33,19 +33,7 @@ def test_demo_lm_predicts_files_it_never_saw(tmp_path: Path) -> None:
 
 def test_benchmark_runs(tmp_path: Path) -> None:
     """The benchmark prints and writes a product, a step and their ratio in both precisions."""
-    shape = [
-        "--rows",
-        "64",
-        "--d_in",
-        "16",
-        "--num_latents",
-        "128",
-        "--k",
-        "4",
-        "--repeats",
-        "2",
-        "--no_run",
-    ]
+    shape = ["--N", "64", "--D", "16", "--L", "128", "--k", "4", "--repeats", "2"]
     out = tmp_path / "step.json"
     command = [sys.executable, str(ROOT / "benchmarks/step.py"), *shape, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -53,5 +41,7 @@ def test_benchmark_runs(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert result["shape"] == {"N": 64, "D": 16, "L": 128, "k": 4}
     for dtype in ("float32", "bfloat16"):
-        assert result[dtype]["ratio"] > 0 and f"{result[dtype]['ratio']:.2f}" in done.stdout
+        for figure in ("ratio", "ratio_in_place", "auxk_ratio"):
+            assert f"{result[dtype][figure]:.2f}" in done.stdout
+        assert len(result[dtype]["parts_ms"]) == 9
     assert {"date", "torch", "commit", "threads"} <= result["machine"].keys()

@@ -2,18 +2,21 @@
 
     python benchmarks/run.py --out benchmarks/results/run.json
     python benchmarks/run.py --steps 4 --num_latents 1024 --repeats 1      a trial of a minute
+    python benchmarks/run.py --device cuda --lm random --width 4096 --num_latents 131072 \\
+        --batch_size 64                                                    on a GPU
 
 The reference is Sparsify, by EleutherAI, as released: pip puts it and what it needs beside our own
 requirements into a temporary folder that only its process sees, so both sides run the same torch.
-Both train one SAE in float32 on the CPU with the same optimizer and rate, on the same batches in
-the same steps (their checksums are compared). Each run is a process of its own, ours and theirs in
-turns, and the median of the ratios is what to quote.
+Both train one SAE in float32 with the same optimizer and rate, on the same batches in the same
+steps (their checksums are compared). Each run is a process of its own, ours and theirs in turns,
+every turn from other initial weights, and the median of the ratios is what to quote.
 
 The clock is a hook on the LM, the same on both sides: tokens per second are those from the start of
 the second step to the start of the last; loading, the first step and saving are left out. Peak
 memory is the most that the kernel saw the process hold up to the start of the last step: imports
 and the LM are in it, saving and the final evaluation are not. Linux only. Held-out FVU is computed
-here, by one function, from the coder that each leaves on disk. Ours stops the LM after the
+here, by one function, from the coder that each leaves on disk. On a GPU, peak memory is what torch
+allocated there. Ours stops the LM after the
 hookpoint and the reference runs it to its end, which is part of the difference.
 
 The reference runs unpatched, with two things chosen for it. Its command line asks for CUDA, so its
@@ -50,6 +53,7 @@ NEEDS += ["docstring-parser==0.18.0", "einops==0.8.2"]
 SIDES = ("ours", "theirs")
 DEFAULTS = {"hookpoint": "layers.3", "num_latents": 12288, "k": 32, "ctx_len": 256}
 DEFAULTS |= {"batch_size": 32, "steps": 60, "eval_tokens": 2**15, "shuffle_seed": 42}
+DEFAULTS |= {"init_seed": 0}
 # What the median of ours / theirs should be.
 TARGETS = {"tokens_per_second": (">=", 2.5), "peak_mb": ("<=", 0.6), "fvu": ("<=", 1.0)}
 
@@ -60,6 +64,14 @@ def status_mb(field: str) -> float:
     return next(int(x.split()[1]) * 1024 / 1e6 for x in lines if x.startswith(f"{field}:"))
 
 
+def memory_mb(device: torch.device) -> tuple[float, float]:
+    """The most that was held so far, and what is held now, in MB."""
+    if device.type == "cuda":
+        now = torch.cuda.memory_allocated(device) / 1e6
+        return torch.cuda.max_memory_allocated(device) / 1e6, now
+    return status_mb("VmHWM"), status_mb("VmRSS")
+
+
 def watch(lm: Any, batch: torch.Size) -> list[tuple[float, float, float, int]]:
     """A list that grows by time, memory and checksum with every LM forward of a whole batch."""
     seen: list[tuple[float, float, float, int]] = []
@@ -67,8 +79,8 @@ def watch(lm: Any, batch: torch.Size) -> list[tuple[float, float, float, int]]:
     def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         if tokens.shape == batch:  # forwards that measure widths or evaluate are smaller
-            check = zlib.crc32(tokens.numpy().tobytes())
-            seen.append((time.perf_counter(), status_mb("VmHWM"), status_mb("VmRSS"), check))
+            check = zlib.crc32(tokens.cpu().numpy().tobytes())  # waits for a GPU as well
+            seen.append((time.perf_counter(), *memory_mb(tokens.device), check))
 
     lm.register_forward_pre_hook(note, with_kwargs=True)
     return seen
@@ -81,6 +93,7 @@ def train_ours(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     hookpoint, steps = flags.pop("hookpoint"), flags.pop("steps")
     chosen = {"hookpoints": (hookpoint,), "mixed_precision": "no", "log_with": "none"}
     chosen |= {"max_examples": steps * flags["batch_size"], "save_every": steps + 2}
+    chosen |= {"init_seeds": (flags.pop("init_seed"),)}
     cfg = TrainConfig(save_dir=str(folder), run_name="ours", **chosen, **flags)
     summary = train(cfg, lm=lm, dataset=torch.load(folder / "blocks.pt"))
     return Path(summary["hookpoints"][hookpoint]["path"])
@@ -94,6 +107,7 @@ def train_theirs(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     cfg = TrainConfig(
         SaeConfig(num_latents=flags["num_latents"], k=flags["k"]),
         hookpoints=[flags["hookpoint"]],
+        init_seeds=[flags["init_seed"]],
         batch_size=flags["batch_size"],
         save_every=flags["steps"] + 2,  # so that the last save is the only one
         log_to_wandb=False,
@@ -107,11 +121,11 @@ def train_theirs(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     return folder / "theirs" / flags["hookpoint"]
 
 
-def child(side: str, folder: Path, flags: dict[str, Any]) -> None:
+def child(side: str, folder: Path, device: str, flags: dict[str, Any]) -> None:
     """One run of one side, in this process."""
     from transformers import AutoModel
 
-    lm = AutoModel.from_pretrained(folder / "lm", dtype=torch.float32)
+    lm = AutoModel.from_pretrained(folder / "lm", dtype=torch.float32).to(device)
     batch, steps = torch.Size((flags["batch_size"], flags["ctx_len"])), flags["steps"]
     seen = watch(lm, batch)
     coder = (train_ours if side == "ours" else train_theirs)(lm, folder, dict(flags))
@@ -123,22 +137,23 @@ def child(side: str, folder: Path, flags: dict[str, Any]) -> None:
         "step_ms": 1e3 * statistics.median(b - a for a, b in pairwise(times[1:])),
         "peak_mb": peaks[-1],
         "before_training_mb": held[0],
-        "peak_to_the_end_mb": status_mb("VmHWM"),
+        "peak_to_the_end_mb": memory_mb(lm.device)[0],
         "checksums": checksums,
         "coder": str(coder),
     }
     (folder / f"{side}.json").write_text(json.dumps(found))
 
 
-def write_lm(kind: str, folder: Path) -> None:
-    """Write the demo LM, or one of twice its width with random weights."""
+def write_lm(kind: str, folder: Path, width: int) -> None:
+    """Write the demo LM, or one of another width with random weights."""
     from transformers import AutoConfig, AutoModel
 
     if kind == "demo":
         shutil.copytree(ROOT / "demo/lm", folder, dirs_exist_ok=True)
         return
     # At this scale its activations are of the demo LM's size (std 4.0 beside 3.8).
-    sizes = {"hidden_size": 384, "intermediate_size": 1536, "initializer_range": 0.06}
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "initializer_range": 0.06}
+    sizes |= {"num_attention_heads": max(1, width // 64)}
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(ROOT / "demo/lm", **sizes)
     AutoModel.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -184,25 +199,30 @@ def held_out_fvu(coder_folder: str, lm: Any, hookpoint: str, held: Tensor) -> fl
     return error / float(seen.total_variance)
 
 
-def compare(kind: str, flags: dict[str, Any], repeats: int, folder: Path) -> dict[str, Any]:
+def compare(
+    kind: str, flags: dict[str, Any], repeats: int, folder: Path, device: str, width: int
+) -> dict[str, Any]:
     """Both sides in turns on one LM: every figure of every run, medians, and ratios to the targets.
 
     `folder` holds the reference's packages and the data, and takes LM and runs.
     """
     from sae.hookpoints import find_hookpoints, load_lm
 
-    write_lm(kind, folder / "lm")
+    write_lm(kind, folder / "lm", width)
     held, place = torch.load(folder / "held.pt"), flags["hookpoint"]
     lm = load_lm(str(folder / "lm"), *find_hookpoints(str(folder / "lm"), (place,)))
     only_theirs = {"PYTHONPATH": str(folder / "packages"), "SPARSIFY_DISABLE_TRITON": "1"}
-    command = [sys.executable, __file__, "--folder", str(folder)]
-    command += [f"--{name}={value}" for name, value in flags.items()]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    if device == "cuda":  # where Triton runs, the reference uses it
+        hidden = {}
+        only_theirs.pop("SPARSIFY_DISABLE_TRITON")
     runs: list[dict[str, Any]] = []
-    for _ in range(repeats):
+    for seed in range(repeats):
+        command = [sys.executable, __file__, "--folder", str(folder), "--device", device]
+        command += [f"--{n}={v}" for n, v in {**flags, "init_seed": seed}.items()]
         pair: dict[str, Any] = {}
         for side in SIDES:
-            env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-            env |= only_theirs if side == "theirs" else {}
+            env = os.environ | hidden | (only_theirs if side == "theirs" else {})
             subprocess.run([*command, "--side", side], env=env, check=True)
             pair[side] = json.loads((folder / f"{side}.json").read_text())
             pair[side]["fvu"] = held_out_fvu(pair[side].pop("coder"), lm, place, held)
@@ -239,6 +259,8 @@ def main() -> None:
     parser.add_argument("--lm", choices=("demo", "random"), nargs="+", default=["demo", "random"])
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--width", type=int, default=384, help="of the random LM")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -246,7 +268,7 @@ def main() -> None:
     args = parser.parse_args()
     flags = {name: getattr(args, name) for name in DEFAULTS}
     if args.side:
-        return child(args.side, args.folder, flags)
+        return child(args.side, args.folder, args.device, flags)
     if args.steps < 3:
         parser.error("--steps: the first and the last are not timed, so give at least 3")
 
@@ -254,14 +276,19 @@ def main() -> None:
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     versions |= dict(need.split("==") for need in (REFERENCE, *NEEDS))
-    result: dict[str, Any] = {"machine": machine("cpu"), "versions": versions, "settings": flags}
+    result: dict[str, Any] = {
+        "machine": machine(args.device),
+        "versions": versions,
+        "settings": flags,
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
         subprocess.run([*install, str(folder / "packages"), REFERENCE, *NEEDS], check=True)
         torch.save(write_data(folder, flags), folder / "held.pt")
         for kind in args.lm:
-            result[kind] = compare(kind, flags, args.repeats, folder)
+            of_lm = (folder, args.device, args.width)
+            result[kind] = compare(kind, flags, args.repeats, *of_lm)
     print(f"{flags} on {result['machine']}")
     print(f"{'LM':7} {'side':7} {'tokens/s':>12} {'peak MB':>10} {'held-out FVU':>13}")
     for kind in args.lm:

@@ -25,7 +25,12 @@ COMMANDS = {
     "trace": "trace.py",
     "low_precision": "low_precision.py",
 }
-GPU_COMMANDS = {"step_gpu_k32": f"step.py {GPU} --k 32", "step_gpu_k192": f"step.py {GPU} --k 192"}
+GPU_RUN = "--device cuda --lm random --width 4096 --num_latents 131072 --batch_size 64"
+GPU_COMMANDS = {
+    "step_gpu_k32": f"step.py {GPU} --k 32",
+    "step_gpu_k192": f"step.py {GPU} --k 192",
+    "run_gpu": f"run.py {GPU_RUN}",
+}
 
 # What, the figure in which result, its bound, and whether more is better.
 Row = tuple[str, str, str, float, bool]
@@ -77,6 +82,14 @@ ROWS: list[Row] = [
     ),
     ("GPU, k = 32: step / product, bfloat16", "step_gpu_k32", "bfloat16.ratio", 1.6, False),
     ("GPU, k = 192: step / product, bfloat16", "step_gpu_k192", "bfloat16.ratio", 1.6, False),
+    (
+        "GPU, whole run, tokens/s / Sparsify's",
+        "run_gpu",
+        "random.targets.tokens_per_second.ratio",
+        2,
+        True,
+    ),
+    ("GPU, peak memory / Sparsify's", "run_gpu", "random.targets.peak_mb.ratio", 0.5, False),
 ]
 
 

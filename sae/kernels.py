@@ -328,16 +328,18 @@ class _ByLatent:
     _sorted = WeakTensorKeyDictionary()
 
     def __init__(self, top_indices: Tensor, num_latents: int) -> None:
+        self._order: Tensor | None = None
+        self._indices = top_indices.detach()  # another tensor: the key must not keep itself
         if in_c() and top_indices.device.type == "cpu":
-            self.order, self.starts = native.sort_by_column(top_indices, num_latents)
+            self.starts, self.rows = native.sort_by_column(top_indices, num_latents)
         else:
             flat = top_indices.flatten()
             narrow = torch.int16 if num_latents <= 2**15 else torch.int32  # sorts faster
-            self.order = torch.sort(flat.to(narrow), stable=True).indices
+            self._order = torch.sort(flat.to(narrow), stable=True).indices
             counts = torch.bincount(flat, minlength=num_latents)
             self.starts = F.pad(counts.cumsum(0), (1, 0)).int()
+            self.rows = (self._order // top_indices.shape[1]).int()
         self.counts = self.starts.diff().long()
-        self.rows = (self.order // top_indices.shape[1]).int()
 
     @classmethod
     def of(cls, top_indices: Tensor, num_latents: int) -> "_ByLatent":
@@ -346,14 +348,21 @@ class _ByLatent:
             found = cls._sorted[top_indices] = cls(top_indices, num_latents)
         return found
 
+    def _in_order(self, values: Tensor) -> Tensor:
+        if self._order is None and in_c(values):
+            return native.values_by_column(self._indices, self.starts, values.contiguous())
+        if self._order is None:
+            self._order = torch.sort(self._indices.flatten(), stable=True).indices
+        return values.flatten()[self._order]
+
     def sum(self, values: Tensor) -> Tensor:
         """out_l = sum of values_nj over the entries with top_indices_nj = l, [L]."""
-        in_order = values.flatten()[self.order]
+        in_order = self._in_order(values)
         return torch.segment_reduce(in_order, "sum", lengths=self.counts, unsafe=True, initial=0)
 
     def sum_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
         """out_l = sum of weights_nj rows_n over the entries with top_indices_nj = l, [L D]."""
-        in_order = weights.flatten()[self.order]
+        in_order = self._in_order(weights)
         if sums := _in_triton(rows.device):
             return sums.sum_by_latent(
                 in_order.to(rows.dtype), self.rows, self.starts, self.counts, rows

@@ -88,13 +88,22 @@ def sampled_product(
 
 def sort_by_column(
     indices: Int[Tensor, "N K"], columns: int
-) -> tuple[Int[Tensor, " E"], Int[Tensor, " L+1"]]:
-    """The entries of `indices` in the order of their columns, and where each column starts."""
+) -> tuple[Int[Tensor, " L+1"], Int[Tensor, " E"]]:
+    """Where each column's entries start once sorted by column (stable), and the row of each."""
     assert indices.numel() < 2**31
     starts = torch.empty(columns + 1, dtype=torch.int32)
-    order = torch.empty(indices.numel(), dtype=torch.int64)
-    _call("sort_by_column", indices, indices.numel(), columns, starts, order)
-    return order, starts
+    rows = torch.empty(indices.numel(), dtype=torch.int32)
+    _call("sort_by_column", indices, *indices.shape, columns, starts, rows)
+    return starts, rows
+
+
+def values_by_column(
+    indices: Int[Tensor, "N K"], starts: Int[Tensor, " L+1"], values: Float[Tensor, "N K"]
+) -> Float[Tensor, " E"]:
+    """The values of the entries in the order of `sort_by_column`."""
+    out = torch.empty(indices.numel())
+    _call("values_by_column", indices, len(out), len(starts) - 1, starts, values, out)
+    return out
 
 
 def finish_gradient_(grad: Tensor, weight: Tensor | None, scale: float) -> Tensor:

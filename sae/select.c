@@ -1,6 +1,6 @@
 /* The k largest of values + bias in every row of a matrix, exactly, in one pass over it.
 
-   A threshold comes first, from the largest of each of 8 k groups of columns: no score below the k-th
+   A threshold comes first, from the largest of each of 4 k groups of columns: no score below the k-th
    largest of them can be one of the k, and few others pass. What passes is kept; where more than 2 k
    have gathered, because large scores share groups, tie, or a row is too short for groups, they are
    thinned to the k largest, and the least of these is the new threshold. NaN passes every threshold
@@ -148,7 +148,7 @@ static inline void look(block b, int bf16, int64_t r, int64_t from, int64_t k, k
 }
 
 static int64_t groups_for(int64_t width, int64_t k) {
-    int64_t groups = LANES * ((8 * k + LANES - 1) / LANES);
+    int64_t groups = LANES * ((4 * k + LANES - 1) / LANES);
     return width >= 4 * groups ? groups : 0;
 }
 
@@ -201,13 +201,12 @@ void select_largest(const void *values, int64_t bf16, int64_t rows, int64_t widt
                 block b = {start, rows - first < ROWS ? rows - first : ROWS, width, w->bias};
                 if (bf16) select_rows(b, 1, w->k, own, maxima, keys);
                 else select_rows(b, 0, w->k, own, maxima, keys);
-                for (int64_t i = 0; i < b.rows * w->k; i++) {
-                    kept *row = own + i / w->k;
-                    int64_t j = i % w->k, at = first * w->k + i;
-                    float score = j < row->count ? row->scores[j] : 0;
-                    w->top[at] = score < 0 ? 0 : score;
-                    w->columns[at] = j < row->count ? row->columns[j] : 0;
-                }
+                for (int64_t r = 0; r < b.rows; r++)
+                    for (int64_t j = 0, at = (first + r) * w->k; j < w->k; j++, at++) {
+                        float score = j < own[r].count ? own[r].scores[j] : 0;
+                        w->top[at] = score < 0 ? 0 : score;
+                        w->columns[at] = j < own[r].count ? own[r].columns[j] : 0;
+                    }
             }
         free(maxima);
         free(keys);

@@ -9,9 +9,9 @@
 
 #include "lanes.h"
 
-#define STRIP 64
-#define BLOCK 128
-#define STRIP_BYTES (7 << 19)
+#define BLOCK 128  /* columns summed at a time where a table is read as it is */
+#define STRIP 64   /* columns copied together, at most */
+#define NARROW 32  /* and where the table is long */
 
 typedef float eight __attribute__((vector_size(32)));
 typedef float four __attribute__((vector_size(16)));
@@ -23,21 +23,17 @@ static inline float sum_of(lanes v) {
     return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-static int in_strips(int64_t rows, int64_t entries) {
-    return rows * STRIP * 4 <= STRIP_BYTES && entries >= 4 * rows;
-}
-
-/* Columns [from, from + STRIP) of every row, zeros beyond the last; all threads share the work. */
+/* Columns [from, from + strip) of every row, zeros beyond the last; all threads share the work. */
 static void copy_strip(const void *table, int bf16, int64_t rows, int64_t d, int64_t from,
-                       float *strip) {
+                       int64_t strip, float *copy) {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        float *to = strip + r * STRIP;
-        if (from + STRIP <= d)
-            for (int i = 0; i < STRIP; i += LANES)
+        float *to = copy + r * strip;
+        if (from + strip <= d)
+            for (int64_t i = 0; i < strip; i += LANES)
                 *(lanes *)(to + i) = load(table, r * d + from + i, bf16);
         else
-            for (int i = 0; i < STRIP; i++)
+            for (int64_t i = 0; i < strip; i++)
                 to[i] = from + i < d ? load_one(table, r * d + from + i, bf16) : 0;
     }
 }
@@ -75,7 +71,8 @@ static inline void add_up_row(entries e, const void *table, int bf16, int64_t d,
 /* out[m] = sum of weights[j] table[columns[j]] over j in [starts[m], starts[m + 1]), [M D] */
 void sum_rows(const int32_t *starts, const int32_t *columns, const float *weights, int64_t m,
               const void *table, int64_t bf16, int64_t rows, int64_t d, float *out) {
-    if (!in_strips(rows, starts[m])) {
+    int64_t strip = rows > 4096 ? NARROW : STRIP;
+    if (rows > 16384 || starts[m] < 4 * rows) {
 #pragma omp parallel for schedule(dynamic, 32)
         for (int64_t i = 0; i < m; i++) {
             entries e = {weights, columns, starts[i], starts[i + 1]};
@@ -84,27 +81,28 @@ void sum_rows(const int32_t *starts, const int32_t *columns, const float *weight
         }
         return;
     }
-    float *strips = aligned_alloc(64, 2 * rows * STRIP * 4);
+    float *copies = aligned_alloc(64, 2 * rows * strip * 4);
 #pragma omp parallel
-    for (int64_t from = 0, turn = 0; from < d; from += STRIP, turn ^= 1) {
-        /* Two strips in turn: nobody writes into the one that others still read. */
-        float *strip = strips + turn * rows * STRIP, found[STRIP];
-        copy_strip(table, bf16, rows, d, from, strip);
-        int64_t width = d - from < STRIP ? d - from : STRIP;
+    for (int64_t from = 0, turn = 0; from < d; from += strip, turn ^= 1) {
+        /* Two copies in turn: nobody writes into the one that others still read. */
+        float *copy = copies + turn * rows * strip, found[STRIP];
+        copy_strip(table, bf16, rows, d, from, strip, copy);
+        int64_t width = d - from < strip ? d - from : strip;
 #pragma omp for schedule(dynamic, 32) nowait
         for (int64_t i = 0; i < m; i++) {
             entries e = {weights, columns, starts[i], starts[i + 1]};
-            add_up(e, strip, 0, STRIP, 0, STRIP / LANES, found);
+            if (strip == NARROW) add_up(e, copy, 0, NARROW, 0, NARROW / LANES, found);
+            else add_up(e, copy, 0, STRIP, 0, STRIP / LANES, found);
             memcpy(out + i * d + from, found, 4 * width);
         }
     }
-    free(strips);
+    free(copies);
 }
 
 /* out[n][j] = <rows[n], table[columns[n][j]]>, [N K] */
 void sampled_product(const float *rows, const int32_t *columns, int64_t n, int64_t k,
                      const float *table, int64_t table_rows, int64_t d, float *out) {
-    if (!in_strips(table_rows, n * k)) {
+    if (table_rows > 14336 || n * k < 4 * table_rows) {
 #pragma omp parallel for schedule(static)
         for (int64_t e = 0; e < n * k; e++) {
             const float *a = rows + e / k * d, *b = table + columns[e] * d;
@@ -117,17 +115,17 @@ void sampled_product(const float *rows, const int32_t *columns, int64_t n, int64
         }
         return;
     }
-    float *strips = aligned_alloc(64, 2 * table_rows * STRIP * 4);
+    float *copies = aligned_alloc(64, 2 * table_rows * STRIP * 4);
 #pragma omp parallel
     for (int64_t from = 0, turn = 0; from < d; from += STRIP, turn ^= 1) {
-        float *strip = strips + turn * table_rows * STRIP, row[STRIP] = {0};
-        copy_strip(table, 0, table_rows, d, from, strip);
+        float *copy = copies + turn * table_rows * STRIP, row[STRIP] = {0};
+        copy_strip(table, 0, table_rows, d, from, STRIP, copy);
         int64_t width = d - from < STRIP ? d - from : STRIP;
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < n; i++) {
             memcpy(row, rows + i * d + from, 4 * width);
             for (int64_t j = i * k; j < (i + 1) * k; j++) {
-                const float *other = strip + columns[j] * (int64_t)STRIP;
+                const float *other = copy + columns[j] * (int64_t)STRIP;
                 lanes total = load(row, 0, 0) * load(other, 0, 0);
                 for (int v = LANES; v < STRIP; v += LANES)
                     total += load(row, v, 0) * load(other, v, 0);
@@ -135,17 +133,27 @@ void sampled_product(const float *rows, const int32_t *columns, int64_t n, int64
             }
         }
     }
-    free(strips);
+    free(copies);
 }
 
-/* The entries of an index matrix by column, those of a column in their old order (counting sort):
-   column l has entries order[starts[l]] to order[starts[l + 1] - 1]. */
-void sort_by_column(const int64_t *indices, int64_t count, int64_t columns, int32_t *starts,
-                    int64_t *order) {
+/* Where the entries of each column of an index matrix start if they are sorted by column, those of a
+   column in their old order; and the row that each entry then comes from (counting sort). */
+void sort_by_column(const int64_t *indices, int64_t rows, int64_t k, int64_t columns,
+                    int32_t *starts, int32_t *from_rows) {
     int32_t *next = calloc(columns + 1, sizeof(int32_t));
-    for (int64_t e = 0; e < count; e++) next[indices[e] + 1]++;
+    for (int64_t e = 0; e < rows * k; e++) next[indices[e] + 1]++;
     for (int64_t l = 0; l < columns; l++) next[l + 1] += next[l];
     memcpy(starts, next, (columns + 1) * sizeof(int32_t));
-    for (int64_t e = 0; e < count; e++) order[next[indices[e]]++] = e;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < k; j++) from_rows[next[indices[r * k + j]]++] = (int32_t)r;
+    free(next);
+}
+
+/* Values of the entries in the same order. */
+void values_by_column(const int64_t *indices, int64_t count, int64_t columns,
+                      const int32_t *starts, const float *values, float *sorted) {
+    int32_t *next = malloc((columns + 1) * sizeof(int32_t));
+    memcpy(next, starts, (columns + 1) * sizeof(int32_t));
+    for (int64_t e = 0; e < count; e++) sorted[next[indices[e]]++] = values[e];
     free(next);
 }

@@ -345,8 +345,10 @@ def test_sums_in_c_are_the_plain_ones(shape: tuple[int, int, int, int]) -> None:
     ours = native.sampled_product(rows, indices, table)
     plain = torch.einsum("nd,nkd->nk", rows, table[indices])
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
-    order, starts = native.sort_by_column(indices, latents)
-    assert torch.equal(order, indices.flatten().sort(stable=True).indices)
+    starts, from_rows = native.sort_by_column(indices, latents)
+    order = indices.flatten().sort(stable=True).indices
+    assert torch.equal(from_rows, (order // k).int())
+    assert torch.equal(native.values_by_column(indices, starts, weights), weights.flatten()[order])
     assert torch.equal(starts.diff(), torch.bincount(indices.flatten(), minlength=latents).int())
 
 

@@ -31,7 +31,7 @@ from .config import Activation, UsageError
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 
 # Elements of pre_acts at a time: few enough to stay in cache (CPU), enough to fill a device (GPU).
-_CHUNK = {"cpu": 12 * 2**20, "cuda": 2**27}
+_CHUNK = {"cpu": 6 * 2**20, "cuda": 2**27}
 _GROUP = 8
 
 

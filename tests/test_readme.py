@@ -20,6 +20,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+STEP_ROWS = {
+    "step": "D = 384, L = 12288, k = 32",
+    "step_wide": "D = 768, L = 24576, k = 64",
+    "step_without_amx": "D = 384, L = 12288, k = 32, AMX switched off",
+}
+
 COMMANDS: dict[str, Any] = {
     "sae.evaluate": EvaluateConfig,
     "sae.features": FeaturesConfig,
@@ -75,11 +81,18 @@ def test_map_is_complete() -> None:
 
 
 def test_numbers_are_those_of_the_checked_in_results() -> None:
-    """The README's benchmark rows say what the result files say."""
-    for file in ROOT.glob("benchmarks/results/step*.json"):
-        result = json.loads(file.read_text())
+    """The README's table of targets is what the command prints, its steps what the files say."""
+    from benchmarks.targets import table
+
+    files = ROOT.glob("benchmarks/results/*.json")
+    results = {file.stem: json.loads(file.read_text()) for file in files}
+    assert table(results) in README
+    for name, shape in STEP_ROWS.items():
         for dtype in ("float32", "bfloat16"):
-            assert f"{result[dtype]['ratio']:.2f}" in README, (file.name, dtype)
+            found = results[name][dtype]
+            cells = [f"{found[f'{of}_ms']:.0f}" for of in ("product", "product_in_place", "step")]
+            assert f"| {shape}, {dtype} | {' | '.join(cells)} |" in README
+    assert (ROOT / "docs/scaling.svg").is_file()
 
 
 def test_exchange_numbers_are_the_checked_in_ones() -> None:

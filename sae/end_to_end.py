@@ -88,7 +88,7 @@ def _replaced(
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, the module computes `forward`."""
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign]  # for one call
     try:
         yield
     finally:

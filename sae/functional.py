@@ -108,7 +108,7 @@ class Moments(NamedTuple):
             total_sq += torch.dot(wide.flatten(), wide.flatten())
         return cls(count, total, total_sq)
 
-    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
+    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]  # no tuple
         return Moments(*(a + b for a, b in zip(self, other, strict=True)))
 
     @property

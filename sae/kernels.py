@@ -112,12 +112,12 @@ def decode(
     top_acts: Float[Tensor, "N K"], top_indices: Int[Tensor, "N K"], W_dec: Float[Tensor, "L D"]
 ) -> Float[Tensor, "N D"]:
     """Twin of `functional.decode`."""
-    return _Decode.apply(top_acts, top_indices, W_dec)  # type: ignore[return-value]
+    return _Decode.apply(top_acts, top_indices, W_dec)  # type: ignore[return-value]  # as above
 
 
 def squared_error(y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     """Twin of `functional.squared_error`; the gradient is of y_hat alone."""
-    return _SquaredError.apply(y, y_hat)  # type: ignore[return-value]
+    return _SquaredError.apply(y, y_hat)  # type: ignore[return-value]  # as above
 
 
 class _Encode(torch.autograd.Function):

@@ -41,7 +41,7 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
         self._unit_norm = unit_norm
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # of one use
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             lr, beta = group["lr"], group["beta"]

@@ -17,7 +17,7 @@ from .blocks import TokenSource, hold_out
 from .config import UsageError
 from .data import TEXT_FLAGS, load_tokens
 from .exchange import Exchange
-from .hookpoints import find_hookpoints, load_lm, measure, token_limits
+from .hookpoints import Hookpoint, find_hookpoints, load_lm, measure, token_limits
 from .launch import on_cpu, working_dtype
 from .ranks import Ranks
 from .run_folder import checkpoints, read_json
@@ -116,14 +116,7 @@ def load(where: Where) -> Trained:
     patterns = tuple(dict.fromkeys(hookpoint.values()))
     disable_progress_bar()
     skeleton, places = find_hookpoints(flags["model"], patterns, with_head=True, **hub)
-    for place in measure(skeleton, places):
-        for name in (name for name in coders if hookpoint[name] == place.name):
-            d_in = place.d_in if coders[name].cfg.transcode else place.d_out
-            if (coders[name].d_in, coders[name].d_out) != (d_in, place.d_out):
-                raise UsageError(
-                    f"--model {flags['model']}: {place.name} is {d_in} and {place.d_out} wide, and "
-                    f"the coder {coders[name].d_in} and {coders[name].d_out}: name its own model"
-                )
+    _check_widths(coders, hookpoint, measure(skeleton, places), flags["model"])
     dtype = working_dtype(flags["mixed_precision"])
     ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
     eight_bit = flags["load_in_8bit"]
@@ -136,25 +129,15 @@ def load(where: Where) -> Trained:
         **{name: flags[name] for name in TEXT_FLAGS},
         **hub,
     )
-    blocks = torch.arange(len(source))
     saved = _data_of_run(Path(where.coders))
+    blocks = torch.arange(len(source))
     if before and (ours or saved == source.fingerprint):  # the rest was trained on
         ours, blocks = True, blocks[: _held_blocks(source, flags, before, saved)]
-    wanted = len(blocks)
-    if where.tokens is not None or not ours:
-        tokens = flags["eval_tokens"] if where.tokens is None else where.tokens
-        wanted = -(-tokens // source.block_len)
-    if where.tokens is None:
-        wanted = min(wanted, len(blocks))
-    if wanted > len(blocks):
-        raise UsageError(
-            f"--tokens {where.tokens}: there are {len(blocks) * source.block_len:,}"
-            + (" that the run held out; give another --dataset" if ours else "")
-        )
+    blocks = _wanted(blocks, where.tokens, flags["eval_tokens"], source.block_len, ours)
     exchange = Exchange(ranks, dict.fromkeys(places, 1), distributed=False)
     newest = checkpoints(Path(where.coders))
     step = newest[-1].name if newest else None
-    return Trained(lm, bank, exchange, source, blocks[:wanted], flags, ours, step)
+    return Trained(lm, bank, exchange, source, blocks, flags, ours, step)
 
 
 def _coders(where: Where) -> dict[str, SparseCoder]:
@@ -164,6 +147,39 @@ def _coders(where: Where) -> dict[str, SparseCoder]:
             f"{Path(where.coders).resolve().parent}"
         )
     return SparseCoder.load_many(where.coders)
+
+
+def _check_widths(
+    coders: dict[str, SparseCoder], hookpoint: dict[str, str], places: list[Hookpoint], model: str
+) -> None:
+    """Raise UsageError for coders that are not as wide as their hookpoints."""
+    at = {place.name: place for place in places}
+    for name, coder in coders.items():
+        place = at[hookpoint[name]]
+        d_in = place.d_in if coder.cfg.transcode else place.d_out
+        if (coder.d_in, coder.d_out) != (d_in, place.d_out):
+            raise UsageError(
+                f"--model {model}: {place.name} is {d_in} and {place.d_out} wide, and the coder "
+                f"{coder.d_in} and {coder.d_out}: name its own model"
+            )
+
+
+def _wanted(
+    blocks: Tensor, tokens: int | None, default: int, block_len: int, ours: bool
+) -> Int[Tensor, " n"]:
+    """The leading blocks that hold `tokens`; by default what a run held out, or `default` tokens.
+
+    Raises UsageError where there are fewer than were asked for.
+    """
+    if tokens is None:
+        return blocks if ours else blocks[: -(-default // block_len)]
+    wanted = -(-tokens // block_len)
+    if wanted > len(blocks):
+        raise UsageError(
+            f"--tokens {tokens}: there are {len(blocks) * block_len:,}"
+            + (" that the run held out; give another --dataset" if ours else "")
+        )
+    return blocks[:wanted]
 
 
 def _same_text(given: dict[str, Any], before: dict[str, Any]) -> bool:

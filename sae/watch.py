@@ -150,12 +150,12 @@ def exit_codes() -> Iterator[None]:
         _watch.leave()
         said = str(stopped) if _watch.rank == 0 else None  # all ranks would say the same
         _end(said if lost is None else lost, STOPPED if lost is None else LOST_A_RANK)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other ranks must hear of it
         if _watch.world == 1:
             raise
         if _is_of_communication(error) and (lost := _why_others_ended()) is not None:
             _end(lost, LOST_A_RANK)
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(type(error), error, error.__traceback__)
         _watch.write("words", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         _end(None, FAILED)
     finally:

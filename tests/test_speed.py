@@ -15,7 +15,7 @@ from runs import Settings, assert_identical, run, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from sae import SaeConfig, SparseCoder, UsageError, kernels
+from sae import SaeConfig, SparseCoder, UsageError, kernels, native
 from sae.dead_latents import FiringRecord, dead_latents
 from sae.functional import Moments
 from sae.optim import CoderOptimizer, finish_gradients_
@@ -138,17 +138,21 @@ def test_reading_ahead_changes_no_run(
     )
 
 
+@pytest.mark.skipif(native.library() is None, reason="no C compiler: the step is slower")
 def test_a_step_costs_what_it_did() -> None:
-    """Step over product is not far above the checked-in ratio: ratios, since times drift."""
+    """Step over product is not far above the checked-in ratio: ratios, since times drift.
+
+    PyTorch's operators in place of the C make a step in bfloat16 half as long again.
+    """
     from benchmarks.step import Shape, step_over_product
 
     checked_in = json.loads((ROOT / "benchmarks/results/step.json").read_text())
-    shape = Shape(N=4096)
-    for _ in range(3):  # a busy machine slows one of the two at times
-        found = step_over_product(shape, torch.float32, 5, "cpu")
-        if found["ratio_in_place"] < 1.3 * checked_in["float32"]["ratio_in_place"]:
-            return
-    pytest.fail(f"{found['ratio_in_place']:.2f}, was {checked_in['float32']['ratio_in_place']:.2f}")
+    for dtype in (torch.float32, torch.bfloat16):
+        limit = 1.3 * checked_in[str(dtype).removeprefix("torch.")]["ratio_in_place"]
+        found = []
+        while not found or min(found) > limit:
+            assert len(found) < 3, f"{dtype}: {found}, at most {limit:.2f}"  # a busy machine
+            found.append(step_over_product(Shape(), dtype, 5, "cpu")["ratio_in_place"])
 
 
 def test_benchmarks_run(tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def parts(shape: Shape, dtype: torch.dtype, repeats: int, device: str) -> dict[s
         "decode": lambda: kernels.decode(acts, indices, W_dec),
         "gradient of activations": lambda: kernels._sampled_product(rows, W_dec, indices),
         "sort by latent": lambda: kernels._ByLatent(indices, shape.L),
-        "gradient of W_dec": lambda: by_latent.sum_rows(acts, rows),
-        "gradient of W_enc": lambda: by_latent.sum_rows(acts, inputs),
+        "gradient of W_dec": lambda: by_latent.sum_rows(by_latent.sort(acts), rows),
+        "gradient of W_enc": lambda: by_latent.sum_rows(by_latent.sort(acts), inputs),
         "moments": lambda: Moments.of(rows),
     }
     found = {name: median_ms(work, device, repeats) for name, work in works.items()}

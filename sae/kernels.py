@@ -2,8 +2,8 @@
 
 What makes them fast, on the CPU and, through the same PyTorch operators, on a GPU:
 
-- `pre_acts` exist only for a few hundred rows at a time. The backward needs the indices and the
-  values of the active latents alone.
+- `pre_acts` exist only for some rows at a time. The backward needs the indices and the values of
+  the active latents alone.
 - The top k, and the top of the dead latents, come from one pass in C (native.py), or a tournament
   over group maxima.
 - The gradient of `top_acts` is a sampled product; N x K x D is never built.
@@ -30,8 +30,9 @@ from .config import Activation, UsageError
 # The sampled product goes through a CSR tensor, which warns of its beta state at first use.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 
-# Elements of pre_acts at a time: few enough to stay in cache (CPU), enough to fill a device (GPU).
-_CHUNK = {"cpu": 6 * 2**20, "cuda": 2**27}
+# Rows of pre_acts at a time: a CPU's product lays the weights out anew for every chunk.
+_CHUNK_ROWS = 1024
+_CHUNK_ON_GPU = 2**27  # elements that fill one
 _GROUP = 8
 
 
@@ -136,12 +137,14 @@ class _Encode(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         dtype = matmul_dtype or W_enc.dtype
         inputs = (x if pre_bias is None else x - pre_bias).to(dtype)
-        W = W_enc.to(dtype)
+        W = W_enc
+        if W.dtype != dtype:
+            W = native.in_huge_pages(torch.empty_like(W_enc, dtype=dtype)).copy_(W_enc)
         widths = (k,) if dead is None else (k, k_dead)
         tops = [x.new_empty(len(x), width, dtype=W_enc.dtype) for width in widths]
         indices = [torch.empty(t.shape, dtype=torch.int64, device=x.device) for t in tops]
         select = _Selection(W, b_enc, activation, dead)
-        buffer = inputs.new_empty(_chunk_rows(inputs, len(W)), len(W))
+        buffer = native.in_huge_pages(inputs.new_empty(_chunk_rows(inputs, len(W)), len(W)))
         for start in range(0, len(x), len(buffer)):
             rows = slice(start, start + len(buffer))
             pre_acts = buffer[: len(inputs[rows])]
@@ -162,12 +165,13 @@ class _Encode(torch.autograd.Function):
         for top_acts, indices, grad_acts in zip(tops, ctx.indices, grads[::2], strict=True):
             grad = torch.where(top_acts > 0, grad_acts, 0).to(W_enc.dtype)
             by_latent = _ByLatent.of(indices, len(W_enc))
+            sorted_grad = by_latent.sort(grad)
             if grad_b or grad_bias:
-                d_latents = _add(d_latents, by_latent.sum(grad))
+                d_latents = _add(d_latents, by_latent.sum(sorted_grad))
             if grad_x:
                 d_x = _add(d_x, _weighted_rows(grad, indices, W_enc))
             if grad_W:
-                d_W = _add(d_W, by_latent.sum_rows(grad, inputs).to(W_enc.dtype))
+                d_W = _add(d_W, by_latent.sum_rows(sorted_grad, inputs).to(W_enc.dtype))
         # Gao et al., appendix D: sum the latents' gradients over rows, then multiply once.
         d_bias = -(d_latents @ W_enc) if d_latents is not None and grad_bias else None
         return d_x, d_W, d_latents if grad_b else None, None, None, d_bias, None, None, None
@@ -185,11 +189,11 @@ class _Selection:
     ) -> None:
         self.W, self.activation, self.dead = W, activation, dead
         self.in_c = activation == "topk" and in_c(b_enc, table=W)
-        # In C the bias is added while a row is looked at: an infinite one leaves a latent out.
-        self.biases = [b_enc if self.in_c else b_enc.to(W.dtype)]
-        if dead is not None and self.in_c:
-            others_out = torch.full_like(self.biases[0], -torch.inf)
-            self.biases.append(others_out.index_copy_(0, dead, self.biases[0][dead]))
+        # In C the bias is added while a row is looked at, in float32.
+        self.bias = b_enc if self.in_c else b_enc.to(W.dtype)
+        self.among: list[tuple[Tensor | None, Tensor]] = [(None, self.bias)]
+        if dead is not None:
+            self.among.append((dead.int(), self.bias[dead]))
 
     def __call__(
         self, inputs: Tensor, pre_acts: Tensor, tops: list[Tensor], indices: list[Tensor]
@@ -197,9 +201,10 @@ class _Selection:
         """Write what is found for `inputs` into `tops` and `indices`; `pre_acts` is a buffer."""
         if self.in_c:
             torch.mm(inputs, self.W.t(), out=pre_acts)
-            native.select_largest(pre_acts, *zip(self.biases, tops, indices, strict=True))
+            found = zip(self.among, tops, indices, strict=True)
+            native.select_largest(pre_acts, *(native.Wanted(*a, t, i) for a, t, i in found))
             return
-        torch.addmm(self.biases[0], inputs, self.W.t(), out=pre_acts)
+        torch.addmm(self.bias, inputs, self.W.t(), out=pre_acts)
         select = _top_k if self.activation == "topk" else _group_max
         values, columns = select(pre_acts, tops[0].shape[1])
         tops[0].copy_(values)
@@ -229,7 +234,7 @@ class _Decode(torch.autograd.Function):
             grad_acts = _sampled_product(grad_out, W_dec, ctx.top_indices)
         if ctx.needs_input_grad[2]:
             by_latent = _ByLatent.of(ctx.top_indices, len(W_dec))
-            grad_W = by_latent.sum_rows(top_acts, grad_out.contiguous())
+            grad_W = by_latent.sum_rows(by_latent.sort(top_acts), grad_out.contiguous())
         return grad_acts, None, grad_W
 
 
@@ -253,8 +258,10 @@ def _within(indices: Tensor, limit: int) -> bool:
 
 
 def _chunk_rows(inputs: Tensor, num_latents: int) -> int:
-    elements = _CHUNK["cpu" if inputs.device.type == "cpu" else "cuda"]
-    return max(1, min(len(inputs), max(64, elements // num_latents // 64 * 64)))
+    rows = _CHUNK_ROWS
+    if inputs.device.type != "cpu":
+        rows = max(64, _CHUNK_ON_GPU // num_latents // 64 * 64)
+    return max(1, min(len(inputs), rows))
 
 
 def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -328,17 +335,16 @@ class _ByLatent:
     _sorted = WeakTensorKeyDictionary()
 
     def __init__(self, top_indices: Tensor, num_latents: int) -> None:
-        self._order: Tensor | None = None
-        self._indices = top_indices.detach()  # another tensor: the key must not keep itself
         if in_c() and top_indices.device.type == "cpu":
-            self.starts, self.rows = native.sort_by_column(top_indices, num_latents)
+            found = native.sort_by_column(top_indices, num_latents)
+            self.starts, self.order, self.rows = found
         else:
             flat = top_indices.flatten()
             narrow = torch.int16 if num_latents <= 2**15 else torch.int32  # sorts faster
-            self._order = torch.sort(flat.to(narrow), stable=True).indices
+            self.order = torch.sort(flat.to(narrow), stable=True).indices
             counts = torch.bincount(flat, minlength=num_latents)
             self.starts = F.pad(counts.cumsum(0), (1, 0)).int()
-            self.rows = (self._order // top_indices.shape[1]).int()
+            self.rows = (self.order // top_indices.shape[1]).int()
         self.counts = self.starts.diff().long()
 
     @classmethod
@@ -348,32 +354,31 @@ class _ByLatent:
             found = cls._sorted[top_indices] = cls(top_indices, num_latents)
         return found
 
-    def _in_order(self, values: Tensor) -> Tensor:
-        if self._order is None and in_c(values):
-            return native.values_by_column(self._indices, self.starts, values.contiguous())
-        if self._order is None:
-            self._order = torch.sort(self._indices.flatten(), stable=True).indices
-        return values.flatten()[self._order]
+    def sort(self, values: Float[Tensor, "N K"]) -> Float[Tensor, " E"]:
+        """The entries' values in that order."""
+        if self.order.dtype == torch.int32 and in_c(values):
+            return native.take(values.contiguous(), self.order)
+        return values.flatten()[self.order]
 
-    def sum(self, values: Tensor) -> Tensor:
-        """out_l = sum of values_nj over the entries with top_indices_nj = l, [L]."""
-        in_order = self._in_order(values)
-        return torch.segment_reduce(in_order, "sum", lengths=self.counts, unsafe=True, initial=0)
+    def sum(self, values: Float[Tensor, " E"]) -> Float[Tensor, " L"]:
+        """out_l = sum of sorted values over the entries of latent l."""
+        return torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True, initial=0)
 
-    def sum_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """out_l = sum of weights_nj rows_n over the entries with top_indices_nj = l, [L D]."""
-        in_order = self._in_order(weights)
+    def sum_rows(
+        self, weights: Float[Tensor, " E"], rows: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "L D"]:
+        """out_l = sum of weights_e rows_{n(e)} over the sorted entries e of latent l."""
         if sums := _in_triton(rows.device):
             return sums.sum_by_latent(
-                in_order.to(rows.dtype), self.rows, self.starts, self.counts, rows
+                weights.to(rows.dtype), self.rows, self.starts, self.counts, rows
             )
-        if in_c(in_order, table=rows):
-            return native.sum_rows(self.starts, self.rows, in_order, rows)
+        if in_c(weights, table=rows):
+            return native.sum_rows(self.starts, self.rows, weights, rows)
         return F.embedding_bag(
             self.rows,
             rows,
             self.starts,
-            per_sample_weights=in_order.to(rows.dtype),
+            per_sample_weights=weights.to(rows.dtype),
             mode="sum",
             include_last_offset=True,
         )

@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -47,20 +47,26 @@ def serves(*tensors: Tensor, table: Tensor | None = None) -> bool:
     return fit and library() is not None
 
 
-def select_largest(
-    values: Float[Tensor, "N L"], *wanted: tuple[Tensor, Float[Tensor, "N K"], Int[Tensor, "N K"]]
-) -> None:
+class Wanted(NamedTuple):
+    """The k largest values + bias, of all columns or those listed in `among`, to be written."""
+
+    among: Int[Tensor, " M"] | None
+    bias: Float[Tensor, " M"]
+    top: Float[Tensor, "N K"]
+    columns: Int[Tensor, "N K"]
+
+
+def select_largest(values: Float[Tensor, "N L"], *wanted: Wanted) -> None:
     """The positive parts of the k largest values + bias in every row and their columns, unordered.
 
-    One or two are wanted, each (bias [L], tops [N K], columns [N K]), the last two to be written.
-    A bias of -inf leaves a column out; where too few are left the rest are zeros of column 0.
+    One or two selections are made in one go. Where fewer than k are above -inf, the rest are zeros
+    of the first column.
     """
-    rows, width = values.shape
-    arguments: list[Tensor | int | None] = []
-    for bias, top, columns in wanted:
-        assert 0 < top.shape[1] <= width < 2**31 and top.shape == columns.shape
-        arguments += [bias, top.shape[1], top, columns]
-    arguments += [None, 0, None, None] * (2 - len(wanted))
+    (rows, width), arguments = values.shape, list[Tensor | int | None]()
+    for w in wanted:
+        assert 0 < w.top.shape[1] <= len(w.bias) <= width < 2**31 and w.top.shape == w.columns.shape
+        arguments += [w.among, len(w.bias), w.top.shape[1], w.bias, w.top, w.columns]
+    arguments += [None, 0, 0, None, None, None] * (2 - len(wanted))
     _call("select_largest", values, int(values.dtype == torch.bfloat16), rows, width, *arguments)
 
 
@@ -71,7 +77,7 @@ def sum_rows(
     table: Float[Tensor, "R D"],
 ) -> Float[Tensor, "M D"]:
     """out_m = sum of weights_j table[columns_j] over starts_m <= j < starts_{m+1}, in float32."""
-    out = torch.empty(len(starts) - 1, table.shape[1])
+    out = in_huge_pages(torch.empty(len(starts) - 1, table.shape[1]))
     bf16 = int(table.dtype == torch.bfloat16)
     _call("sum_rows", starts, columns, weights, len(out), table, bf16, *table.shape, out)
     return out
@@ -88,22 +94,30 @@ def sampled_product(
 
 def sort_by_column(
     indices: Int[Tensor, "N K"], columns: int
-) -> tuple[Int[Tensor, " L+1"], Int[Tensor, " E"]]:
-    """Where each column's entries start once sorted by column (stable), and the row of each."""
+) -> tuple[Int[Tensor, " L+1"], Int[Tensor, " E"], Int[Tensor, " E"]]:
+    """The entries sorted by column, stable: where columns start; each entry's place, and row."""
     assert indices.numel() < 2**31
     starts = torch.empty(columns + 1, dtype=torch.int32)
-    rows = torch.empty(indices.numel(), dtype=torch.int32)
-    _call("sort_by_column", indices, *indices.shape, columns, starts, rows)
-    return starts, rows
+    order, rows = torch.empty(2, indices.numel(), dtype=torch.int32)
+    _call("sort_by_column", indices, *indices.shape, columns, starts, order, rows)
+    return starts, order, rows
 
 
-def values_by_column(
-    indices: Int[Tensor, "N K"], starts: Int[Tensor, " L+1"], values: Float[Tensor, "N K"]
-) -> Float[Tensor, " E"]:
-    """The values of the entries in the order of `sort_by_column`."""
-    out = torch.empty(indices.numel())
-    _call("values_by_column", indices, len(out), len(starts) - 1, starts, values, out)
+def take(values: Float[Tensor, "N K"], order: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
+    """out_i = values.flatten()[order_i]."""
+    out = torch.empty(len(order))
+    _call("take", order, len(order), values, out)
     return out
+
+
+def in_huge_pages(tensor: Tensor, touched: bool = False) -> Tensor:
+    """The same tensor, in pages of 2 MB where it is large and the system has them.
+
+    Fresh memory then comes faster, and so do rows gathered from it; `touched`: it is in use.
+    """
+    if tensor.device.type == "cpu" and library() is not None:
+        _call("use_huge_pages", tensor, tensor.nbytes, int(touched))
+    return tensor
 
 
 def finish_gradient_(grad: Tensor, weight: Tensor | None, scale: float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import native
 from .config import UsageError
 from .sparse_coder import SparseCoder
 from .updates import finish_gradient_, signum_step_
@@ -78,6 +79,8 @@ class CoderOptimizer:
         adam_8bit: bool = False,
     ) -> None:
         parameters = dict(coder.named_parameters())
+        for p in parameters.values():
+            native.in_huge_pages(p.data, touched=True)
         self.name: OptimizerName = name
         self.peak_lr = default_lr(name, coder.num_latents) if lr is None else lr
         matrices = {n: p for n, p in parameters.items() if name == "muon" and p.ndim == 2}

@@ -172,43 +172,62 @@ static inline void select_rows(block b, int bf16, int64_t k, kept *own, float *m
 
 static void *numbers(int64_t count) { return aligned_alloc(64, (4 * count + 63) / 64 * 64); }
 
-/* What is wanted of every row: the positive parts of the k largest, and their columns. Where fewer
-   than k are above -inf, the rest are zeros of column 0. */
+/* What is wanted of every row: the positive parts of the k largest, and their columns, from all
+   columns or from the `width` listed in `among`. Where fewer than k are above -inf, the rest are
+   zeros of the first column. */
 typedef struct {
+    const int32_t *among;
+    int64_t width, k;
     const float *bias;
-    int64_t k;
     float *top;
     int64_t *columns;
 } wanted;
 
+static inline void listed_columns(block b, int bf16, const wanted *w, float *values) {
+    for (int64_t r = 0; r < b.rows; r++)
+        for (int64_t i = 0; i < w->width; i++)
+            values[r * w->width + i] = load_one(row_of(b, r, bf16), w->among[i], bf16);
+}
+
+static void write_row(const kept *found, const wanted *w, int64_t row) {
+    for (int64_t j = 0, at = row * w->k; j < w->k; j++, at++) {
+        float score = j < found->count ? found->scores[j] : 0;
+        int32_t column = j < found->count ? found->columns[j] : 0;
+        w->top[at] = score < 0 ? 0 : score;
+        w->columns[at] = w->among ? w->among[column] : column;
+    }
+}
+
 /* One or two selections from each row, while it is at hand. */
 void select_largest(const void *values, int64_t bf16, int64_t rows, int64_t width,
-                    const float *bias, int64_t k, float *top, int64_t *columns,
-                    const float *other_bias, int64_t other_k, float *other_top,
-                    int64_t *other_columns) {
-    wanted all[2] = {{bias, k, top, columns}, {other_bias, other_k, other_top, other_columns}};
+                    const int32_t *among, int64_t m, int64_t k, const float *bias, float *top,
+                    int64_t *columns, const int32_t *other_among, int64_t other_m, int64_t other_k,
+                    const float *other_bias, float *other_top, int64_t *other_columns) {
+    wanted all[2] = {{among, m, k, bias, top, columns},
+                     {other_among, other_m, other_k, other_bias, other_top, other_columns}};
     int64_t room = 2 * (k > other_k ? k : other_k) + STEP;
 #pragma omp parallel
     {
-        float *maxima = numbers(ROWS * width);
+        float *maxima = numbers(ROWS * width), *listed = numbers(ROWS * width);
         int32_t *keys = numbers(width > room ? width : room);
         kept own[ROWS];
         for (int r = 0; r < ROWS; r++) own[r] = (kept){numbers(room), numbers(room), 0, 0};
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < rows; first += ROWS)
-            for (wanted *w = all; w < all + 2 && w->k; w++) {
-                const char *start = (const char *)values + first * width * (bf16 ? 2 : 4);
-                block b = {start, rows - first < ROWS ? rows - first : ROWS, width, w->bias};
-                if (bf16) select_rows(b, 1, w->k, own, maxima, keys);
+        for (int64_t from = 0; from < rows; from += ROWS)
+            for (const wanted *w = all; w < all + 2 && w->k; w++) {
+                const char *start = (const char *)values + from * width * (bf16 ? 2 : 4);
+                block b = {start, rows - from < ROWS ? rows - from : ROWS, width, w->bias};
+                if (w->among) {
+                    if (bf16) listed_columns(b, 1, w, listed);
+                    else listed_columns(b, 0, w, listed);
+                    b = (block){(const char *)listed, b.rows, w->width, w->bias};
+                }
+                if (bf16 && !w->among) select_rows(b, 1, w->k, own, maxima, keys);
                 else select_rows(b, 0, w->k, own, maxima, keys);
-                for (int64_t r = 0; r < b.rows; r++)
-                    for (int64_t j = 0, at = (first + r) * w->k; j < w->k; j++, at++) {
-                        float score = j < own[r].count ? own[r].scores[j] : 0;
-                        w->top[at] = score < 0 ? 0 : score;
-                        w->columns[at] = j < own[r].count ? own[r].columns[j] : 0;
-                    }
+                for (int64_t r = 0; r < b.rows; r++) write_row(own + r, w, from + r);
             }
         free(maxima);
+        free(listed);
         free(keys);
         for (int r = 0; r < ROWS; r++) {
             free(own[r].scores);

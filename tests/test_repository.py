@@ -22,7 +22,7 @@ BELOW = {
     "hookpoints": {"config"},
     "dead_latents": set(),
     "sparse_coder": {"config", "functional", "kernels", "updates"},
-    "optim": {"config", "sparse_coder", "updates"},
+    "optim": {"config", "native", "sparse_coder", "updates"},
     "watch": {"config"},
     "ranks": {"blocks", "config", "watch"},
     "exchange": {"config", "hookpoints", "ranks"},

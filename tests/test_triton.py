@@ -64,7 +64,7 @@ def test_sums_by_hand(triton_kernels: ModuleType) -> None:
     weights = torch.randn(60, 5, generator=generator)
     rows, table = torch.randn(60, 37, generator=generator), torch.randn(9, 37, generator=generator)
     order = kernels._ByLatent(indices.to(DEVICE), 9)
-    in_order = order._in_order(weights.to(DEVICE))
+    in_order = order.sort(weights.to(DEVICE))
     ours = triton_kernels.sum_by_latent(
         in_order, order.rows, order.starts, order.counts, rows.to(DEVICE)
     )

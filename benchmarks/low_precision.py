@@ -1,77 +1,78 @@
-"""Whether a search for the active latents in int8 would pay: its product, and what it would miss.
+"""A search for the active latents in int8: what a step costs, what it misses, what runs end with.
 
     python benchmarks/low_precision.py --out benchmarks/results/low_precision.json
 
-Such a search takes the 4 k best latents of a product in int8 (rows and latents scaled to 127) and
-computes their scores again in full. It can only be worth it if the int8 product is much faster than
-the bfloat16 one. Both write into memory that is there, in the chunks that a step uses: measured as
-functions that return fresh memory, what differs is mostly the system clearing it.
+`--kernels int8` takes the latents that rank highest in an int8 product and computes their
+pre-activations in full. A step of it stands beside the encoder's product in bfloat16, into memory
+that is there (the stricter of step.py's two). Recall is the share of the exact top k that it finds,
+by candidates per active latent, on rows of the demo LM, of a trained coder; and held-out FVU is of
+two runs that differ in nothing else.
 """
 
 import argparse
-import statistics
+import contextlib
+import io
 import sys
-from collections.abc import Callable
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import AutoModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
-from benchmarks.step import Shape, machine, median_ms, seconds, write
-from sae.kernels import _chunk_rows
+from make_text import write_text
+
+from benchmarks.step import Shape, machine, step_over_product, write
+from sae import SparseCoder, UsageError, backend, functional
+from sae.data import load_tokens
+from sae.hookpoints import capture
+from train_sae import TrainConfig, train
+
+HOOKPOINT = "layers.3"
 
 
-def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in int8 and what each was divided by."""
-    scale = rows.abs().amax(1, keepdim=True) / 127
-    return (rows / scale).round().to(torch.int8), scale
+def steps(shape: Shape, repeats: int) -> dict[str, float]:
+    """A step by int8 beside the bfloat16 product, and a step without in the same turns."""
+    found = {}
+    for choice in ("auto", "int8"):
+        backend.choose(choice, torch.device("cpu"))
+        measured = step_over_product(shape, torch.bfloat16, repeats, "cpu")
+        kept = ("product_ms", "product_in_place_ms", "step_ms", "ratio", "ratio_in_place")
+        found |= {f"{choice}_{name}": measured[name] for name in kept}
+    return found
 
 
-def products(shape: Shape, device: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of the encoder's product by precision, and the median ratio."""
-    x, W = (
-        torch.randn(shape.N, shape.D, device=device),
-        torch.randn(shape.L, shape.D, device=device),
+def trained(choice: str, folder: Path, steps: int, num_latents: int) -> dict[str, Any]:
+    """The figures of a run on the demo LM."""
+    cfg = TrainConfig(
+        model=str(ROOT / "demo/lm"),
+        dataset=str(folder / "text/train.jsonl"),
+        hookpoints=(HOOKPOINT,),
+        ctx_len=256,
+        max_examples=32 * steps,
+        num_latents=num_latents,
+        eval_tokens=2**15,
+        kernels=choice,  # type: ignore[arg-type]  # one of backend.Choice
+        save_dir=str(folder),
+        run_name=choice,
+        log_with="none",
     )
-    x8, W8 = to_int8(x)[0], to_int8(W)[0]
-    half, W_half = x.bfloat16(), W.bfloat16()
-    rows = _chunk_rows(half, shape.L)
-    in_int = torch.empty(rows, shape.L, dtype=torch.int32, device=device)
-    in_half = torch.empty(rows, shape.L, dtype=torch.bfloat16, device=device)
-
-    def int8() -> None:
-        for piece in x8.split(rows):
-            torch._int_mm(piece, W8.t(), out=in_int[: len(piece)])
-
-    def bf16() -> None:
-        for piece in half.split(rows):
-            torch.mm(piece, W_half.t(), out=in_half[: len(piece)])
-
-    pairs = [(seconds(bf16, device), seconds(int8, device)) for _ in range(repeats + 2)][2:]
-    fresh: dict[str, Callable[[], Any]] = {
-        "bf16_fresh_ms": lambda: torch.mm(half, W_half.t()),
-        "int8_fresh_ms": lambda: torch._int_mm(x8, W8.t()),
-    }
-    return {
-        "bf16_ms": 1e3 * statistics.median(b for b, _ in pairs),
-        "int8_ms": 1e3 * statistics.median(i for _, i in pairs),
-        "int8_over_bf16": statistics.median(i / b for b, i in pairs),
-    } | {name: median_ms(work, device, repeats) for name, work in fresh.items()}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train(cfg)["hookpoints"][HOOKPOINT]
 
 
-def recall(shape: Shape, device: str, wider: int) -> float:
-    """Share of the exact top k that are among the `wider` k best by the int8 product."""
-    x, W = torch.randn(512, shape.D, device=device), torch.randn(shape.L, shape.D, device=device)
-    (x8, x_scale), (W8, W_scale) = to_int8(x), to_int8(W)
-    rough = torch._int_mm(x8, W8.t()).float() * x_scale * W_scale.T
-    exact = (x @ W.T).topk(shape.k, dim=1).indices
-    found = torch.zeros_like(rough, dtype=torch.bool)
-    found.scatter_(1, rough.topk(wider * shape.k, dim=1).indices, True)
-    return found.gather(1, exact).double().mean().item()
+@torch.no_grad()
+def recall(coder: SparseCoder, rows: torch.Tensor, candidates: int) -> float:
+    """Share of the exact top k of every row that an int8 search finds."""
+    arguments = (rows, coder.encoder.weight, coder.encoder.bias, coder.cfg.k)
+    _, exact = functional.encode(*arguments, pre_bias=coder.b_dec)
+    _, found = functional.encode_in_int8(*arguments, coder.b_dec, candidates)
+    seen = torch.zeros(len(rows), coder.num_latents, dtype=torch.bool).scatter_(1, found, True)
+    return seen.gather(1, exact).double().mean().item()
 
 
 def main() -> None:
@@ -79,17 +80,34 @@ def main() -> None:
     for name, default in asdict(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=60, help="of the two runs")
+    parser.add_argument("--num_latents", type=int, default=12288, help="of the two runs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    torch.manual_seed(0)
     shape = Shape(args.N, args.D, args.L, args.k)
-    result: dict[str, Any] = {"machine": machine(args.device), "shape": asdict(shape)}
-    result |= products(shape, args.device, args.repeats)
-    result["recall"] = {f"{wider} k": recall(shape, args.device, wider) for wider in (1, 2, 4)}
+    result: dict[str, Any] = {"machine": machine("cpu"), "shape": asdict(shape)}
+    try:
+        backend.choose("int8", torch.device("cpu"))
+    except UsageError as error:
+        print(error)
+        return write(result | {"unmeasured": str(error)}, args.out)
+    result |= steps(shape, args.repeats)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / "text")
+        runs = {c: trained(c, folder, args.steps, args.num_latents) for c in ("auto", "int8")}
+        coder = SparseCoder.load_from_disk(runs["auto"]["path"])
+        text, tokenizer = str(folder / "text/heldout.jsonl"), str(ROOT / "demo/lm")
+        blocks = load_tokens(text, tokenizer=tokenizer, limits=(4096, 512), ctx_len=256)
+        tokens = next(blocks.batches(torch.arange(8), 8))
+    lm = AutoModel.from_pretrained(ROOT / "demo/lm", dtype=torch.float32)
+    _, rows = capture(lm, tokens, [HOOKPOINT])[HOOKPOINT]
+    result["recall"] = {f"{n} k": recall(coder, rows, n) for n in (1, 2, 3, 4)}
+    result |= {f"{choice}_fvu": figures["fvu"] for choice, figures in runs.items()}
+    result["fvu_ratio"] = result["int8_fvu"] / result["auto_fvu"]
     for name, value in result.items():
-        print(f"{name:16} {value}")
+        print(f"{name:26} {value}")
     write(result, args.out)
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,11 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sae import SaeConfig, SparseCoder, kernels
+from sae import SaeConfig, SparseCoder, backend, kernels
 from sae.dead_latents import FiringRecord
 from sae.functional import Moments
 from sae.optim import CoderOptimizer, finish_gradients_
+from sae.sparse_sums import ByLatent, sampled_product
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,8 @@ def parts(shape: Shape, dtype: torch.dtype, repeats: int, device: str) -> dict[s
     assert coder.W_dec is not None
     W_dec = coder.W_dec.detach()
     acts, indices = kernels.encode(rows, W_enc, b_enc, shape.k, "topk", b_dec, dtype)
-    by_latent = kernels._ByLatent(indices, shape.L)
-    inputs, W = rows.to(dtype), W_enc.to(dtype)
-    buffer = inputs.new_empty(kernels._chunk_rows(inputs, shape.L), shape.L)
-
-    def product() -> None:
-        for piece in inputs.split(len(buffer)):
-            torch.mm(piece, W.t(), out=buffer[: len(piece)])
+    by_latent = ByLatent(indices, shape.L)
+    inputs = rows.to(dtype)
 
     def gradients() -> None:
         for p in coder.parameters():
@@ -138,13 +134,12 @@ def parts(shape: Shape, dtype: torch.dtype, repeats: int, device: str) -> dict[s
         step.optimizer.step(0, 1000, 0)
 
     works: dict[str, Callable[[], Any]] = {
-        "product, in chunks": product,
         "encode: product, top k": lambda: kernels.encode(
             rows, W_enc, b_enc, shape.k, "topk", b_dec, dtype
         ),
         "decode": lambda: kernels.decode(acts, indices, W_dec),
-        "gradient of activations": lambda: kernels._sampled_product(rows, W_dec, indices),
-        "sort by latent": lambda: kernels._ByLatent(indices, shape.L),
+        "gradient of activations": lambda: sampled_product(rows, W_dec, indices),
+        "sort by latent": lambda: ByLatent(indices, shape.L),
         "gradient of W_dec": lambda: by_latent.sum_rows(by_latent.sort(acts), rows),
         "gradient of W_enc": lambda: by_latent.sum_rows(by_latent.sort(acts), inputs),
         "moments": lambda: Moments.of(rows),
@@ -160,11 +155,14 @@ def parts(shape: Shape, dtype: torch.dtype, repeats: int, device: str) -> dict[s
 def machine(device: str) -> dict[str, Any]:
     """Where and when this was measured."""
     commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = [line.partition(":")[2].strip() for line in about.splitlines() if "model name" in line]
+    instructions = ("avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "amx_bf16": "amx_bf16" in flags,
+        "cpu": (*named, "unknown")[0],
+        "instructions": [name for name in instructions if f" {name} " in about],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -185,13 +183,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dead_share", type=float, default=0.3, help="dead latents, for AuxK")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--kernels", choices=["auto", "torch", "native"], default="auto")
+    parser.add_argument("--kernels", choices=get_args(backend.Choice), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     shape = Shape(args.N, args.D, args.L, args.k)
-    made_by = kernels.choose(args.kernels, torch.device(args.device))
+    made_by = backend.choose(args.kernels, torch.device(args.device))
     result: dict[str, Any] = {"machine": machine(args.device), "shape": asdict(shape)}
     print(f"{shape}, {made_by}, on {result['machine']}")
     print(

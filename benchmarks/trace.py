@@ -26,7 +26,7 @@ from make_text import write_text
 
 import train_sae
 from benchmarks.step import Shape, Step, machine, write
-from sae import kernels, native
+from sae import backend, native
 from sae.ranks import Ranks
 
 _WAIT, _FORWARD = "wait for data", "LM forward"
@@ -99,10 +99,10 @@ def shares_of_run(text: Path, folder: Path, streaming: bool, trace: Path | None)
 
 
 def profiled_step(
-    choice: kernels.Choice, dtype: torch.dtype, trace: Path | None
+    choice: backend.Choice, dtype: torch.dtype, trace: Path | None
 ) -> dict[str, float]:
     """Milliseconds of a step's most expensive operators, each without what it calls."""
-    kernels.choose(choice, torch.device("cpu"))
+    backend.choose(choice, torch.device("cpu"))
     step = Step(Shape(), dtype, "cpu")
     for _ in range(3):
         step()

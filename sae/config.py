@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 Activation = Literal["topk", "groupmax"]
 
+INT8_CANDIDATES = 2
+"""Latents per active one whose pre-activations an int8 search computes in full."""
+
 _TOO_MANY = 2**46
 _TOO_LARGE = 2**40
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .config import Activation
+from .config import INT8_CANDIDATES, Activation
 
 
 def encode(
@@ -34,8 +34,8 @@ def encode(
 
     `topk` selects the k largest of a row, `groupmax` the largest of each of k runs of L / k
     neighbouring latents. Where fewer than k pre_acts are positive the rest of top_acts is 0: such
-    a latent is not active and gets no gradient. `matmul_dtype` is the precision of the product; the
-    bias is added in that or a higher one.
+    a latent is not active and gets no gradient. `matmul_dtype` is the precision of the product's
+    factors; it is summed, and the bias is added, in that or a higher one.
 
     Source: Gao et al., section 2.3 (TopK).
     """
@@ -73,11 +73,53 @@ def encode_with_dead(
     return acts, indices, dead_acts, dead[among_dead]
 
 
+def encode_in_int8(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    pre_bias: Float[Tensor, " D"] | None = None,
+    candidates: int = INT8_CANDIDATES,
+) -> tuple[Float[Tensor, "N K"], Int[Tensor, "N K"]]:
+    """`encode` by topk of only the `candidates` k latents that rank highest in int8.
+
+    rough_nl = round(x_n / s_n) round(W_enc_l / s_l) s_n s_l + b_enc_l,   s = max |.| / 127 by rows
+
+    Of these the pre-activations are computed in full, so what is found has its exact activation;
+    what ranks too low in int8 is missed.
+    """
+    inputs = x if pre_bias is None else x - pre_bias
+
+    def in_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
+        largest = rows.abs().amax(1, keepdim=True)
+        # A true division: a number over a tensor is a multiplication to PyTorch.
+        steps = torch.where(largest < 1e-30, 1.0, largest.new_tensor(127.0) / largest)
+        return (rows * steps).round(), 1 / steps
+
+    (whole_x, unit_x), (whole_W, unit_W) = in_steps(inputs), in_steps(W_enc)
+    rough = (whole_x @ whole_W.T) * (unit_x * unit_W.T) + b_enc  # [N L], sums are whole numbers
+    found = rough.topk(min(len(W_enc), candidates * k), dim=1).indices
+    pre_acts = torch.einsum("nd,ncd->nc", inputs, W_enc[found]) + b_enc[found]
+    top_acts, place = pre_acts.topk(k, dim=1, sorted=False)
+    return top_acts.relu(), found.gather(1, place)
+
+
 def decode(
     top_acts: Float[Tensor, "N K"], top_indices: Int[Tensor, "N K"], W_dec: Float[Tensor, "L D"]
 ) -> Float[Tensor, "N D"]:
     """Sum the active latents' decoder rows: out_n = sum_j top_acts_nj W_dec[top_indices_nj]."""
     return torch.einsum("nk,nkd->nd", top_acts, W_dec[top_indices])
+
+
+def decode_with_dead(
+    top_acts: Float[Tensor, "N K"],
+    top_indices: Int[Tensor, "N K"],
+    W_dec: Float[Tensor, "L D"],
+    dead_acts: Float[Tensor, "N M"],
+    dead_indices: Int[Tensor, "N M"],
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
+    """`decode` of the active latents, and of those that AuxK chose among the dead."""
+    return decode(top_acts, top_indices, W_dec), decode(dead_acts, dead_indices, W_dec)
 
 
 def squared_error(y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]) -> Float[Tensor, ""]:

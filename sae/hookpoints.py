@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .config import UsageError
+from .linear import fast_linear_layers
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,8 @@ def capture(
         if len(seen) == len(hookpoints) and not sharded:
             raise _LastHookpoint
 
-    with _hooks(modules, hookpoints, store), torch.no_grad(), suppress(_LastHookpoint):
+    stops = suppress(_LastHookpoint)
+    with _hooks(modules, hookpoints, store), torch.no_grad(), stops, fast_linear_layers():
         lm.base_model(input_ids=tokens)
     if absent := [name for name in hookpoints if name not in seen]:
         raise UsageError(

@@ -12,9 +12,9 @@ from datasets import disable_progress_bars
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from .backend import Choice, choose
 from .config import UsageError
 from .hookpoints import compile_blocks, is_sharded
-from .kernels import Choice, choose
 from .ranks import Ranks
 
 

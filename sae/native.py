@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_SOURCES = ("select.c", "sums.c", "update.c")
+_SOURCES = ("search.c", "select.c", "sums.c", "update.c")
+_KINDS = (torch.float32, torch.bfloat16, torch.int8)
+_TILE = 32  # columns that search.c works on
 
 
 @cache
@@ -70,16 +72,58 @@ def select_largest(values: Float[Tensor, "N L"], *wanted: Wanted) -> None:
     _call("select_largest", values, int(values.dtype == torch.bfloat16), rows, width, *arguments)
 
 
+def searches(kind: torch.dtype) -> bool:
+    """Whether this processor makes products of this kind while it searches them."""
+    return library() is not None and bool(library().searches(ctypes.c_int64(_KINDS.index(kind))))
+
+
+def search(
+    inputs: Float[Tensor, "N D"],
+    W: Float[Tensor, "L D"],
+    bias: Float[Tensor, " L"],
+    kind: torch.dtype,
+    tops: list[Tensor],
+    columns: list[Tensor],
+    dead: Int[Tensor, " M"] | None = None,
+) -> None:
+    """The k largest of inputs W^T + bias in every row, and of those listed in `dead`.
+
+    Written like `select_largest` does; the product, of numbers rounded to `kind`, is never stored.
+    """
+    among, listed = torch.arange(len(W), dtype=torch.int32), 0
+    if dead is not None:
+        rest = torch.ones(len(W), dtype=torch.bool).index_fill_(0, dead, False)
+        first = _to_whole_tiles(dead.int())
+        among, listed = torch.cat([first, among[rest]]), len(first)
+    among = _to_whole_tiles(among)
+    outs: list[Tensor | int | None] = [listed, tops[-1].shape[1], tops[-1], columns[-1]]
+    _call(
+        *("search", _KINDS.index(kind), inputs, int(inputs.dtype == torch.bfloat16)),
+        *(*inputs.shape, W, bias, among, len(among), tops[0].shape[1], tops[0], columns[0]),
+        *(outs if listed else [0, 0, None, None]),
+    )
+
+
+def _to_whole_tiles(numbers: Tensor) -> Tensor:
+    return torch.nn.functional.pad(numbers, (0, -len(numbers) % _TILE), value=-1)
+
+
 def sum_rows(
     starts: Int[Tensor, " M+1"],
     columns: Int[Tensor, " E"],
     weights: Float[Tensor, " E"],
     table: Float[Tensor, "R D"],
+    add_to: Float[Tensor, "M D"] | None = None,
 ) -> Float[Tensor, "M D"]:
-    """out_m = sum of weights_j table[columns_j] over starts_m <= j < starts_{m+1}, in float32."""
-    out = in_huge_pages(torch.empty(len(starts) - 1, table.shape[1]))
-    bf16 = int(table.dtype == torch.bfloat16)
-    _call("sum_rows", starts, columns, weights, len(out), table, bf16, *table.shape, out)
+    """out_m = sum of weights_j table[columns_j] over starts_m <= j < starts_{m+1}, in float32.
+
+    Where `add_to` is given, it is added to that, in place.
+    """
+    out = add_to
+    if out is None:
+        out = in_huge_pages(torch.empty(len(starts) - 1, table.shape[1]))
+    bf16, more = int(table.dtype == torch.bfloat16), int(add_to is not None)
+    _call("sum_rows", starts, columns, weights, len(out), table, bf16, *table.shape, more, out)
     return out
 
 

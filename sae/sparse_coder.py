@@ -149,12 +149,19 @@ class SparseCoder(nn.Module):
         """top W_dec + b_dec, without the skip connection."""
         k = top_acts.shape[-1]
         acts, indices = top_acts.reshape(-1, k).to(self.dtype), top_indices.reshape(-1, k)
-        out = self._decode_rows(acts, indices, self.b_dec)
+        out, _ = self._reconstruct(acts, indices, self.b_dec)
         return out.view(*top_acts.shape[:-1], self.d_out)
 
-    def _decode_rows(self, top_acts: Tensor, top_indices: Tensor, offset: Tensor) -> Tensor:
+    def _reconstruct(
+        self, top_acts: Tensor, top_indices: Tensor, offset: Tensor, *of_dead: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """top W_dec + offset; with AuxK's (activations, indices) also their sum, without."""
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
-        return self.ops.decode(top_acts, top_indices, self.W_dec).add_(offset)
+        arguments = (top_acts, top_indices, self.W_dec)
+        if not of_dead:
+            return self.ops.decode(*arguments).add_(offset), None
+        sae_out, e_hat = self.ops.decode_with_dead(*arguments, *of_dead)
+        return sae_out.add_(offset), e_hat
 
     def forward(
         self,
@@ -195,17 +202,16 @@ class SparseCoder(nn.Module):
         if self.cfg.multi_topk:
             top_acts, top_indices = self._narrow(rows, wide_acts, wide_indices, k)
         offset = self.b_dec if self.W_skip is None else rows @ self.W_skip.mT + self.b_dec
-        sae_out = self._decode_rows(top_acts, top_indices, offset)
+        sae_out, e_hat = self._reconstruct(top_acts, top_indices, offset, *of_dead)
         fvu = self.ops.squared_error(y_rows, sae_out) / total_variance
 
         auxk_loss = multi_topk_fvu = fvu.new_zeros(())
-        if dead is not None:
+        if dead is not None and e_hat is not None:
+            share = min(len(dead) / functional.k_aux(self.d_out), 1.0)
             residual = (y_rows - sae_out).detach()
-            auxk_loss = (
-                self._auxk_error(residual, of_dead[0], of_dead[1], len(dead)) / total_variance
-            )
+            auxk_loss = share * self.ops.squared_error(residual, e_hat) / total_variance
         if self.cfg.multi_topk:
-            wide_out = self._decode_rows(wide_acts, wide_indices, offset)
+            wide_out, _ = self._reconstruct(wide_acts, wide_indices, offset)
             multi_topk_fvu = self.ops.squared_error(y_rows, wide_out) / total_variance
 
         return CoderOutput(
@@ -224,12 +230,6 @@ class SparseCoder(nn.Module):
             return top_acts, top_indices
         top_acts, position = acts.topk(k, dim=1)
         return top_acts, indices.gather(1, position)
-
-    def _auxk_error(self, residual: Tensor, acts: Tensor, indices: Tensor, n_dead: int) -> Tensor:
-        assert self.W_dec is not None, "this coder was loaded with decoder=False"
-        e_hat = self.ops.decode(acts, indices, self.W_dec)
-        share = min(n_dead / functional.k_aux(self.d_out), 1.0)
-        return share * self.ops.squared_error(residual, e_hat)
 
     @torch.no_grad()
     def center_(self, x_mean: Float[Tensor, " D"], y_mean: Float[Tensor, " D"]) -> None:

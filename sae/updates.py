@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import native
-from .kernels import in_c
+from .backend import in_c
 
 _BLOCK = 1 << 17  # elements that stay in a core's cache while every operation of an update runs
 

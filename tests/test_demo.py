@@ -43,5 +43,5 @@ def test_benchmark_runs(tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         for figure in ("ratio", "ratio_in_place", "auxk_ratio"):
             assert f"{result[dtype][figure]:.2f}" in done.stdout
-        assert len(result[dtype]["parts_ms"]) == 9
+        assert len(result[dtype]["parts_ms"]) == 8
     assert {"date", "torch", "commit", "threads"} <= result["machine"].keys()

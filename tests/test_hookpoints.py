@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sae import backend, linear
 from sae.bank import costs
 from sae.config import TranscoderConfig, UsageError
 from sae.hookpoints import (
@@ -21,6 +22,7 @@ from sae.hookpoints import (
     measure,
     token_limits,
 )
+from sae.linear import fast_linear_layers
 
 LAYERS = {
     "hidden_size": 32,
@@ -116,7 +118,7 @@ def direct(lm: PreTrainedModel, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         seen.extend(t.flatten(0, -2).clone() for t in (x, y))
 
     handle = dict(lm.named_modules())[name].register_forward_hook(store, with_kwargs=True)
-    with torch.no_grad():
+    with torch.no_grad(), fast_linear_layers():
         lm(input_ids=TOKENS)
     handle.remove()
     return seen[0], seen[1]
@@ -265,3 +267,30 @@ def test_eight_bit_loading_says_what_it_needs(tmp_path: Path) -> None:
     make(hf.LlamaConfig(**LAYERS), tmp_path)
     with pytest.raises(UsageError, match="--load_in_8bit|weights cannot be loaded"):
         load(tmp_path, load_in_8bit=True)
+
+
+def test_linear_layers_compute_the_same_where_they_are_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN's products are MKL's but for rounding; gradients and other types stay PyTorch's.
+
+    They are used where the processor is AMD's and PyTorch's own operators were not asked for.
+    """
+    lm = make(FAMILIES["llama"][0], tmp_path)
+    x, layers = torch.randn(5, 7, 6), [nn.Linear(6, 9, bias=bias) for bias in (True, False)]
+    half = nn.Linear(6, 9, dtype=torch.bfloat16)
+    found = []
+    for slow in (False, True):
+        monkeypatch.setattr(linear, "_mkl_is_slow", lambda slow=slow: slow)
+        with fast_linear_layers() as mode, torch.no_grad():
+            assert (mode is not None) == slow
+            out = [layer(x) for layer in layers]
+            out += [layers[0](x[:0]), half(x.bfloat16())]
+        with fast_linear_layers():
+            (gradient,) = torch.autograd.grad(layers[0](x).sum(), layers[0].weight)
+        found.append([*out, gradient, *capture(lm, TOKENS, ["layers.1"])["layers.1"]])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(backend, "_choice", "torch")
+    with fast_linear_layers() as mode:
+        assert mode is None

@@ -1,6 +1,7 @@
 """The fast twins compute what the plain definitions say, and build nothing large."""
 
 import copy
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from sae import SparseCoder, SparseCoderConfig, UsageError, functional, kernels, native
+from sae import (
+    SparseCoder,
+    SparseCoderConfig,
+    UsageError,
+    backend,
+    functional,
+    kernels,
+    native,
+    selection,
+    sparse_sums,
+)
 
 SHAPES = [  # N, D, L, k, activation
     (37, 13, 67, 5, "topk"),
@@ -68,8 +79,8 @@ def test_encoder_and_decoder_share_one_sort(
 ) -> None:
     """A forward and backward sorts each set of top_indices once."""
     sorts = []
-    build = kernels._ByLatent.__init__
-    monkeypatch.setattr(kernels._ByLatent, "__init__", lambda *a: sorts.append(1) or build(*a))
+    build = sparse_sums.ByLatent.__init__
+    monkeypatch.setattr(sparse_sums.ByLatent, "__init__", lambda *a: sorts.append(1) or build(*a))
     coder = SparseCoder(8, SparseCoderConfig(num_latents=32, k=2, multi_topk=multi_topk))
     out = coder(torch.randn(9, 8))
     (out.fvu + out.multi_topk_fvu).backward()
@@ -89,22 +100,25 @@ def test_top_k_is_exact(width: int) -> None:
     values = torch.randn(50, width, generator=torch.Generator().manual_seed(width))
     values[::3] = values[::3].round()  # many ties
     for k in {1, min(3, width), min(32, width), width}:
-        top, indices = kernels._top_k(values, k)
+        top, indices = selection._top_k(values, k)
         torch.testing.assert_close(top.sort(1).values, values.topk(k, dim=1).values.flip(1))
         assert torch.equal(values.gather(1, indices), top)
         assert all(len(row.unique()) == k for row in indices)
 
 
-def test_unwritten_memory_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every fresh buffer full of NaN the results stay the same."""
-    tensors = leaves(37, 13, 67)
-    clean = outputs_and_gradients(kernels, tensors, 5, "topk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unwritten_memory_is_never_read(shape: tuple, dtype: torch.dtype) -> None:
+    """With every fresh buffer full of NaN the results stay the same, in C and in PyTorch."""
+    n, d, latents, k, activation = shape
+    tensors = [t.to(dtype) for t in leaves(n, d, latents)]
+    clean = outputs_and_gradients(kernels, tensors, k, activation)
     was = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         assert torch.empty(3).isnan().all()
-        poisoned = outputs_and_gradients(kernels, tensors, 5, "topk")
+        poisoned = outputs_and_gradients(kernels, tensors, k, activation)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = was
@@ -128,13 +142,13 @@ class LargestTensor(TorchDispatchMode):
 def test_nothing_large_is_built() -> None:
     """Neither pre_acts of all rows [N L] nor the gathered decoder rows [N K D] ever exist."""
     n, d, latents, k = 4096, 64, 4096, 64
-    assert n > kernels._CHUNK_ROWS
+    assert n > selection._CHUNK_ROWS
     cfg = SparseCoderConfig(num_latents=latents, k=k)
     coder = SparseCoder(d, cfg)
     x = torch.randn(n, d)
     with LargestTensor() as seen:
         coder(x).fvu.backward()
-    assert seen.numel <= kernels._CHUNK_ROWS * latents
+    assert seen.numel <= selection._CHUNK_ROWS * latents
     assert seen.numel < n * k * d and seen.numel < n * latents
 
 
@@ -216,15 +230,19 @@ def plain_losses(
 @pytest.mark.parametrize("choice", ["torch", "auto"])
 def test_bfloat16_selection_is_exact(choice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a bfloat16 product the active latents are exactly those of its own pre-activations."""
-    monkeypatch.setattr(kernels, "_choice", choice)
+    monkeypatch.setattr(backend, "_choice", choice)
     x, W_enc, b_enc, _, _ = (t.detach().float() for t in leaves(64, 32, 2048, shift=-9.0))
-    fast, _ = kernels.encode(x, W_enc, b_enc, 32, matmul_dtype=torch.bfloat16)
+    fast, indices = kernels.encode(x, W_enc, b_enc, 32, matmul_dtype=torch.bfloat16)
     plain, _ = functional.encode(x, W_enc, b_enc, 32, matmul_dtype=torch.bfloat16)
-    if kernels.in_c(x):  # the bias keeps its precision there
-        pre_acts = (x.bfloat16() @ W_enc.bfloat16().T).float() + b_enc
+    if backend.in_c(x):  # the bias keeps its precision there, and where C multiplies the sums too
+        factors = [x.bfloat16(), W_enc.bfloat16().T]
+        if native.searches(torch.bfloat16):
+            factors = [factor.float() for factor in factors]
+        pre_acts = torch.mm(*factors).float() + b_enc
         plain = pre_acts.topk(32, dim=1).values.relu()
+        torch.testing.assert_close(fast, pre_acts.gather(1, indices).relu(), rtol=1e-5, atol=1e-5)
     assert 0 < (plain > 0).float().mean() < 1  # some rows have fewer than k positives
-    assert torch.equal(fast.sort(1).values, plain.sort(1).values)
+    torch.testing.assert_close(fast.sort(1).values, plain.sort(1).values, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_products_are_close() -> None:
@@ -279,14 +297,15 @@ def test_indices_out_of_range_are_refused() -> None:
 def test_the_choice_of_kernels_is_said_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch is always there; what is asked for in vain is a readable error, auto does without."""
     cpu = torch.device("cpu")
-    assert kernels.choose("torch", cpu) == "PyTorch's operators"
-    assert kernels.choose("auto", cpu).startswith("C" if native.library() else "PyTorch")
+    assert backend.choose("torch", cpu) == "PyTorch's operators"
+    assert backend.choose("auto", cpu).startswith("C" if native.library() else "PyTorch")
     monkeypatch.setattr(native, "library", lambda: None)
-    with pytest.raises(UsageError, match="--kernels native: needs a C compiler"):
-        kernels.choose("native", cpu)
-    assert kernels.choose("auto", cpu) == "PyTorch's operators"
+    for choice in ("native", "int8"):
+        with pytest.raises(UsageError, match=f"--kernels {choice}: needs a C compiler"):
+            backend.choose(choice, cpu)
+    assert backend.choose("auto", cpu) == "PyTorch's operators"
     monkeypatch.undo()
-    kernels.choose("auto", cpu)
+    backend.choose("auto", cpu)
 
 
 def test_kernels_do_not_change_a_run(
@@ -300,10 +319,63 @@ def test_kernels_do_not_change_a_run(
             done = run(lm, tokens, settings, run_name=choice + precision, **flags)
             fvu = [figures["fvu"] for figures in done["hookpoints"].values()]
             ends[choice, precision] = weights(done) if precision == "no" else fvu
-    kernels.choose("auto", torch.device("cpu"))
+    backend.choose("auto", torch.device("cpu"))
     for name, tensor in ends["torch", "no"].items():
         torch.testing.assert_close(ends["auto", "no"][name], tensor, rtol=1e-4, atol=1e-5)
     # In bfloat16 many latents tie, and any of them is as large.
     found = [ends[choice, "bf16"] for choice in ("torch", "auto")]
     for plain, fast in zip(*found, strict=True):
         assert fast == pytest.approx(plain, rel=0.02)
+
+
+@pytest.fixture
+def in_int8() -> Iterator[None]:
+    """Kernels that search in int8, where the processor can."""
+    try:
+        backend.choose("int8", torch.device("cpu"))
+    except UsageError as error:
+        pytest.skip(str(error))
+    yield
+    backend.choose("auto", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] == "topk" and s[0]])
+def test_int8_search_is_its_definition(in_int8: None, shape: tuple) -> None:
+    """Candidates are those that rank highest in int8, their activations exact; so are gradients."""
+    n, d, latents, k, _ = shape
+    x, W_enc, b_enc, W_dec, pre_bias = (
+        t.detach().float().requires_grad_() for t in leaves(n, d, latents)
+    )
+    acts, indices = kernels.encode(x, W_enc, b_enc, k, "topk", pre_bias)
+    plain_acts, plain_indices = functional.encode_in_int8(x, W_enc, b_enc, k, pre_bias)
+    torch.testing.assert_close(acts.sort(1).values, plain_acts.sort(1).values, rtol=1e-4, atol=1e-4)
+    assert torch.equal(indices.sort(1).values, plain_indices.sort(1).values)
+    found = []
+    for a, i in ((acts, indices), (plain_acts, plain_indices)):
+        leaf = [x, W_enc, b_enc, W_dec, pre_bias]
+        loss = functional.decode(a, i, W_dec).cos().sum()
+        found.append(torch.autograd.grad(loss, leaf))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_int8_search_finds_auxks_latents(in_int8: None) -> None:
+    """Among the dead the ones that rank highest in int8 are taken, with exact activations."""
+    x, W_enc, b_enc, _, _ = (t.detach().float() for t in leaves(64, 32, 1031))
+    dead = torch.arange(0, 1031, 3)
+    *_, acts, indices = kernels.encode_with_dead(x, W_enc, b_enc, 7, "topk", None, None, dead, 16)
+    plain = functional.encode_in_int8(x, W_enc[dead], b_enc[dead], 16, candidates=1)
+    torch.testing.assert_close(acts.sort(1).values, plain[0].sort(1).values, rtol=1e-4, atol=1e-4)
+    assert torch.equal(indices.sort(1).values, dead[plain[1]].sort(1).values)
+
+
+def test_int8_search_trains_as_well(
+    in_int8: None, lm: PreTrainedModel, tokens: torch.Tensor, settings: Settings
+) -> None:
+    """A run that searches in int8 ends with the held-out FVU of one that does not."""
+    fvu = {}
+    for choice in ("auto", "int8"):
+        done = run(lm, tokens, settings, run_name=choice, kernels=choice, optimizer="adam")
+        fvu[choice] = [figures["fvu"] for figures in done["hookpoints"].values()]
+    assert fvu["int8"] == pytest.approx(fvu["auto"], rel=2e-3)
+    assert fvu["int8"] != fvu["auto"]

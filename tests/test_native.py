@@ -131,3 +131,128 @@ def test_threads_do_not_change_the_bits() -> None:
         torch.set_num_threads(threads)
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
+
+
+KINDS = [torch.float32, torch.bfloat16, torch.int8]
+
+
+def searched(
+    kind: torch.dtype,
+    x: torch.Tensor,
+    W: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    dead: torch.Tensor | None = None,
+    k_dead: int = 0,
+) -> list[torch.Tensor]:
+    """What a search finds: activations and columns, then those of the dead; never unwritten."""
+    if not native.searches(kind):
+        pytest.skip(f"this processor does not search in {kind}")
+    widths = [k] if dead is None else [k, k_dead]
+    tops = [torch.full((len(x), width), torch.nan) for width in widths]
+    columns = [torch.full(top.shape, -1) for top in tops]
+    native.search(x, W, bias, kind, tops, columns, dead)
+    return [t for pair in zip(tops, columns, strict=True) for t in pair]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "shape",
+    [(37, 13, 67, 5), (5, 8, 16, 16), (7, 9, 33, 1), (205, 50, 3000, 9), (3, 70, 4100, 192)],
+)
+def test_search_in_c_is_exact(shape: tuple[int, int, int, int], kind: torch.dtype) -> None:
+    """Of a product rounded to its kind the k largest are found, and those among the dead.
+
+    In every number of rows, columns and latents, from all to none positive, also where the largest
+    come last or are alike.
+    """
+    n, d, latents, k = shape
+    g = torch.Generator().manual_seed(k)
+    x, W = torch.randn(n, d, generator=g), torch.randn(latents, d, generator=g)
+    dead = torch.randperm(latents, generator=g)[: max(1, latents // 3)].sort().values
+    rows, weights = x, W
+    if kind == torch.bfloat16:
+        x = rows = x.bfloat16()
+        weights = W.bfloat16().float()
+    if kind == torch.int8:
+        steps = [torch.tensor(127.0) / t.abs().amax(1, keepdim=True) for t in (x, W)]
+        rows, weights = ((t * s).round() / s for t, s in zip((x, W), steps, strict=True))
+    for shift in (40.0, 0.0, -12.0, -1e4):
+        for bias in (torch.randn(latents, generator=g), torch.arange(latents) / 9.0, 0 * W[:, 0]):
+            scores = (rows.double() @ weights.double().T).float() + bias + shift
+            for among, k_among in ((None, 0), (dead, min(len(dead), 7))):
+                found = searched(kind, x, W, bias + shift, k, among, k_among)
+                for i, limit in enumerate([k] if among is None else [k, k_among]):
+                    top, columns = found[2 * i], found[2 * i + 1]
+                    of = scores if i == 0 else torch.full_like(scores, -torch.inf)
+                    if i:
+                        of[:, dead] = scores[:, dead]
+                    close = {"rtol": 1e-5, "atol": 2e-3 if shift < -1e3 else 1e-4}
+                    torch.testing.assert_close(top, of.gather(1, columns).relu(), **close)
+                    expected = of.topk(limit, dim=1).values.relu()
+                    torch.testing.assert_close(top.sort(1).values, expected.flip(1), **close)
+                    assert all(len(set(row)) == limit for row in columns.tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_search_in_c_does_not_hide_bad_numbers(kind: torch.dtype) -> None:
+    """NaN and infinity in a row or a latent reach the activations, and no column is made up."""
+    x, W, bias = torch.randn(30, 20), torch.randn(333, 20), torch.zeros(333)
+    x[3, 7], x[5, 1], W[300, 4] = torch.nan, torch.inf, torch.nan
+    dead = torch.arange(0, 333, 2)
+    rows = x.bfloat16() if kind == torch.bfloat16 else x
+    for i, found in enumerate(searched(kind, rows, W, bias, 6, dead, 9)):
+        if i % 2:
+            assert found.min() >= 0 and found.max() < 333
+        else:
+            assert found[3].isnan().all() and not found[5].isfinite().all()
+            assert found.isnan().any(1).all()  # of latent 300, in every row
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_searched_alike_in_any_company(kind: torch.dtype) -> None:
+    """A row's activations have the same bits alone, among others, and on any number of threads."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(401, 33, generator=g), torch.randn(500, 33, generator=g)
+    x = x.bfloat16() if kind == torch.bfloat16 else x
+    threads = torch.get_num_threads()
+    together = searched(kind, x, W, W[:, 0].contiguous(), 8)
+    try:
+        torch.set_num_threads(1)
+        for rows in (slice(0, 1), slice(190, 200), slice(17, 401)):
+            alone = searched(kind, x[rows], W, W[:, 0].contiguous(), 8)
+            assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_sums_add_to_what_is_there() -> None:
+    """Sums over blocks, strips, or rows as they lie, written afresh or added, are the plain ones.
+
+    Entries come in the order of their columns or in none, are many or few, and some rows of the
+    table are in none of them.
+    """
+    g = torch.Generator().manual_seed(0)
+    for n, k, table_rows, d in (
+        (700, 90, 900, 400),
+        (50, 3, 9000, 70),
+        (9, 200, 300, 33),
+        (0, 3, 5, 9),
+    ):
+        table = torch.randn(table_rows, d, generator=g)
+        for dtype in (torch.float32, torch.bfloat16):
+            for ordered in (True, False):
+                columns = torch.randint(table_rows // 2, (n, k), generator=g)
+                columns = columns.sort(1).values if ordered else columns
+                weights = torch.randn(n, k, generator=g)
+                starts = torch.arange(0, n * k + 1, k, dtype=torch.int32)
+                arguments = (starts, columns.flatten().int(), weights, table.to(dtype))
+                plain = torch.einsum("nk,nkd->nd", weights, table.to(dtype).float()[columns])
+                torch.testing.assert_close(native.sum_rows(*arguments), plain, rtol=1e-4, atol=1e-3)
+                there = torch.randn(n, d, generator=g)
+                total = native.sum_rows(*arguments, there.clone())
+                torch.testing.assert_close(total, there + plain, rtol=1e-4, atol=1e-3)
+                rows = torch.randn(n, d, generator=g)
+                products = native.sampled_product(rows, columns, table)
+                plain = torch.einsum("nd,nkd->nk", rows, table[columns])
+                torch.testing.assert_close(products, plain, rtol=1e-4, atol=1e-3)

@@ -15,7 +15,7 @@ from runs import Settings, assert_identical, run, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from sae import SaeConfig, SparseCoder, UsageError, kernels, native
+from sae import SaeConfig, SparseCoder, UsageError, backend, native
 from sae.dead_latents import FiringRecord, dead_latents
 from sae.functional import Moments
 from sae.optim import CoderOptimizer, finish_gradients_
@@ -64,7 +64,7 @@ class Questions(TorchDispatchMode):
 
 def test_a_coder_never_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, backward, counts and update of a coder, with AuxK, read nothing off the device."""
-    monkeypatch.setattr(kernels, "_choice", "torch")
+    monkeypatch.setattr(backend, "_choice", "torch")
     coder = SparseCoder(12, SaeConfig(num_latents=64, k=4, multi_topk=True))
     optimizer, firing = CoderOptimizer(coder, "signum"), FiringRecord(64, 10)
     x, dead = torch.randn(40, 12), torch.arange(0, 64, 3)
@@ -142,11 +142,13 @@ def test_reading_ahead_changes_no_run(
 def test_a_step_costs_what_it_did() -> None:
     """Step over product is not far above the checked-in ratio: ratios, since times drift.
 
-    PyTorch's operators in place of the C make a step in bfloat16 half as long again.
+    PyTorch's operators in place of the C make a step half as long again, and more. Where bfloat16
+    products are too fast to be searched in C, another machine's ratios hold.
     """
     from benchmarks.step import Shape, step_over_product
 
-    checked_in = json.loads((ROOT / "benchmarks/results/step.json").read_text())
+    name = "step" if native.searches(torch.bfloat16) else "step_amx"
+    checked_in = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     for dtype in (torch.float32, torch.bfloat16):
         limit = 1.3 * checked_in[str(dtype).removeprefix("torch.")]["ratio_in_place"]
         found = []
@@ -158,8 +160,9 @@ def test_a_step_costs_what_it_did() -> None:
 def test_benchmarks_run(tmp_path: Path) -> None:
     """Scaling, low precision and the table of targets print what they measured."""
     small = ["--N", "64", "--D", "16", "--L", "128", "--k", "4", "--repeats", "1"]
+    runs = ["--steps", "3", "--num_latents", "128"]
     for script, flags in {
-        "low_precision.py": small,
+        "low_precision.py": [*small, *runs],
         "scaling.py": ["--knobs", "N", "--repeats", "1"],
     }.items():
         out = tmp_path / script.replace(".py", ".json")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_kernels import SHAPES, leaves
 
-from sae import functional, kernels
+from sae import functional, kernels, sparse_sums
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs tests/requirements.txt"
@@ -24,7 +24,7 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """
     from sae import triton_kernels as module
 
-    monkeypatch.setattr(kernels, "_in_triton", lambda device: module)
+    monkeypatch.setattr(sparse_sums, "in_triton", lambda device: module)
     monkeypatch.setattr(module, "_LONG", 8)
     monkeypatch.setattr(module, "_BLOCK", 16)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
@@ -63,7 +63,7 @@ def test_sums_by_hand(triton_kernels: ModuleType) -> None:
     indices[:, 0] = 7  # in every row: 60 entries and more
     weights = torch.randn(60, 5, generator=generator)
     rows, table = torch.randn(60, 37, generator=generator), torch.randn(9, 37, generator=generator)
-    order = kernels._ByLatent(indices.to(DEVICE), 9)
+    order = sparse_sums.ByLatent(indices.to(DEVICE), 9)
     in_order = order.sort(weights.to(DEVICE))
     ours = triton_kernels.sum_by_latent(
         in_order, order.rows, order.starts, order.counts, rows.to(DEVICE)

@@ -1,0 +1,76 @@
+"""Which kernels run: C on the CPU, Triton on CUDA, or PyTorch's operators."""
+
+from contextlib import suppress
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import native
+from .config import UsageError
+
+Choice = Literal["auto", "torch", "native", "int8"]
+_choice: Choice = "auto"
+
+
+def choose(choice: Choice, device: torch.device) -> str:
+    """Set from now on what computes selections, sparse sums and updates, and say it in words.
+
+    `native` is C on the CPU and Triton (for the sums) on CUDA, `torch` PyTorch's operators, `auto`
+    native where it can be had. The numbers are the same but for the order of sums. `int8` is C that
+    looks for the active latents in int8, as `functional.encode_in_int8` does. Raises UsageError
+    where `native` or `int8` cannot be had.
+    """
+    global _choice
+    _choice = choice
+    if choice == "torch":
+        return "PyTorch's operators"
+    if choice == "int8":
+        if device.type != "cpu" or not native.searches(torch.int8):
+            raise UsageError(
+                "--kernels int8: needs a C compiler and a CPU with AVX-512 VNNI; use auto"
+            )
+        return "C; active latents are searched for in int8"
+    if device.type == "cpu" and native.library() is not None:
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        searched = [name for name, kind in kinds.items() if native.searches(kind)]
+        return (
+            f"C, for products too in {' and '.join(searched)}"
+            if searched
+            else "C for all but the products"
+        )
+    if device.type == "cuda":
+        with suppress(ImportError):
+            in_triton(device)
+            return "PyTorch's operators for the selection, Triton for the sums"
+    if choice == "native":
+        raise UsageError(
+            "--kernels native: needs a C compiler on the CPU, Triton on CUDA; use auto or torch"
+        )
+    _choice = "torch"
+    return "PyTorch's operators"
+
+
+def in_c(*tensors: Tensor, table: Tensor | None = None) -> bool:
+    """Whether what is done with these tensors is done in C; a table may be bfloat16."""
+    return _choice != "torch" and native.serves(*tensors, table=table)
+
+
+def in_pytorch() -> bool:
+    """Whether PyTorch's own operators do everything."""
+    return _choice == "torch"
+
+
+def in_int8() -> bool:
+    """Whether active latents are searched for in int8."""
+    return _choice == "int8"
+
+
+def in_triton(device: torch.device) -> ModuleType | None:
+    """The Triton kernels, where they run."""
+    if _choice == "torch" or device.type != "cuda":
+        return None
+    from . import triton_kernels  # there is no Triton where there is no GPU
+
+    return triton_kernels

@@ -1,0 +1,305 @@
+/* The k largest scores of every row, where scores are a product that is never written down.
+
+   scores = inputs W^T + bias, in tiles of 12 rows and 32 columns that stay in registers over the whole
+   depth: float32, bfloat16 summed in float32, or int8 summed in int32. A tile is looked at where it is:
+   few scores pass their row's threshold. Each score is one sum in one order, so it has the same bits
+   whatever other rows are there and however many threads there are.
+
+   Needs registers of 512 bits. Elsewhere, and where a processor multiplies bfloat16 by tiles of its
+   own (AMX), PyTorch's product and select.c do this. */
+
+#include "largest.h"
+
+enum { FLOAT32, BFLOAT16, INT8 };
+
+#define TILE_ROWS 12
+#define TILE_COLUMNS (2 * LANES)
+#define ABOVE 128 /* makes the rows' int8 unsigned, as the instruction wants them */
+#ifndef FIRST
+#define FIRST 32
+#endif
+#define BLOCK_ROWS (16 * TILE_ROWS) /* a panel of columns is read once for so many */
+
+/* Whether products of this kind are made here. */
+int64_t searches(int64_t kind) {
+    int found[3] = {0};
+#ifdef __AVX512F__
+    found[FLOAT32] = 1;
+#endif
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    found[BFLOAT16] = 1;
+#endif
+#ifdef __AVX512VNNI__
+    found[INT8] = 1;
+#endif
+    return found[kind];
+}
+
+#ifdef __AVX512F__
+
+static inline int64_t per_word(int kind) { return kind == INT8 ? 4 : kind == BFLOAT16 ? 2 : 1; }
+
+static inline int64_t words_of(int kind, int64_t d) {
+    return (d + per_word(kind) - 1) / per_word(kind);
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (value != value) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* Steps of int8 to a unit: 127 over the largest magnitude of a row, 1 where it is next to nothing.
+   NaN counts as the largest of all, and gives NaN; infinity gives 0. */
+static inline float steps_of(const void *row, int bf16, int64_t d) {
+    words largest = {0}; /* bits of magnitudes are in their order */
+    int32_t bits[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) {
+        words other = (words)load(row, i, bf16) & INT32_MAX, more = other > largest;
+        largest = (other & more) | (largest & ~more);
+    }
+    memcpy(bits, &largest, sizeof largest);
+    for (; i < d; i++) {
+        float value = load_one(row, i, bf16);
+        int32_t other;
+        memcpy(&other, &value, 4);
+        bits[0] = (other & INT32_MAX) > bits[0] ? other & INT32_MAX : bits[0];
+    }
+    for (int lane = 1; lane < LANES; lane++) bits[0] = bits[lane] > bits[0] ? bits[lane] : bits[0];
+    float found;
+    memcpy(&found, bits, 4);
+    return found < 1e-30f ? 1 : 127 / found;
+}
+
+/* A row of d numbers as words. In int8 they are whole steps (0 where there are no such), `above` is
+   added to each, and their sum is returned. */
+static inline int32_t to_words(int kind, const void *row, int bf16, int64_t d, float steps,
+                               int above, void *words) {
+    int32_t sum = 0;
+    if (kind == FLOAT32 || (kind == BFLOAT16 && bf16)) memcpy(words, row, d * 4 / per_word(kind));
+    if (kind == BFLOAT16 && !bf16)
+        for (int64_t i = 0; i < d; i++) ((uint16_t *)words)[i] = to_bf16(((const float *)row)[i]);
+    if (kind == INT8)
+        for (int64_t i = 0; i < d; i++) {
+            int whole = steps > 0 ? (int)nearbyintf(load_one(row, i, bf16) * steps) : 0;
+            ((uint8_t *)words)[i] = (uint8_t)(whole + above);
+            sum += whole;
+        }
+    return sum;
+}
+
+/* Rows of words as columns, [words][width]. */
+static inline void lay_out(const int32_t *rows, int64_t words, int64_t width, int32_t *table) {
+    for (int64_t w = 0; w < words; w++)
+        for (int64_t r = 0; r < width; r++) table[w * width + r] = rows[r * words + w];
+}
+
+/* Columns in the order they are searched in, laid out for the tiles. */
+typedef struct {
+    int32_t *panels; /* of TILE_COLUMNS columns, [words][TILE_COLUMNS] each */
+    float *bias, *unit;
+    int32_t *begin; /* where sums in int8 begin, as rows are laid out too high */
+    int64_t words;
+} laid_out;
+
+/* Column i is row numbers_of[i] of W; a number of -1 stands for none, whose score is -inf. */
+static inline void lay_out_columns(int kind, const float *W, const float *bias, int64_t d,
+                                   const int32_t *numbers_of, int64_t count, laid_out to,
+                                   int32_t *rows) {
+#pragma omp for schedule(static)
+    for (int64_t from = 0; from < count; from += TILE_COLUMNS) {
+        memset(rows, 0, TILE_COLUMNS * to.words * 4);
+        for (int64_t i = from; i < from + TILE_COLUMNS; i++) {
+            int64_t l = numbers_of[i];
+            const float *row = W + l * d;
+            float steps = kind == INT8 && l >= 0 ? steps_of(row, 0, d) : 1;
+            to.bias[i] = l < 0 ? -INFINITY : bias[l];
+            to.unit[i] = 1 / steps;
+            to.begin[i] = 0;
+            if (l >= 0)
+                to.begin[i] -= ABOVE * to_words(kind, row, 0, d, steps, 0,
+                                                rows + (i - from) * to.words);
+        }
+        lay_out(rows, to.words, TILE_COLUMNS, to.panels + from * to.words);
+    }
+}
+
+typedef struct {
+    lanes sums[TILE_ROWS][2];
+} tile;
+
+static inline __attribute__((always_inline)) void multiply(int kind, const int32_t *rows,
+                                                           const int32_t *columns, int64_t words,
+                                                           const int32_t *begin, tile *out) {
+    __m512i total[TILE_ROWS][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int c = 0; c < 2; c++)
+            total[r][c] = kind == INT8 ? _mm512_loadu_si512(begin + LANES * c)
+                                       : _mm512_setzero_si512();
+    for (int64_t w = 0; w < words; w++, rows += TILE_ROWS, columns += TILE_COLUMNS) {
+        __m512i column[2] = {_mm512_loadu_si512(columns), _mm512_loadu_si512(columns + LANES)};
+#pragma GCC unroll 12
+        for (int r = 0; r < TILE_ROWS; r++) {
+            __m512i row = _mm512_set1_epi32(rows[r]);
+#pragma GCC unroll 2
+            for (int c = 0; c < 2; c++) {
+                if (kind == FLOAT32)
+                    total[r][c] = (__m512i)_mm512_fmadd_ps((__m512)row, (__m512)column[c],
+                                                           (__m512)total[r][c]);
+#ifdef __AVX512BF16__
+                if (kind == BFLOAT16)
+                    total[r][c] = (__m512i)_mm512_dpbf16_ps((__m512)total[r][c], (__m512bh)row,
+                                                            (__m512bh)column[c]);
+#endif
+#ifdef __AVX512VNNI__
+                if (kind == INT8) total[r][c] = _mm512_dpbusd_epi32(total[r][c], row, column[c]);
+#endif
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int c = 0; c < 2; c++)
+            out->sums[r][c] = kind == INT8 ? (lanes)_mm512_cvtepi32_ps(total[r][c])
+                                           : (lanes)total[r][c];
+}
+
+/* Keep the scores of a tile's row that pass. */
+static inline void look_at(const lanes scores[2], int64_t from, int64_t k, kept *own,
+                           int32_t *keys) {
+    uint64_t mask = passing(scores[0], own->threshold) |
+                    passing(scores[1], own->threshold) << LANES;
+    if (__builtin_expect(!mask, 1)) return;
+    for (; mask; mask &= mask - 1) {
+        int64_t i = __builtin_ctzll(mask);
+        own->scores[own->count] = ((const float *)scores)[i];
+        own->columns[own->count++] = (int32_t)(from + i);
+    }
+    if (own->count > 4 * k) thin(own, k, keys);
+}
+
+/* What one thread works with. */
+typedef struct {
+    int32_t *rows, *words, *keys;
+    float *unit, *stored, *maxima;
+    kept *own;
+} desk;
+
+static desk new_desk(int64_t words, int64_t stored, int64_t room) {
+    desk mine = {numbers(TILE_COLUMNS * words), numbers(BLOCK_ROWS * words),
+                 numbers(stored > room ? stored : room), numbers(BLOCK_ROWS),
+                 numbers(BLOCK_ROWS * stored), numbers(ROWS * stored),
+                 malloc(BLOCK_ROWS * sizeof(kept))};
+    for (int r = 0; r < BLOCK_ROWS; r++) mine.own[r] = (kept){numbers(room), numbers(room), 0, 0};
+    return mine;
+}
+
+static void clear_desk(desk mine) {
+    for (int r = 0; r < BLOCK_ROWS; r++) {
+        free(mine.own[r].scores);
+        free(mine.own[r].columns);
+    }
+    void *all[] = {mine.rows, mine.words, mine.keys, mine.unit, mine.stored, mine.maxima, mine.own};
+    for (int i = 0; i < 7; i++) free(all[i]);
+}
+
+/* A block of rows, in tiles. */
+static inline void lay_out_rows(int kind, const char *inputs, int bf16, int64_t n, int64_t d,
+                                int64_t words, desk mine) {
+    for (int64_t from = 0; from < n; from += TILE_ROWS) {
+        memset(mine.rows, 0, TILE_ROWS * words * 4);
+        for (int64_t r = from; r < from + TILE_ROWS && r < n; r++) {
+            const char *row = inputs + r * d * (bf16 ? 2 : 4);
+            float steps = kind == INT8 ? steps_of(row, bf16, d) : 1;
+            mine.unit[r] = 1 / steps;
+            to_words(kind, row, bf16, d, steps, ABOVE, mine.rows + (r - from) * words);
+        }
+        lay_out(mine.rows, words, TILE_ROWS, mine.words + from * words);
+    }
+}
+
+static inline block stored_block(desk mine, int64_t r, int64_t rows, int64_t width, int64_t stored,
+                                 const float *bias) {
+    const char *start = (const char *)(mine.stored + r * stored);
+    return (block){start, rows - r < ROWS ? rows - r : ROWS, width, stored, bias};
+}
+
+/* Products with a block of rows: those of the first `stored` columns are written down, and the
+   largest of them set the thresholds; of all others what passes is kept. */
+static inline __attribute__((always_inline)) void search_rows(int kind, int64_t rows, laid_out in,
+                                                              int64_t count, int64_t stored,
+                                                              int64_t k, desk mine) {
+    for (int64_t from = 0; from < count; from += TILE_COLUMNS) {
+        const int32_t *panel = in.panels + from * in.words;
+        for (int64_t first = 0; first < rows; first += TILE_ROWS) {
+            tile found;
+            multiply(kind, mine.words + first * in.words, panel, in.words, in.begin + from, &found);
+            for (int64_t r = first; r < first + TILE_ROWS && r < rows; r++) {
+                lanes *scores = found.sums[r - first];
+                for (int c = 0; c < 2; c++) {
+                    int64_t i = from + c * LANES;
+                    if (kind == INT8) scores[c] *= load(in.unit, i, 0) * mine.unit[r];
+                    if (from < stored) *(lanes *)(mine.stored + r * stored + i) = scores[c];
+                    scores[c] += load(in.bias, i, 0);
+                }
+                if (from >= stored) look_at(scores, from, k, mine.own + r, mine.keys);
+            }
+        }
+        for (int64_t r = 0; from + TILE_COLUMNS == stored && r < rows; r += ROWS)
+            select_rows(stored_block(mine, r, rows, stored, stored, in.bias), 0, k, mine.own + r,
+                        mine.maxima, mine.keys);
+    }
+}
+
+static inline __attribute__((always_inline)) void search_kind(
+    int kind, const void *inputs, int bf16, int64_t rows, int64_t d, const float *W,
+    const float *bias, wanted all, wanted dead) {
+    int64_t count = all.width, words = words_of(kind, d), stored = dead.width + FIRST * all.k;
+    stored = stored < count ? (stored + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS : count;
+    int64_t room = 4 * all.k + STEP > 2 * dead.k + STEP ? 4 * all.k + STEP : 2 * dead.k + STEP;
+    laid_out in = {numbers(count * words), numbers(count), numbers(count), numbers(count), words};
+#pragma omp parallel
+    {
+        desk mine = new_desk(words, stored, room);
+        lay_out_columns(kind, W, bias, d, all.among, count, in, mine.rows);
+#pragma omp for schedule(dynamic)
+        for (int64_t from = 0; from < rows; from += BLOCK_ROWS) {
+            int64_t n = rows - from < BLOCK_ROWS ? rows - from : BLOCK_ROWS;
+            lay_out_rows(kind, (const char *)inputs + from * d * (bf16 ? 2 : 4), bf16, n, d, words, mine);
+            search_rows(kind, n, in, count, stored, all.k, mine);
+            for (int64_t r = 0; r < n; r++) {
+                if (mine.own[r].count > all.k) thin(mine.own + r, all.k, mine.keys);
+                write_row(mine.own + r, &all, from + r);
+            }
+            for (int64_t r = 0; dead.k && r < n; r += ROWS) {
+                block b = stored_block(mine, r, n, dead.width, stored, in.bias);
+                select_rows(b, 0, dead.k, mine.own, mine.maxima, mine.keys);
+                for (int64_t i = 0; i < b.rows; i++) write_row(mine.own + i, &dead, from + r + i);
+            }
+        }
+        clear_desk(mine);
+    }
+    void *made[] = {in.panels, in.bias, in.unit, in.begin};
+    for (int i = 0; i < 4; i++) free(made[i]);
+}
+
+#endif
+
+/* `columns_of` lists the rows of W in the order they are searched in, -1 where there is none: `count`
+   in all, whole tiles of them, and first the `listed` ones among which a second selection is made. */
+void search(int64_t kind, const void *inputs, int64_t bf16, int64_t rows, int64_t d, const float *W,
+            const float *bias, const int32_t *columns_of, int64_t count, int64_t k, float *top,
+            int64_t *columns, int64_t listed, int64_t dead_k, float *dead_top,
+            int64_t *dead_columns) {
+#ifdef __AVX512F__
+    wanted all = {columns_of, count, k, bias, top, columns};
+    wanted dead = {columns_of, listed, dead_k, bias, dead_top, dead_columns};
+    if (kind == FLOAT32) search_kind(FLOAT32, inputs, 0, rows, d, W, bias, all, dead);
+    if (kind == BFLOAT16) search_kind(BFLOAT16, inputs, 1, rows, d, W, bias, all, dead);
+    if (kind == INT8 && bf16) search_kind(INT8, inputs, 1, rows, d, W, bias, all, dead);
+    if (kind == INT8 && !bf16) search_kind(INT8, inputs, 0, rows, d, W, bias, all, dead);
+#endif
+}

@@ -1,7 +1,6 @@
 """Which kernels run: C on the CPU, Triton on CUDA, or PyTorch's operators."""
 
-from contextlib import suppress
-from types import ModuleType
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -40,10 +39,8 @@ def choose(choice: Choice, device: torch.device) -> str:
             if searched
             else "C for all but the products"
         )
-    if device.type == "cuda":
-        with suppress(ImportError):
-            in_triton(device)
-            return "PyTorch's operators for the selection, Triton for the sums"
+    if in_triton(device):
+        return "PyTorch's operators for the selection, Triton for the sums and updates"
     if choice == "native":
         raise UsageError(
             "--kernels native: needs a C compiler on the CPU, Triton on CUDA; use auto or torch"
@@ -67,10 +64,6 @@ def in_int8() -> bool:
     return _choice == "int8"
 
 
-def in_triton(device: torch.device) -> ModuleType | None:
-    """The Triton kernels, where they run."""
-    if _choice == "torch" or device.type != "cuda":
-        return None
-    from . import triton_kernels  # there is no Triton where there is no GPU
-
-    return triton_kernels
+def in_triton(device: torch.device) -> bool:
+    """Whether what is done on this device is done in Triton."""
+    return _choice != "torch" and device.type == "cuda" and find_spec("triton") is not None

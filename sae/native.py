@@ -4,7 +4,8 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +29,17 @@ def library() -> Any:
         return None
     sources = [str(Path(__file__).with_name(name)) for name in _SOURCES]
     objects = [name.replace(".c", ".o") for name in _SOURCES]
+    flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-c"]
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-c"]
+
+        def call(*arguments: str) -> None:
+            command = [compiler, *arguments]
+            subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=folder)
+
         try:
-            for command in (
-                [compiler, *flags, *sources],
-                [compiler, "-shared", *objects, "-lm", "-o", "native.so"],
-            ):
-                subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=folder)
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(partial(call, *flags), sources))
+            call("-shared", *objects, "-lm", "-o", "native.so")
             return ctypes.CDLL(f"{folder}/native.so")
         except (OSError, subprocess.SubprocessError):
             return None

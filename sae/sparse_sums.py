@@ -4,6 +4,7 @@ Every sum has a fixed order, so a step repeats bit for bit.
 """
 
 import warnings
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,17 @@ from .backend import in_c, in_triton
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 
 
+def _triton(device: torch.device) -> ModuleType | None:
+    if not in_triton(device):
+        return None
+    from . import triton_kernels  # there is no Triton where there is no GPU
+
+    return triton_kernels
+
+
 def weighted_rows(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """out_n = sum_j weights_nj table[indices_nj], [N D]."""
-    if sums := in_triton(table.device):
+    if sums := _triton(table.device):
         return sums.weighted_rows(weights, indices, table)
     if in_c(weights, table):
         n, k = indices.shape
@@ -31,7 +40,7 @@ def weighted_rows(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 
 def sampled_product(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """out_nj = <rows_n, table[indices_nj]>, [N K]."""
-    if sums := in_triton(table.device):
+    if sums := _triton(table.device):
         return sums.sampled_product(rows, table, indices)
     if in_c(rows, table):
         return native.sampled_product(rows.contiguous(), indices, table)
@@ -97,7 +106,7 @@ class ByLatent:
 
         In the dtype of `weights`; written over `add_to`, and added to it, where that is given.
         """
-        if sums := in_triton(rows.device):
+        if sums := _triton(rows.device):
             total = sums.sum_by_latent(
                 weights.to(rows.dtype), self.rows, self.starts, self.counts, rows
             )

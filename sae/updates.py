@@ -1,21 +1,35 @@
-"""What an optimizer step does to the weights, in one pass over each: in C, or block by block."""
+"""What an optimizer step does to the weights, in one pass over each: in C, Triton, or by blocks."""
+
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from . import native
-from .backend import in_c
+from .backend import in_c, in_triton
 
-_BLOCK = 1 << 17  # elements that stay in a core's cache while every operation of an update runs
+# Elements that stay in a core's cache while every operation of an update runs; and, on a GPU, so
+# many that it is asked seldom.
+_BLOCK, _BLOCK_ON_GPU = 1 << 17, 1 << 26
+
+
+def _triton(tensor: Tensor) -> ModuleType | None:
+    if not in_triton(tensor.device) or tensor.dtype != torch.float32:
+        return None
+    from . import triton_updates  # there is no Triton where there is no GPU
+
+    return triton_updates
 
 
 def finish_gradient_(grad: Tensor, scale: Tensor, unit_rows: Tensor | None) -> Tensor:
     """grad *= scale, and g -= (g . w) w by rows w of `unit_rows`, if given; return ||grad||^2."""
     if in_c(grad):
         return native.finish_gradient_(grad, unit_rows, float(scale))
+    if updates := _triton(grad):
+        return updates.finish_gradient_(grad, scale, unit_rows)
     square = grad.new_zeros(())
-    rows = max(1, _BLOCK // grad.shape[-1]) if grad.ndim == 2 else len(grad)
+    rows = _rows_at_once(grad) if grad.ndim == 2 else len(grad)
     weights = grad if unit_rows is None else unit_rows
     for g, w in zip(grad.split(rows), weights.split(rows), strict=True):
         g.mul_(scale)
@@ -35,7 +49,11 @@ def signum_step_(
     if in_c(y, z, grad):
         native.signum_step_(y, z, grad, lr, beta, c, unit_norm)
         return
-    blocks = (t.view(-1).split(_BLOCK) for t in (y, z, grad))
+    if updates := _triton(y):
+        updates.signum_step_(y, z, grad, lr, beta, c, unit_norm)
+        return
+    rows = _rows_at_once(y) if y.ndim == 2 else len(y)
+    blocks = (t.split(rows) for t in (y, z, grad))
     for y_part, z_part, g in zip(*blocks, strict=True):
         y_part.sub_(z_part, alpha=1 - beta).mul_(1 - c)  # (1 - c) beta x
         z_part.add_(g.sign(), alpha=-lr)
@@ -49,6 +67,14 @@ def normalize_rows_(rows: Float[Tensor, "R D"]) -> None:
     if in_c(rows):
         native.normalize_rows_(rows)
         return
-    for block in rows.split(256):  # stays in cache between its two passes
+    if updates := _triton(rows):
+        updates.normalize_rows_(rows)
+        return
+    for block in rows.split(_rows_at_once(rows)):
         norm = torch.linalg.vector_norm(block, dim=1, keepdim=True)
         block.div_(norm.masked_fill_(norm == 0, 1))
+
+
+def _rows_at_once(matrix: Tensor) -> int:
+    elements = _BLOCK if matrix.device.type == "cpu" else _BLOCK_ON_GPU
+    return max(1, elements // max(1, matrix.shape[1]))

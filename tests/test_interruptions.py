@@ -69,7 +69,7 @@ train_sae.main()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("interruptions")
     tiny_lm().save_pretrained(made / "lm")
-    tokens = torch.randint(0, 64, (40_000 * 16,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 64, (400_000 * 16,), generator=torch.Generator().manual_seed(0))
     tokens.numpy().astype("uint16").tofile(made / "ids.bin")
     return made
 

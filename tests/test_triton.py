@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_kernels import SHAPES, leaves
 
-from sae import functional, kernels, sparse_sums
+from sae import backend, functional, kernels, sparse_sums, updates
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs tests/requirements.txt"
@@ -24,7 +24,7 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """
     from sae import triton_kernels as module
 
-    monkeypatch.setattr(sparse_sums, "in_triton", lambda device: module)
+    monkeypatch.setattr(sparse_sums, "_triton", lambda device: module)
     monkeypatch.setattr(module, "_LONG", 8)
     monkeypatch.setattr(module, "_BLOCK", 16)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
@@ -81,3 +81,32 @@ def test_sums_by_hand(triton_kernels: ModuleType) -> None:
     torch.testing.assert_close(ours.cpu(), functional.decode(weights, indices, table))
     ours = triton_kernels.sampled_product(rows.to(DEVICE), table.to(DEVICE), indices.to(DEVICE))
     torch.testing.assert_close(ours.cpu(), (rows[:, None] * table[indices]).sum(2))
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 40, 100])
+def test_updates_are_those_of_pytorch(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, steps and unit norms in Triton, over one block of columns and over many."""
+    from sae import triton_updates
+
+    monkeypatch.setattr(triton_updates, "_BLOCK", 16)
+    monkeypatch.setattr(backend, "_choice", "torch")
+    generator = torch.Generator().manual_seed(width)
+    scale = torch.tensor(0.3, device=DEVICE)
+    for shape in ((9, width), (width,)):
+        y, z, grad = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3))
+        grad[..., 0] = 0.0
+        y[0] = z[0] = 0.0
+        found = []
+        for module in (None, triton_updates):
+            monkeypatch.setattr(updates, "_triton", lambda tensor, module=module: module)
+            own = [t.clone() for t in (y, z, grad)]
+            matrix = y.ndim == 2
+            if matrix:
+                updates.normalize_rows_(own[0])
+            square = updates.finish_gradient_(own[2], scale, own[0] if matrix else None)
+            updates.signum_step_(*own, 0.1, 0.95, 0.25, unit_norm=matrix)
+            found.append([*own, square])
+        for plain, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+        if y.ndim == 2:
+            assert found[1][0].norm(dim=1)[1:].sub(1).abs().max() < 1e-5

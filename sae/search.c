@@ -1,9 +1,9 @@
 /* The k largest scores of every row, where scores are a product that is never written down.
 
-   scores = inputs W^T + bias, in tiles of 12 rows and 32 columns that stay in registers over the whole
-   depth: float32, bfloat16 summed in float32, or int8 summed in int32. A tile is looked at where it is:
-   few scores pass their row's threshold. Each score is one sum in one order, so it has the same bits
-   whatever other rows are there and however many threads there are.
+   scores = inputs W^T + bias, in tiles of 12 rows and 32 columns that stay in registers over the
+   whole depth: float32, bfloat16 summed in float32, or int8 summed in int32. A tile is looked at
+   where it is: few scores pass their row's threshold. Each score is one sum in one order, so it has
+   the same bits whatever other rows are there and however many threads there are.
 
    Needs registers of 512 bits. Elsewhere, and where a processor multiplies bfloat16 by tiles of its
    own (AMX), PyTorch's product and select.c do this. */
@@ -15,10 +15,10 @@ enum { FLOAT32, BFLOAT16, INT8 };
 #define TILE_ROWS 12
 #define TILE_COLUMNS (2 * LANES)
 #define ABOVE 128 /* makes the rows' int8 unsigned, as the instruction wants them */
-#ifndef FIRST
-#define FIRST 32
-#endif
+#define FIRST 32  /* columns to each of the k largest that set the first thresholds */
+#define MANY 4    /* times k scores are kept before they are thinned */
 #define BLOCK_ROWS (16 * TILE_ROWS) /* a panel of columns is read once for so many */
+#define DESK (1 << 25)              /* bytes of a thread, if that leaves it a tile of rows */
 
 /* Whether products of this kind are made here. */
 int64_t searches(int64_t kind) {
@@ -98,29 +98,39 @@ static inline void lay_out(const int32_t *rows, int64_t words, int64_t width, in
 
 /* Columns in the order they are searched in, laid out for the tiles. */
 typedef struct {
+    int64_t count, words;
     int32_t *panels; /* of TILE_COLUMNS columns, [words][TILE_COLUMNS] each */
     float *bias, *unit;
     int32_t *begin; /* where sums in int8 begin, as rows are laid out too high */
-    int64_t words;
 } laid_out;
 
-/* Column i is row numbers_of[i] of W; a number of -1 stands for none, whose score is -inf. */
+static laid_out new_columns(int64_t count, int64_t words) {
+    return (laid_out){count,          words,          numbers(count * words),
+                      numbers(count), numbers(count), numbers(count)};
+}
+
+static void clear_columns(laid_out columns) {
+    void *all[] = {columns.panels, columns.bias, columns.unit, columns.begin};
+    for (int i = 0; i < 4; i++) free(all[i]);
+}
+
+/* Column i is row among[i] of W; -1 stands for none, whose score is -inf. All threads share the work,
+   each with memory for a tile's `rows`. */
 static inline void lay_out_columns(int kind, const float *W, const float *bias, int64_t d,
-                                   const int32_t *numbers_of, int64_t count, laid_out to,
-                                   int32_t *rows) {
+                                   const int32_t *among, laid_out to, int32_t *rows) {
 #pragma omp for schedule(static)
-    for (int64_t from = 0; from < count; from += TILE_COLUMNS) {
+    for (int64_t from = 0; from < to.count; from += TILE_COLUMNS) {
         memset(rows, 0, TILE_COLUMNS * to.words * 4);
         for (int64_t i = from; i < from + TILE_COLUMNS; i++) {
-            int64_t l = numbers_of[i];
-            const float *row = W + l * d;
-            float steps = kind == INT8 && l >= 0 ? steps_of(row, 0, d) : 1;
-            to.bias[i] = l < 0 ? -INFINITY : bias[l];
+            to.bias[i] = -INFINITY;
+            to.unit[i] = to.begin[i] = 0;
+            if (among[i] < 0) continue;
+            const float *row = W + among[i] * d;
+            float steps = kind == INT8 ? steps_of(row, 0, d) : 1;
+            int32_t *own = rows + (i - from) * to.words;
+            to.begin[i] = -ABOVE * to_words(kind, row, 0, d, steps, 0, own);
+            to.bias[i] = bias[among[i]];
             to.unit[i] = 1 / steps;
-            to.begin[i] = 0;
-            if (l >= 0)
-                to.begin[i] -= ABOVE * to_words(kind, row, 0, d, steps, 0,
-                                                rows + (i - from) * to.words);
         }
         lay_out(rows, to.words, TILE_COLUMNS, to.panels + from * to.words);
     }
@@ -178,61 +188,79 @@ static inline void look_at(const lanes scores[2], int64_t from, int64_t k, kept 
         own->scores[own->count] = ((const float *)scores)[i];
         own->columns[own->count++] = (int32_t)(from + i);
     }
-    if (own->count > 4 * k) thin(own, k, keys);
+    if (own->count > MANY * k) thin(own, k, keys);
 }
 
-/* What one thread works with. */
+/* Rows to be searched for, in float32 or bfloat16. */
 typedef struct {
+    const char *data;
+    int64_t bf16, rows, d;
+} matrix;
+
+/* What one thread works with: `block` rows at a time, of which the products with `stored` columns are
+   written down. */
+typedef struct {
+    int64_t block, stored;
     int32_t *rows, *words, *keys;
-    float *unit, *stored, *maxima;
+    float *unit, *products, *maxima;
     kept *own;
 } desk;
 
 static desk new_desk(int64_t words, int64_t stored, int64_t room) {
-    desk mine = {numbers(TILE_COLUMNS * words), numbers(BLOCK_ROWS * words),
-                 numbers(stored > room ? stored : room), numbers(BLOCK_ROWS),
-                 numbers(BLOCK_ROWS * stored), numbers(ROWS * stored),
-                 malloc(BLOCK_ROWS * sizeof(kept))};
-    for (int r = 0; r < BLOCK_ROWS; r++) mine.own[r] = (kept){numbers(room), numbers(room), 0, 0};
+    int64_t block = DESK / (4 * (words + stored + 2 * room)) / TILE_ROWS * TILE_ROWS;
+    block = block < TILE_ROWS ? TILE_ROWS : block > BLOCK_ROWS ? BLOCK_ROWS : block;
+    desk mine = {block,
+                 stored,
+                 numbers(TILE_COLUMNS * words),
+                 numbers(block * words),
+                 numbers(stored > room ? stored : room),
+                 numbers(block),
+                 numbers(block * stored),
+                 numbers(ROWS * stored),
+                 malloc(block * sizeof(kept))};
+    for (int64_t r = 0; r < block; r++) mine.own[r] = (kept){numbers(room), numbers(room), 0, 0};
     return mine;
 }
 
 static void clear_desk(desk mine) {
-    for (int r = 0; r < BLOCK_ROWS; r++) {
+    for (int64_t r = 0; r < mine.block; r++) {
         free(mine.own[r].scores);
         free(mine.own[r].columns);
     }
-    void *all[] = {mine.rows, mine.words, mine.keys, mine.unit, mine.stored, mine.maxima, mine.own};
+    void *all[] = {mine.rows,     mine.words,  mine.keys, mine.unit,
+                   mine.products, mine.maxima, mine.own};
     for (int i = 0; i < 7; i++) free(all[i]);
 }
 
-/* A block of rows, in tiles. */
-static inline void lay_out_rows(int kind, const char *inputs, int bf16, int64_t n, int64_t d,
-                                int64_t words, desk mine) {
-    for (int64_t from = 0; from < n; from += TILE_ROWS) {
+/* Lay `count` rows from `begin` on out, in tiles. */
+static inline void lay_out_rows(int kind, matrix inputs, int64_t begin, int64_t count, int64_t words,
+                                desk mine) {
+    for (int64_t from = 0; from < count; from += TILE_ROWS) {
         memset(mine.rows, 0, TILE_ROWS * words * 4);
-        for (int64_t r = from; r < from + TILE_ROWS && r < n; r++) {
-            const char *row = inputs + r * d * (bf16 ? 2 : 4);
-            float steps = kind == INT8 ? steps_of(row, bf16, d) : 1;
+        for (int64_t r = from; r < from + TILE_ROWS && r < count; r++) {
+            const char *row = inputs.data + (begin + r) * inputs.d * (inputs.bf16 ? 2 : 4);
+            float steps = kind == INT8 ? steps_of(row, inputs.bf16, inputs.d) : 1;
             mine.unit[r] = 1 / steps;
-            to_words(kind, row, bf16, d, steps, ABOVE, mine.rows + (r - from) * words);
+            to_words(kind, row, inputs.bf16, inputs.d, steps, ABOVE,
+                     mine.rows + (r - from) * words);
         }
         lay_out(mine.rows, words, TILE_ROWS, mine.words + from * words);
     }
 }
 
-static inline block stored_block(desk mine, int64_t r, int64_t rows, int64_t width, int64_t stored,
-                                 const float *bias) {
-    const char *start = (const char *)(mine.stored + r * stored);
-    return (block){start, rows - r < ROWS ? rows - r : ROWS, width, stored, bias};
+/* The k largest of the first `width` products that are written down, of at most ROWS rows from r. */
+static void select_written(desk mine, int64_t r, int64_t rows, int64_t width, const float *bias,
+                           int64_t k, kept *own) {
+    const char *from = (const char *)(mine.products + r * mine.stored);
+    block b = {from, rows - r < ROWS ? rows - r : ROWS, width, mine.stored, bias};
+    select_rows(b, 0, k, own, mine.maxima, mine.keys);
 }
 
-/* Products with a block of rows: those of the first `stored` columns are written down, and the
-   largest of them set the thresholds; of all others what passes is kept. */
+/* Scores of a block of rows: the largest of the products that are written down set the thresholds; of
+   all others what passes is kept. */
 static inline __attribute__((always_inline)) void search_rows(int kind, int64_t rows, laid_out in,
-                                                              int64_t count, int64_t stored,
                                                               int64_t k, desk mine) {
-    for (int64_t from = 0; from < count; from += TILE_COLUMNS) {
+    for (int64_t from = 0; from < in.count; from += TILE_COLUMNS) {
         const int32_t *panel = in.panels + from * in.words;
         for (int64_t first = 0; first < rows; first += TILE_ROWS) {
             tile found;
@@ -242,64 +270,64 @@ static inline __attribute__((always_inline)) void search_rows(int kind, int64_t 
                 for (int c = 0; c < 2; c++) {
                     int64_t i = from + c * LANES;
                     if (kind == INT8) scores[c] *= load(in.unit, i, 0) * mine.unit[r];
-                    if (from < stored) *(lanes *)(mine.stored + r * stored + i) = scores[c];
+                    if (from < mine.stored)
+                        *(lanes *)(mine.products + r * mine.stored + i) = scores[c];
                     scores[c] += load(in.bias, i, 0);
                 }
-                if (from >= stored) look_at(scores, from, k, mine.own + r, mine.keys);
+                if (from >= mine.stored) look_at(scores, from, k, mine.own + r, mine.keys);
             }
         }
-        for (int64_t r = 0; from + TILE_COLUMNS == stored && r < rows; r += ROWS)
-            select_rows(stored_block(mine, r, rows, stored, stored, in.bias), 0, k, mine.own + r,
-                        mine.maxima, mine.keys);
+        for (int64_t r = 0; from + TILE_COLUMNS == mine.stored && r < rows; r += ROWS)
+            select_written(mine, r, rows, mine.stored, in.bias, k, mine.own + r);
     }
 }
 
-static inline __attribute__((always_inline)) void search_kind(
-    int kind, const void *inputs, int bf16, int64_t rows, int64_t d, const float *W,
-    const float *bias, wanted all, wanted dead) {
-    int64_t count = all.width, words = words_of(kind, d), stored = dead.width + FIRST * all.k;
-    stored = stored < count ? (stored + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS : count;
-    int64_t room = 4 * all.k + STEP > 2 * dead.k + STEP ? 4 * all.k + STEP : 2 * dead.k + STEP;
-    laid_out in = {numbers(count * words), numbers(count), numbers(count), numbers(count), words};
+static inline __attribute__((always_inline)) void search_kind(int kind, matrix inputs,
+                                                              const float *W, const float *bias,
+                                                              wanted all, wanted dead) {
+    int64_t words = words_of(kind, inputs.d);
+    int64_t stored = dead.width + (FIRST * all.k + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
+    if (stored > all.width) stored = all.width;
+    int64_t room = (MANY * all.k > 2 * dead.k ? MANY * all.k : 2 * dead.k) + STEP;
+    laid_out columns = new_columns(all.width, words);
 #pragma omp parallel
     {
         desk mine = new_desk(words, stored, room);
-        lay_out_columns(kind, W, bias, d, all.among, count, in, mine.rows);
+        lay_out_columns(kind, W, bias, inputs.d, all.among, columns, mine.rows);
 #pragma omp for schedule(dynamic)
-        for (int64_t from = 0; from < rows; from += BLOCK_ROWS) {
-            int64_t n = rows - from < BLOCK_ROWS ? rows - from : BLOCK_ROWS;
-            lay_out_rows(kind, (const char *)inputs + from * d * (bf16 ? 2 : 4), bf16, n, d, words, mine);
-            search_rows(kind, n, in, count, stored, all.k, mine);
-            for (int64_t r = 0; r < n; r++) {
+        for (int64_t from = 0; from < inputs.rows; from += mine.block) {
+            int64_t rows = inputs.rows - from < mine.block ? inputs.rows - from : mine.block;
+            lay_out_rows(kind, inputs, from, rows, words, mine);
+            search_rows(kind, rows, columns, all.k, mine);
+            for (int64_t r = 0; r < rows; r++) {
                 if (mine.own[r].count > all.k) thin(mine.own + r, all.k, mine.keys);
                 write_row(mine.own + r, &all, from + r);
             }
-            for (int64_t r = 0; dead.k && r < n; r += ROWS) {
-                block b = stored_block(mine, r, n, dead.width, stored, in.bias);
-                select_rows(b, 0, dead.k, mine.own, mine.maxima, mine.keys);
-                for (int64_t i = 0; i < b.rows; i++) write_row(mine.own + i, &dead, from + r + i);
+            for (int64_t r = 0; dead.k && r < rows; r += ROWS) {
+                select_written(mine, r, rows, dead.width, columns.bias, dead.k, mine.own);
+                for (int64_t i = r; i < r + ROWS && i < rows; i++)
+                    write_row(mine.own + i - r, &dead, from + i);
             }
         }
         clear_desk(mine);
     }
-    void *made[] = {in.panels, in.bias, in.unit, in.begin};
-    for (int i = 0; i < 4; i++) free(made[i]);
+    clear_columns(columns);
 }
 
 #endif
 
-/* `columns_of` lists the rows of W in the order they are searched in, -1 where there is none: `count`
-   in all, whole tiles of them, and first the `listed` ones among which a second selection is made. */
+/* `among` lists the rows of W in the order they are searched in, -1 where there is none: `count` in
+   all, whole tiles of them, and first the `listed` ones among which a second selection is made. */
 void search(int64_t kind, const void *inputs, int64_t bf16, int64_t rows, int64_t d, const float *W,
-            const float *bias, const int32_t *columns_of, int64_t count, int64_t k, float *top,
+            const float *bias, const int32_t *among, int64_t count, int64_t k, float *top,
             int64_t *columns, int64_t listed, int64_t dead_k, float *dead_top,
             int64_t *dead_columns) {
 #ifdef __AVX512F__
-    wanted all = {columns_of, count, k, bias, top, columns};
-    wanted dead = {columns_of, listed, dead_k, bias, dead_top, dead_columns};
-    if (kind == FLOAT32) search_kind(FLOAT32, inputs, 0, rows, d, W, bias, all, dead);
-    if (kind == BFLOAT16) search_kind(BFLOAT16, inputs, 1, rows, d, W, bias, all, dead);
-    if (kind == INT8 && bf16) search_kind(INT8, inputs, 1, rows, d, W, bias, all, dead);
-    if (kind == INT8 && !bf16) search_kind(INT8, inputs, 0, rows, d, W, bias, all, dead);
+    matrix of = {inputs, bf16, rows, d};
+    wanted all = {among, count, k, bias, top, columns};
+    wanted dead = {among, listed, dead_k, bias, dead_top, dead_columns};
+    if (kind == FLOAT32) search_kind(FLOAT32, of, W, bias, all, dead);
+    if (kind == BFLOAT16) search_kind(BFLOAT16, of, W, bias, all, dead);
+    if (kind == INT8) search_kind(INT8, of, W, bias, all, dead);
 #endif
 }

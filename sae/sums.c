@@ -3,9 +3,10 @@
    Every result is written by one thread that adds in the order of the entries: it has the same bits
    whatever the number of threads.
 
-   Rows of a table are gathered many times over. Where the table is small enough, a strip of a few
-   columns of all its rows is first copied together, so that it stays in a core's second-level cache
-   while these columns of all results are made. */
+   Rows of a table are gathered many times over, and should come from a core's second-level cache.
+   Where every result adds up many rows, some of the table's rows are added to all results, then the
+   next. Otherwise, where the table is small enough, a strip of a few columns of all its rows is first
+   copied together, and stays in cache while these columns of all results are made. */
 
 #include <sys/mman.h>
 
@@ -17,13 +18,13 @@
 #else
 #define WIDE 6
 #endif
-#define STRIP 64   /* columns copied together, at most */
-#define NARROW 32  /* and where the table is long */
-#define LOOKED_AT (1 << 16) /* entries, at most, to judge how the others lie */
-#define FEW 4        /* entries that a result should find in a block of the table */
-#define PARTS 64     /* of the results, for any number of threads */
-#define IN_CACHE (1 << 19)
-#define COLLAPSE 25 /* madvise's MADV_COLLAPSE, newer than many a header */
+#define STRIP 64             /* columns copied together, at most */
+#define NARROW 32            /* and where the table is long */
+#define IN_CACHE (1 << 19)   /* bytes of a table that stay in a core's second-level cache */
+#define FEW 4                /* entries that a result should find in a block of the table */
+#define LOOKED_AT (1 << 16)  /* entries, at most, to judge how the others lie */
+#define PARTS 64             /* of the results, for any number of threads */
+#define COLLAPSE 25          /* madvise's MADV_COLLAPSE, newer than many a header */
 
 typedef float eight __attribute__((vector_size(32)));
 typedef float four __attribute__((vector_size(16)));

@@ -158,7 +158,14 @@ def searched(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "shape",
-    [(37, 13, 67, 5), (5, 8, 16, 16), (7, 9, 33, 1), (205, 50, 3000, 9), (3, 70, 4100, 192)],
+    [
+        (37, 13, 67, 5),
+        (5, 8, 16, 16),
+        (7, 9, 33, 1),
+        (205, 50, 3000, 9),
+        (3, 70, 4100, 192),
+        (130, 5, 9000, 8000),
+    ],
 )
 def test_search_in_c_is_exact(shape: tuple[int, int, int, int], kind: torch.dtype) -> None:
     """Of a product rounded to its kind the k largest are found, and those among the dead.

@@ -136,7 +136,7 @@ class TrainConfig:
     """Load the LM with 8-bit weights (needs bitsandbytes and a GPU)."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """bf16 runs the LM and the encoder product in bfloat16; auto: on GPUs that have it."""
-    kernels: Literal["auto", "torch", "native", "int8"] = "auto"
+    kernels: launch.Choice = "auto"
     """native: C or, on CUDA, Triton; auto: if it can be had; int8: C, searching latents in int8."""
     compile: bool = False
     """Compile the LM's blocks by torch.compile, except those with hookpoints inside."""

@@ -3,10 +3,10 @@
     python benchmarks/low_precision.py --out benchmarks/results/low_precision.json
 
 `--kernels int8` takes the latents that rank highest in an int8 product and computes their
-pre-activations in full. A step of it stands beside the encoder's product in bfloat16, into memory
-that is there (the stricter of step.py's two). Recall is the share of the exact top k that it finds,
-by candidates per active latent, on rows of the demo LM, of a trained coder; and held-out FVU is of
-two runs that differ in nothing else.
+pre-activations in full. A step of it stands beside the encoder's product in bfloat16, made in turns
+with it, as in step.py. Recall is the share of the exact top k that it finds, by candidates per
+active latent, on rows of the demo LM, of a trained coder; and held-out FVU is of two runs that
+differ in nothing else.
 """
 
 import argparse
@@ -36,7 +36,7 @@ HOOKPOINT = "layers.3"
 
 
 def steps(shape: Shape, repeats: int) -> dict[str, float]:
-    """A step by int8 beside the bfloat16 product, and a step without in the same turns."""
+    """A step without int8 and one with, each beside the bfloat16 product."""
     found = {}
     for choice in ("auto", "int8"):
         backend.choose(choice, torch.device("cpu"))

@@ -162,7 +162,7 @@ def machine(device: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "cpu": (*named, "unknown")[0],
-        "instructions": [name for name in instructions if f" {name} " in about],
+        "instructions": [name for name in instructions if name in about.split()],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """Which kernels run: C on the CPU, Triton on CUDA, or PyTorch's operators."""
 
-from importlib.util import find_spec
+from functools import cache
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -16,37 +17,44 @@ _choice: Choice = "auto"
 def choose(choice: Choice, device: torch.device) -> str:
     """Set from now on what computes selections, sparse sums and updates, and say it in words.
 
-    `native` is C on the CPU and Triton (for the sums) on CUDA, `torch` PyTorch's operators, `auto`
-    native where it can be had. The numbers are the same but for the order of sums. `int8` is C that
-    looks for the active latents in int8, as `functional.encode_in_int8` does. Raises UsageError
-    where `native` or `int8` cannot be had.
+    `native` is C on the CPU and Triton (for sums and updates) on CUDA, `torch` PyTorch's operators,
+    `auto` native where it can be had. The numbers are the same but for the order of sums. `int8` is
+    C that looks for the top k in int8, as `functional.encode_in_int8` does. Raises UsageError where
+    `native` or `int8` cannot be had; then nothing has changed.
     """
     global _choice
+    in_words = _in_words(choice, device)
     _choice = choice
-    if choice == "torch":
-        return "PyTorch's operators"
+    return in_words
+
+
+def _in_words(choice: Choice, device: torch.device) -> str:
     if choice == "int8":
         if device.type != "cpu" or not native.searches(torch.int8):
             raise UsageError(
                 "--kernels int8: needs a C compiler and a CPU with AVX-512 VNNI; use auto"
             )
-        return "C; active latents are searched for in int8"
-    if device.type == "cpu" and native.library() is not None:
+        return "C; the top k is searched for in int8"
+    if choice != "torch" and device.type == "cpu" and native.library() is not None:
         kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         searched = [name for name, kind in kinds.items() if native.searches(kind)]
-        return (
-            f"C, for products too in {' and '.join(searched)}"
-            if searched
-            else "C for all but the products"
-        )
-    if in_triton(device):
+        return f"C, the search in {' and '.join(searched) or 'no precision'} too"
+    if choice != "torch" and device.type == "cuda" and _has_triton():
         return "PyTorch's operators for the selection, Triton for the sums and updates"
     if choice == "native":
         raise UsageError(
             "--kernels native: needs a C compiler on the CPU, Triton on CUDA; use auto or torch"
         )
-    _choice = "torch"
     return "PyTorch's operators"
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        import_module("triton")
+    except ImportError:
+        return False
+    return True
 
 
 def in_c(*tensors: Tensor, table: Tensor | None = None) -> bool:
@@ -55,7 +63,7 @@ def in_c(*tensors: Tensor, table: Tensor | None = None) -> bool:
 
 
 def in_pytorch() -> bool:
-    """Whether PyTorch's own operators do everything."""
+    """Whether PyTorch's own operators were asked for."""
     return _choice == "torch"
 
 
@@ -66,4 +74,4 @@ def in_int8() -> bool:
 
 def in_triton(device: torch.device) -> bool:
     """Whether what is done on this device is done in Triton."""
-    return _choice != "torch" and device.type == "cuda" and find_spec("triton") is not None
+    return _choice != "torch" and device.type == "cuda" and _has_triton()

@@ -96,20 +96,24 @@ class _Encode(torch.autograd.Function):
         k_dead: int,
     ) -> tuple[Tensor, ...]:
         inputs = (x if pre_bias is None else x - pre_bias).to(matmul_dtype or W_enc.dtype)
+        inputs = inputs.contiguous()
         widths = (k,) if dead is None else (k, k_dead)
         tops, indices = active_latents(inputs, W_enc, b_enc, activation, widths, dead)
         ctx.save_for_backward(inputs, W_enc, *tops)
         ctx.indices = indices
         ctx.mark_non_differentiable(*indices)
+        ctx.set_materialize_grads(False)
         return tuple(t for pair in zip(tops, indices, strict=True) for t in pair)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, W_enc, *tops = ctx.saved_tensors
         grad_x, grad_W, grad_b, _, _, grad_bias, *_ = ctx.needs_input_grad
         d_x = d_W = d_latents = None
         for top_acts, indices, grad_acts in zip(tops, ctx.indices, grads[::2], strict=True):
+            if grad_acts is None:
+                continue
             grad = torch.where(top_acts > 0, grad_acts, 0).to(W_enc.dtype)
             by_latent = ByLatent.of(indices, len(W_enc))
             sorted_grad = by_latent.sort(grad)
@@ -135,6 +139,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, W_dec: Tensor, *latents: Tensor) -> tuple[Tensor, ...]:
         acts, ctx.indices = latents[::2], latents[1::2]
         ctx.save_for_backward(W_dec, *acts)
+        ctx.set_materialize_grads(False)
         for indices in ctx.indices:  # PyTorch's operators check what they index
             if in_c(W_dec, *acts) and not _within(indices, len(W_dec)):
                 raise IndexError(f"top_indices must be at least 0 and below {len(W_dec)}")
@@ -143,15 +148,17 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         W_dec, *acts = ctx.saved_tensors
         d_W, d_latents = None, list[Tensor | None]()
         for i, (top_acts, indices, grad) in enumerate(zip(acts, ctx.indices, grads, strict=True)):
-            wanted = ctx.needs_input_grad[1 + 2 * i]
-            d_latents += [sampled_product(grad, W_dec, indices) if wanted else None, None]
-            if ctx.needs_input_grad[0]:
+            d_acts = None
+            if grad is not None and ctx.needs_input_grad[1 + 2 * i]:
+                d_acts = sampled_product(grad, W_dec, indices)
+            if grad is not None and ctx.needs_input_grad[0]:
                 by_latent = ByLatent.of(indices, len(W_dec))
                 d_W = by_latent.sum_rows(by_latent.sort(top_acts), grad.contiguous(), add_to=d_W)
+            d_latents += [d_acts, None]
         return d_W, *d_latents
 
 

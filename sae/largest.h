@@ -17,7 +17,7 @@
 #define ROWS 4 /* at a time, so that a bias is loaded once for all */
 #define STEP (4 * LANES)
 
-/* What one row keeps: at most 2 k + STEP scores, and their columns. */
+/* What one row keeps: a few times k scores, and their columns. */
 typedef struct {
     float *scores;
     int32_t *columns;

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .backend import in_pytorch
@@ -17,7 +18,7 @@ def fast_linear_layers() -> AbstractContextManager[Any]:
 
     In float32 PyTorch asks MKL, which does not use the 512-bit registers of AMD's processors: its
     products there take 1.6 to 2.2 times as long as those of oneDNN, which PyTorch holds as well.
-    Sums are the same but for their order.
+    Sums are the same but for their order. What torch.compile traces, it multiplies as it likes.
     """
     return nullcontext() if in_pytorch() or not _mkl_is_slow() else _InOneDnn()
 
@@ -25,17 +26,25 @@ def fast_linear_layers() -> AbstractContextManager[Any]:
 @cache
 def _mkl_is_slow() -> bool:
     cpu = Path("/proc/cpuinfo")
-    amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
+    about = cpu.read_text().split() if cpu.exists() else []
     # What compiled models call; the public way copies inputs and outputs to a layout and back.
-    return amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and "AuthenticAMD" in about and "avx512f" in about
 
 
 class _InOneDnn(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is F.linear and not kwargs and not torch.is_grad_enabled():
+        quiet = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if func is F.linear and not kwargs and quiet:
             x, weight, bias = args if len(args) == 3 else (*args, None)
-            if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+            if _plain(x) and _plain(weight) and x.numel():
                 return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return func(*args, **(kwargs or {}))
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is float32 on the CPU, and no subclass with products of its own."""
+    known = type(tensor) in (Tensor, nn.Parameter)
+    return known and tensor.dtype == torch.float32 and tensor.device.type == "cpu"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 _SOURCES = ("search.c", "select.c", "sums.c", "update.c")
 _KINDS = (torch.float32, torch.bfloat16, torch.int8)
-_TILE = 32  # columns that search.c works on
 
 
 @cache
@@ -29,7 +28,8 @@ def library() -> Any:
         return None
     sources = [str(Path(__file__).with_name(name)) for name in _SOURCES]
     objects = [name.replace(".c", ".o") for name in _SOURCES]
-    flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-c"]
+    # Rows are read as other types than they were written as.
+    flags = ["-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-c"]
     with tempfile.TemporaryDirectory() as folder:
 
         def call(*arguments: str) -> None:
@@ -78,7 +78,13 @@ def select_largest(values: Float[Tensor, "N L"], *wanted: Wanted) -> None:
 
 def searches(kind: torch.dtype) -> bool:
     """Whether this processor makes products of this kind while it searches them."""
-    return library() is not None and bool(library().searches(ctypes.c_int64(_KINDS.index(kind))))
+    return _columns_at_once(kind) > 0
+
+
+def _columns_at_once(kind: torch.dtype) -> int:
+    if library() is None or kind not in _KINDS:
+        return 0
+    return library().columns_at_once(ctypes.c_int64(_KINDS.index(kind)))
 
 
 def search(
@@ -94,22 +100,28 @@ def search(
 
     Written like `select_largest` does; the product, of numbers rounded to `kind`, is never stored.
     """
+    tile = _columns_at_once(kind)
+    assert tile and inputs.dtype in (torch.float32, torch.bfloat16)
+    assert kind in (torch.int8, inputs.dtype)
+    assert W.shape == (len(bias), inputs.shape[1]) and len(W) < 2**31 - 2 * tile
+    assert 0 < tops[0].shape[1] <= len(W)
+
+    def in_whole_tiles(numbers: Tensor) -> Tensor:
+        return torch.nn.functional.pad(numbers, (0, -len(numbers) % tile), value=-1)
+
     among, listed = torch.arange(len(W), dtype=torch.int32), 0
     if dead is not None:
-        rest = torch.ones(len(W), dtype=torch.bool).index_fill_(0, dead, False)
-        first = _to_whole_tiles(dead.int())
+        assert 0 < tops[1].shape[1] <= len(dead)
+        rest = torch.ones(len(W), dtype=torch.bool).index_fill_(0, dead.long(), False)
+        first = in_whole_tiles(dead.int())
         among, listed = torch.cat([first, among[rest]]), len(first)
-    among = _to_whole_tiles(among)
+    among = in_whole_tiles(among)
     outs: list[Tensor | int | None] = [listed, tops[-1].shape[1], tops[-1], columns[-1]]
     _call(
         *("search", _KINDS.index(kind), inputs, int(inputs.dtype == torch.bfloat16)),
         *(*inputs.shape, W, bias, among, len(among), tops[0].shape[1], tops[0], columns[0]),
         *(outs if listed else [0, 0, None, None]),
     )
-
-
-def _to_whole_tiles(numbers: Tensor) -> Tensor:
-    return torch.nn.functional.pad(numbers, (0, -len(numbers) % _TILE), value=-1)
 
 
 def sum_rows(

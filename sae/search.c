@@ -8,6 +8,8 @@
    Needs registers of 512 bits. Elsewhere, and where a processor multiplies bfloat16 by tiles of its
    own (AMX), PyTorch's product and select.c do this. */
 
+#include <omp.h>
+
 #include "largest.h"
 
 enum { FLOAT32, BFLOAT16, INT8 };
@@ -20,19 +22,19 @@ enum { FLOAT32, BFLOAT16, INT8 };
 #define BLOCK_ROWS (16 * TILE_ROWS) /* a panel of columns is read once for so many */
 #define DESK (1 << 25)              /* bytes of a thread, if that leaves it a tile of rows */
 
-/* Whether products of this kind are made here. */
-int64_t searches(int64_t kind) {
-    int found[3] = {0};
+/* How many columns a product of this kind is searched in at a time; 0 where it is not made here. */
+int64_t columns_at_once(int64_t kind) {
+    int made[3] = {0};
 #ifdef __AVX512F__
-    found[FLOAT32] = 1;
+    made[FLOAT32] = 1;
 #endif
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-    found[BFLOAT16] = 1;
+    made[BFLOAT16] = 1;
 #endif
 #ifdef __AVX512VNNI__
-    found[INT8] = 1;
+    made[INT8] = 1;
 #endif
-    return found[kind];
+    return made[kind] ? TILE_COLUMNS : 0;
 }
 
 #ifdef __AVX512F__
@@ -206,9 +208,17 @@ typedef struct {
     kept *own;
 } desk;
 
-static desk new_desk(int64_t words, int64_t stored, int64_t room) {
-    int64_t block = DESK / (4 * (words + stored + 2 * room)) / TILE_ROWS * TILE_ROWS;
-    block = block < TILE_ROWS ? TILE_ROWS : block > BLOCK_ROWS ? BLOCK_ROWS : block;
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* As many rows as share a panel well, fit into memory, and leave no thread without any. */
+static int64_t rows_at_once(int64_t rows, int64_t row_bytes) {
+    int64_t share = rows / omp_get_num_threads() + TILE_ROWS;
+    int64_t most = smaller(BLOCK_ROWS, smaller(DESK / row_bytes, share)) / TILE_ROWS * TILE_ROWS;
+    return most ? most : TILE_ROWS;
+}
+
+static desk new_desk(int64_t rows, int64_t words, int64_t stored, int64_t room) {
+    int64_t block = rows_at_once(rows, 4 * (words + stored + 2 * room));
     desk mine = {block,
                  stored,
                  numbers(TILE_COLUMNS * words),
@@ -287,16 +297,16 @@ static inline __attribute__((always_inline)) void search_kind(int kind, matrix i
                                                               wanted all, wanted dead) {
     int64_t words = words_of(kind, inputs.d);
     int64_t stored = dead.width + (FIRST * all.k + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
-    if (stored > all.width) stored = all.width;
+    stored = smaller(stored, all.width);
     int64_t room = (MANY * all.k > 2 * dead.k ? MANY * all.k : 2 * dead.k) + STEP;
     laid_out columns = new_columns(all.width, words);
 #pragma omp parallel
     {
-        desk mine = new_desk(words, stored, room);
+        desk mine = new_desk(inputs.rows, words, stored, room);
         lay_out_columns(kind, W, bias, inputs.d, all.among, columns, mine.rows);
 #pragma omp for schedule(dynamic)
         for (int64_t from = 0; from < inputs.rows; from += mine.block) {
-            int64_t rows = inputs.rows - from < mine.block ? inputs.rows - from : mine.block;
+            int64_t rows = smaller(inputs.rows - from, mine.block);
             lay_out_rows(kind, inputs, from, rows, words, mine);
             search_rows(kind, rows, columns, all.k, mine);
             for (int64_t r = 0; r < rows; r++) {

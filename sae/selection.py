@@ -27,9 +27,11 @@ def active_latents(
     With `dead` also those of the `widths[1]` largest among these. The product is in the precision
     of `inputs`.
     """
+    if widths[0] > len(W_enc):
+        raise IndexError(f"k = {widths[0]} is more than the {len(W_enc)} latents")
     tops = [torch.empty(len(inputs), k, dtype=W_enc.dtype, device=W_enc.device) for k in widths]
     indices = [torch.empty(t.shape, dtype=torch.int64, device=t.device) for t in tops]
-    arguments = (inputs.contiguous(), W_enc, b_enc)
+    arguments = (inputs, W_enc.contiguous(), b_enc)
     searched = activation == "topk" and in_c(W_enc, b_enc, table=inputs)
     if searched and in_int8():
         _search_in_int8(*arguments, tops, indices, dead)
@@ -48,7 +50,10 @@ def _search_in_int8(
     indices: list[Tensor],
     dead: Tensor | None,
 ) -> None:
-    """Twin of `functional.encode_in_int8`; of the dead, those that rank highest are taken."""
+    """Twin of `functional.encode_in_int8`; of the dead, those that rank highest are taken.
+
+    What is found for a row does not depend on other rows; the last bits of its activations do.
+    """
 
     def in_full(found: Tensor) -> Tensor:
         return native.sampled_product(rows, found, W_enc) + b_enc[found]

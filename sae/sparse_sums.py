@@ -34,7 +34,8 @@ def weighted_rows(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     if in_c(weights, table):
         n, k = indices.shape
         starts = torch.arange(0, n * k + 1, k, dtype=torch.int32)
-        return native.sum_rows(starts, indices.flatten().int(), weights.contiguous(), table)
+        columns = indices.flatten().int()
+        return native.sum_rows(starts, columns, weights.contiguous(), table.contiguous())
     return F.embedding_bag(indices.int(), table, per_sample_weights=weights, mode="sum")
 
 
@@ -43,7 +44,7 @@ def sampled_product(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     if sums := _triton(table.device):
         return sums.sampled_product(rows, table, indices)
     if in_c(rows, table):
-        return native.sampled_product(rows.contiguous(), indices, table)
+        return native.sampled_product(rows.contiguous(), indices, table.contiguous())
     n, k = indices.shape
     wide = torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
     pattern = torch.sparse_csr_tensor(

@@ -1,4 +1,4 @@
-"""Sparse sums on CUDA, written in Triton: same functions and numbers as in kernels.py.
+"""Sparse sums on CUDA, written in Triton: same functions and numbers as in sparse_sums.py.
 
 Every sum runs in one order, entry by entry, in float32 (float64 for float64): no atomics, so a step
 repeats bit for bit. Nothing of size N x K x D exists.
@@ -6,6 +6,10 @@ repeats bit for bit. Nothing of size N x K x D exists.
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # Triton makes constants of what is annotated as such.
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -17,6 +21,21 @@ _LONG = 1024  # entries of one latent from which its sum is cut into pieces
 _BLOCK = 512  # columns that one program works on
 
 
+_Launch = TypeVar("_Launch", bound=Callable[..., Any])
+
+
+def on_its_device(launch: _Launch) -> _Launch:
+    """Run a function on the device of its first argument: Triton asks which is the current one."""
+
+    @wraps(launch)
+    def there(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return launch(tensor, *args, **kwargs)
+
+    return there  # type: ignore[return-value]  # it takes what `launch` takes
+
+
+@on_its_device
 def weighted_rows(
     weights: Float[Tensor, "N K"], indices: Int[Tensor, "N K"], table: Float[Tensor, "L D"]
 ) -> Float[Tensor, "N D"]:
@@ -30,6 +49,7 @@ def weighted_rows(
     return out
 
 
+@on_its_device
 def sampled_product(
     rows: Float[Tensor, "N D"], table: Float[Tensor, "L D"], indices: Int[Tensor, "N K"]
 ) -> Float[Tensor, "N K"]:
@@ -44,6 +64,7 @@ def sampled_product(
     return out
 
 
+@on_its_device
 def sum_by_latent(
     weights: Float[Tensor, " E"],
     entry_rows: Int[Tensor, " E"],

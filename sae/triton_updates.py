@@ -11,12 +11,15 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from .triton_kernels import on_its_device
+
 _BLOCK = 4096  # columns at a time
 
 
+@on_its_device
 def finish_gradient_(grad: Tensor, scale: Tensor, unit_rows: Tensor | None) -> Tensor:
     """grad *= scale, and g -= (g . w) w by rows w of `unit_rows`, if given; return ||grad||^2."""
-    rows, width = _as_rows(grad)
+    rows, width = _as_rows(grad, unit_rows)
     squares = grad.new_empty(rows)
     weights = grad if unit_rows is None else unit_rows
     _finish_gradient[(rows,)](
@@ -25,23 +28,26 @@ def finish_gradient_(grad: Tensor, scale: Tensor, unit_rows: Tensor | None) -> T
     return squares.sum()
 
 
+@on_its_device
 def signum_step_(
     y: Tensor, z: Tensor, grad: Tensor, lr: float, beta: float, c: float, unit_norm: bool
 ) -> None:
     """The step of `optim.ScheduleFreeSignum`, and unit norm for the rows of y if wanted."""
-    rows, width = _as_rows(y)
+    rows, width = _as_rows(y, z, grad)
     factors = (lr, 1 - beta, 1 - c, 1 - beta + beta * c)
     _signum_step[(rows,)](y, z, grad, *factors, width, UNIT=unit_norm, BLOCK=_block(width))
 
 
+@on_its_device
 def normalize_rows_(rows: Float[Tensor, "R D"]) -> None:
     """Scale every row to unit norm; rows of zeros stay."""
     count, width = _as_rows(rows)
     _normalize_rows[(count,)](rows, width, BLOCK=_block(width))
 
 
-def _as_rows(tensor: Tensor) -> tuple[int, int]:
-    assert tensor.is_contiguous()
+def _as_rows(tensor: Tensor, *others: Tensor | None) -> tuple[int, int]:
+    for other in (tensor, *others):
+        assert other is None or (other.is_contiguous() and other.shape == tensor.shape)
     return (len(tensor), tensor.shape[1]) if tensor.ndim == 2 else (1, tensor.numel())
 
 

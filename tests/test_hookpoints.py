@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sae import backend, linear
@@ -269,6 +270,19 @@ def test_eight_bit_loading_says_what_it_needs(tmp_path: Path) -> None:
         load(tmp_path, load_in_8bit=True)
 
 
+class OneDnn(TorchDispatchMode):
+    """Counts products that oneDNN was asked for by name."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func is torch.ops.mkldnn._linear_pointwise.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN"
+)
 def test_linear_layers_compute_the_same_where_they_are_fast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,13 +296,17 @@ def test_linear_layers_compute_the_same_where_they_are_fast(
     found = []
     for slow in (False, True):
         monkeypatch.setattr(linear, "_mkl_is_slow", lambda slow=slow: slow)
-        with fast_linear_layers() as mode, torch.no_grad():
+        with OneDnn() as seen, fast_linear_layers() as mode, torch.no_grad():
             assert (mode is not None) == slow
             out = [layer(x) for layer in layers]
+            assert seen.products == 2 * slow
             out += [layers[0](x[:0]), half(x.bfloat16())]
-        with fast_linear_layers():
+            captured = capture(lm, TOKENS, ["layers.1"])["layers.1"]
+            assert seen.products == (2 + 7 + 7) * slow  # seven linear layers in a block
+        with OneDnn() as seen, fast_linear_layers():
             (gradient,) = torch.autograd.grad(layers[0](x).sum(), layers[0].weight)
-        found.append([*out, gradient, *capture(lm, TOKENS, ["layers.1"])["layers.1"]])
+            assert seen.products == 0
+        found.append([*out, gradient, *captured])
     for plain, fast in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(backend, "_choice", "torch")

@@ -73,7 +73,14 @@ def test_selection_in_c_does_not_hide_bad_numbers() -> None:
             assert top[[0, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(37, 13, 67, 5), (300, 200, 40, 9), (64, 130, 9000, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(37, 13, 67, 5), (300, 200, 40, 9)],  # in blocks of the table
+        *[(700, 100, 500, 3), (7000, 40, 4200, 3)],  # in strips, wide and narrow
+        (64, 130, 9000, 3),  # as rows lie
+    ],
+)
 def test_sums_in_c_are_the_plain_ones(shape: tuple[int, int, int, int]) -> None:
     """Rows are summed in strips and without, over odd widths, with latents that repeat or rest."""
     n, d, latents, k = shape
@@ -218,7 +225,10 @@ def test_search_in_c_does_not_hide_bad_numbers(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_searched_alike_in_any_company(kind: torch.dtype) -> None:
-    """A row's activations have the same bits alone, among others, and on any number of threads."""
+    """What a search writes of a row has the same bits alone, in company, on any number of threads.
+
+    In int8 these are rough scores.
+    """
     g = torch.Generator().manual_seed(0)
     x, W = torch.randn(401, 33, generator=g), torch.randn(500, 33, generator=g)
     x = x.bfloat16() if kind == torch.bfloat16 else x
@@ -243,7 +253,8 @@ def test_sums_add_to_what_is_there() -> None:
     for n, k, table_rows, d in (
         (700, 90, 900, 400),
         (50, 3, 9000, 70),
-        (9, 200, 300, 33),
+        (700, 3, 500, 100),
+        (7000, 3, 4200, 40),
         (0, 3, 5, 9),
     ):
         table = torch.randn(table_rows, d, generator=g)

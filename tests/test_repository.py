@@ -20,7 +20,7 @@ BELOW = {
     "native": set(),
     "updates": {"backend", "native", "triton_updates"},
     "triton_kernels": set(),
-    "triton_updates": set(),
+    "triton_updates": {"triton_kernels"},
     "blocks": {"config"},
     "data": {"blocks", "config"},
     "hookpoints": {"config", "linear"},

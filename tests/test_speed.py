@@ -15,7 +15,7 @@ from runs import Settings, assert_identical, run, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from sae import SaeConfig, SparseCoder, UsageError, backend, native
+from sae import SaeConfig, SparseCoder, UsageError, backend, linear, native
 from sae.dead_latents import FiringRecord, dead_latents
 from sae.functional import Moments
 from sae.optim import CoderOptimizer, finish_gradients_
@@ -113,6 +113,9 @@ def test_compiled_blocks_compute_the_same(
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(
+        linear, "_mkl_is_slow", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
     flags = {"hookpoints": ("layers.0", "layers.1.mlp"), "optimizer": "adam"}
     plain = weights(run(lm, tokens, settings, run_name="plain", **flags))
     blocks = [m for n, m in lm.base_model.named_modules() if n in ("layers.0", "layers.1")]
@@ -123,6 +126,8 @@ def test_compiled_blocks_compute_the_same(
         for block in blocks:
             vars(block).pop("forward", None)
     assert graphs
+    # By name Inductor takes oneDNN's products only where weights are frozen.
+    assert not any("mkldnn" in str(node.target) for graph in graphs for node in graph.graph.nodes)
     assert plain.keys() == compiled.keys()
     for name, tensor in plain.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)

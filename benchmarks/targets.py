@@ -83,8 +83,9 @@ def table(results: dict[str, Any]) -> str:
             command = (COMMANDS | GPU_COMMANDS)[name]
             lines.append(f"| {what} | {target} | unmeasured | `python benchmarks/{command}` |")
             continue
+        digits = 4 if value < 0.1 else 3
+        shown, value = f"{value:.{digits}f}", round(value, digits)
         met = value >= bound if more else value <= bound
-        shown = f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
         in_place = read(results, name, path.replace("ratio", "ratio_in_place"))
         if in_place is not None and path.endswith("ratio"):
             shown += f" ({in_place:.3f} in place)"

@@ -23,7 +23,8 @@ README = (ROOT / "README.md").read_text()
 STEP_ROWS = {
     "step": "D = 384, L = 12288, k = 32",
     "step_wide": "D = 768, L = 24576, k = 64",
-    "step_without_amx": "D = 384, L = 12288, k = 32, AMX switched off",
+    "step_amx": "AMX: D = 384, L = 12288, k = 32",
+    "step_wide_amx": "AMX: D = 768, L = 24576, k = 64",
 }
 
 COMMANDS: dict[str, Any] = {

@@ -74,7 +74,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes[0].set_ylabel("ms per step")
     about = result["machine"]
     figure.suptitle(
-        f"{result['base']}, {result['precision']}, {about['device']}, {about['date']}", fontsize=9
+        f"{result['base']}, {result['precision']}, {about['device']} ({about['cpu']}), {about['date']}",
+        fontsize=9,
     )
     figure.savefig(file, metadata={"Date": None})
 

@@ -73,10 +73,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms per step")
     about = result["machine"]
-    figure.suptitle(
-        f"{result['base']}, {result['precision']}, {about['device']} ({about['cpu']}), {about['date']}",
-        fontsize=9,
-    )
+    where = f"{about['device']} ({about['cpu']}), {about['date']}"
+    figure.suptitle(f"{result['base']}, {result['precision']}, {where}", fontsize=9)
     figure.savefig(file, metadata={"Date": None})
 
 

@@ -38,7 +38,9 @@ def _in_words(choice: Choice, device: torch.device) -> str:
     if choice != "torch" and device.type == "cpu" and native.library() is not None:
         kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         searched = [name for name, kind in kinds.items() if native.searches(kind)]
-        return f"C, the search in {' and '.join(searched) or 'no precision'} too"
+        if searched:
+            return f"C, {' and '.join(searched)} products too"
+        return "C for all but the products"
     if choice != "torch" and device.type == "cuda" and _has_triton():
         return "PyTorch's operators for the selection, Triton for the sums and updates"
     if choice == "native":

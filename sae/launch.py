@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from .backend import Choice, choose
 from .config import UsageError
 from .hookpoints import compile_blocks, is_sharded
+from .linear import in_onednn
 from .ranks import Ranks
 
 
@@ -93,7 +94,8 @@ def join(accelerator: Accelerator, timeout_minutes: float, kernels: Choice) -> R
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     chosen = choose(kernels, device)
     if accelerator.is_main_process:
-        print(f"kernels on {device.type}: {chosen}")
+        linear = "; the LM's float32 linear layers by oneDNN" if on_cpu() and in_onednn() else ""
+        print(f"kernels on {device.type}: {chosen}{linear}")
     return Ranks(device, timeout_minutes)
 
 

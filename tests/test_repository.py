@@ -31,7 +31,7 @@ BELOW = {
     "watch": {"config"},
     "ranks": {"blocks", "config", "watch"},
     "exchange": {"config", "hookpoints", "ranks"},
-    "launch": {"backend", "config", "hookpoints", "ranks"},
+    "launch": {"backend", "config", "hookpoints", "linear", "ranks"},
     "bank": {"config", "functional", "hookpoints", "sparse_coder"},
     "sums": {"bank", "dead_latents", "functional", "sparse_coder"},
     "end_to_end": {"bank", "config", "exchange", "hookpoints", "sums"},

@@ -260,7 +260,7 @@ def compare(
     targets = {}
     for figure, (sign, target) in TARGETS.items():
         ratio = statistics.median(run["ours"][figure] / run["theirs"][figure] for run in runs)
-        met = round(ratio, 3) >= target if sign == ">=" else round(ratio, 3) <= target
+        met = ratio >= target if sign == ">=" else ratio <= target
         targets[figure] = {"ratio": ratio, "target": f"{sign} {target}", "met": met}
     of = {"width": lm.config.hidden_size, "held_out_tokens": held.numel()}
     return {**of, "runs": runs, "median": median, "targets": targets}

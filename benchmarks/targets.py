@@ -83,8 +83,8 @@ def table(results: dict[str, Any]) -> str:
             command = (COMMANDS | GPU_COMMANDS)[name]
             lines.append(f"| {what} | {target} | unmeasured | `python benchmarks/{command}` |")
             continue
-        digits = 4 if value < 0.1 else 3
-        shown, value = f"{value:.{digits}f}", round(value, digits)
+        close = value < 0.1 or abs(value - bound) < 0.01
+        shown = f"{value:.4f}" if close else f"{value:.3f}"
         met = value >= bound if more else value <= bound
         in_place = read(results, name, path.replace("ratio", "ratio_in_place"))
         if in_place is not None and path.endswith("ratio"):

@@ -16,8 +16,8 @@ from .backend import in_pytorch
 def fast_linear_layers() -> AbstractContextManager[Any]:
     """Inside, a forward without gradients multiplies in float32 by oneDNN, where that is faster.
 
-    In float32 PyTorch asks MKL, which does not use the 512-bit registers of AMD's processors: its
-    products there take 1.6 to 2.2 times as long as those of oneDNN, which PyTorch holds as well.
+    In float32 PyTorch asks MKL, whose products took 1.6 to 2.2 times as long on an AMD EPYC with
+    AVX-512 as those of oneDNN, which PyTorch holds as well; on other processors that is not known.
     Sums are the same but for their order. What torch.compile traces, it multiplies as it likes.
     """
     return _InOneDnn() if in_onednn() else nullcontext()

@@ -28,12 +28,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.step import machine
 from sae import SaeConfig
-from sae.bank import CoderBank, costs
-from sae.exchange import Exchange, Pairs
-from sae.functional import Moments, accumulate
-from sae.hookpoints import Hookpoint
-from sae.optim import CoderOptimizer, finish_gradients_
-from sae.ranks import Ranks
+from sae.coders.bank import CoderBank, costs
+from sae.coders.functional import Moments, accumulate
+from sae.config import Widths
+from sae.lm.capture import Pairs
+from sae.placement.exchange import Exchange
+from sae.placement.ranks import Ranks
+from sae.training.losses import divide_gradients_
+from sae.training.optim import CoderOptimizer
 
 SHAPE = {"hookpoints": 8, "D": 256, "L": 4096, "k": 32, "rows": 4096}
 MODES = ("replicas", "owners", "all-gather")
@@ -43,14 +45,14 @@ def train_step(mode: str, exchange: Exchange, bank: CoderBank, rules: Any, pairs
     """One optimizer step of all coders on the rows that this rank captured."""
     moments: dict[str, Moments] = {}
 
-    def learn(place: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        accumulate(moments, place, y)
-        for _, coder in bank.at(place):
-            coder(x, y, total_variance=1.0).fvu.backward()
+    def learn(hookpoint: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        accumulate(moments, hookpoint, y)
+        for _, coder in bank.at(hookpoint):
+            coder.errors(x, y).squared_error.backward()
 
     if mode == "all-gather":
         world = exchange.ranks.world
-        for place, pair in pairs.items():
+        for hookpoint, pair in pairs.items():
             whole = []
             for rows in pair:
                 buffers = [torch.empty_like(rows) for _ in range(world)]
@@ -58,15 +60,16 @@ def train_step(mode: str, exchange: Exchange, bank: CoderBank, rules: Any, pairs
                     dist.all_gather(buffers, rows)
                     exchange.ranks.count_bytes(rows.nbytes, (world - 1) * rows.nbytes)
                 whole.append(torch.cat(buffers) if world > 1 else rows)
-            if exchange.writes(place):
-                learn(place, *whole)
+            if exchange.owns(hookpoint):
+                learn(hookpoint, *whole)
     else:
-        for place, (x, y) in exchange.to_owners({p: (y, y) for p, (_, y) in pairs.items()}).items():
-            learn(place, x, y)
+        outputs = {hookpoint: (y, y) for hookpoint, (_, y) in pairs.items()}
+        for hookpoint, (x, y) in exchange.to_owners(outputs).items():
+            learn(hookpoint, x, y)
         sums = [t for seen in moments.values() for t in seen]
         exchange.sum_replicas_(*sums, *bank.gradients())
     for name, coder in bank.items():
-        finish_gradients_(coder, moments[bank.hookpoint[name]].total_variance)
+        divide_gradients_(coder, moments[bank.hookpoint[name]].total_variance)
         rules[name].step(0, 1000, 0)
 
 
@@ -76,23 +79,26 @@ def worker(repeats: int) -> dict[str, dict[str, float]]:
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
     ranks = Ranks(torch.device("cpu"), 10.0)
-    places = [Hookpoint(f"layers.{i}", SHAPE["D"], SHAPE["D"]) for i in range(SHAPE["hookpoints"])]
+    width = Widths(SHAPE["D"], SHAPE["D"])
+    widths = {f"layers.{i}": width for i in range(SHAPE["hookpoints"])}
     cfg = SaeConfig(num_latents=SHAPE["L"], k=SHAPE["k"])
     torch.manual_seed(ranks.rank)
     rows = SHAPE["rows"] // ranks.world
-    pairs = {h.name: (torch.randn(rows, h.d_in), torch.randn(rows, h.d_out)) for h in places}
+    pairs = {
+        name: (torch.randn(rows, w.d_in), torch.randn(rows, w.d_out)) for name, w in widths.items()
+    }
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     received: dict[str, float] = {}
     parts = {}
     for mode in MODES:
-        exchange = Exchange(ranks, costs(places, cfg, (0,)), mode != "replicas")
-        bank = CoderBank(exchange.here(places), cfg, (0,), "cpu")
+        exchange = Exchange(ranks, costs(widths, cfg, (0,)), mode != "replicas")
+        bank = CoderBank(exchange.trained_here(widths), cfg, (0,), "cpu")
         parts[mode] = (exchange, bank, {n: CoderOptimizer(c, "signum") for n, c in bank.items()})
     for _ in range(repeats + 1):
         for mode in MODES:
             if ranks.world > 1:
                 dist.barrier()
-            ranks.traffic()
+            ranks.clear_traffic()
             began = time.perf_counter()
             train_step(mode, *parts[mode], pairs)
             if ranks.world > 1:

@@ -27,42 +27,47 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 from make_text import write_text
 
 from benchmarks.step import Shape, machine, step_over_product, write
-from sae import SparseCoder, UsageError, backend, functional
-from sae.data import load_tokens
-from sae.hookpoints import capture
+from sae import DataConfig, ModelConfig, SparseCoder, UsageError
+from sae.coders import functional
+from sae.config import KernelChoice
+from sae.data.text import load_tokens
+from sae.flags import from_flags
+from sae.kernels.twins import Kernels
+from sae.lm.capture import Capture
 from train_sae import TrainConfig, train
 
 HOOKPOINT = "layers.3"
+CHOICES: tuple[KernelChoice, ...] = ("auto", "int8")
 
 
 def steps(shape: Shape, repeats: int) -> dict[str, float]:
     """A step without int8 and one with, each beside the bfloat16 product."""
     found = {}
-    for choice in ("auto", "int8"):
-        backend.choose(choice, torch.device("cpu"))
-        measured = step_over_product(shape, torch.bfloat16, repeats, "cpu")
+    for choice in CHOICES:
+        kernels = Kernels(choice)
+        measured = step_over_product(shape, torch.bfloat16, repeats, "cpu", kernels=kernels)
         kept = ("product_ms", "product_in_place_ms", "step_ms", "ratio", "ratio_in_place")
         found |= {f"{choice}_{name}": measured[name] for name in kept}
     return found
 
 
-def trained(choice: str, folder: Path, steps: int, num_latents: int) -> dict[str, Any]:
+def trained(choice: KernelChoice, folder: Path, steps: int, num_latents: int) -> dict[str, Any]:
     """The figures of a run on the demo LM."""
-    cfg = TrainConfig(
-        model=str(ROOT / "demo/lm"),
-        dataset=str(folder / "text/train.jsonl"),
-        hookpoints=(HOOKPOINT,),
-        ctx_len=256,
-        max_examples=32 * steps,
-        num_latents=num_latents,
-        eval_tokens=2**15,
-        kernels=choice,  # type: ignore[arg-type]  # one of backend.Choice
-        save_dir=str(folder),
-        run_name=choice,
-        log_with="none",
-    )
+    flags = {
+        "model": str(ROOT / "demo/lm"),
+        "dataset": str(folder / "text/train.jsonl"),
+        "hookpoints": (HOOKPOINT,),
+        "ctx_len": 256,
+        "max_examples": 32 * steps,
+        "num_latents": num_latents,
+        "eval_tokens": 2**15,
+        "kernels": choice,
+        "save_dir": str(folder),
+        "run_name": choice,
+        "log_with": "none",
+    }
     with contextlib.redirect_stdout(io.StringIO()):
-        return train(cfg)["hookpoints"][HOOKPOINT]
+        return train(from_flags(TrainConfig, flags))["hookpoints"][HOOKPOINT]
 
 
 @torch.no_grad()
@@ -88,7 +93,7 @@ def main() -> None:
     shape = Shape(args.N, args.D, args.L, args.k)
     result: dict[str, Any] = {"machine": machine("cpu"), "shape": asdict(shape)}
     try:
-        backend.choose("int8", torch.device("cpu"))
+        Kernels("int8").describe(torch.device("cpu"))
     except UsageError as error:
         print(error)
         return write(result | {"unmeasured": str(error)}, args.out)
@@ -96,13 +101,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text")
-        runs = {c: trained(c, folder, args.steps, args.num_latents) for c in ("auto", "int8")}
+        runs = {c: trained(c, folder, args.steps, args.num_latents) for c in CHOICES}
         coder = SparseCoder.load_from_disk(runs["auto"]["path"])
-        text, tokenizer = str(folder / "text/heldout.jsonl"), str(ROOT / "demo/lm")
-        blocks = load_tokens(text, tokenizer=tokenizer, limits=(4096, 512), ctx_len=256)
+        data = DataConfig(str(folder / "text/heldout.jsonl"), ctx_len=256)
+        blocks = load_tokens(data, ModelConfig(str(ROOT / "demo/lm")), limits=(4096, 512))
         tokens = next(blocks.batches(torch.arange(8), 8))
     lm = AutoModel.from_pretrained(ROOT / "demo/lm", dtype=torch.float32)
-    _, rows = capture(lm, tokens, [HOOKPOINT])[HOOKPOINT]
+    _, rows = Capture(lm, [HOOKPOINT])(tokens)[HOOKPOINT]
     result["recall"] = {f"{n} k": recall(coder, rows, n) for n in (1, 2, 3, 4)}
     result |= {f"{choice}_fvu": figures["fvu"] for choice, figures in runs.items()}
     result["fvu_ratio"] = result["int8_fvu"] / result["auto_fvu"]

@@ -89,6 +89,7 @@ def watch(lm: Any, batch: torch.Size) -> list[tuple[float, float, float, int]]:
 
 def train_ours(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     """Train by train_sae.py; return the folder of the coder."""
+    from sae.flags import from_flags
     from train_sae import TrainConfig, train
 
     hookpoint, steps = flags.pop("hookpoint"), flags.pop("steps")
@@ -96,7 +97,8 @@ def train_ours(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     chosen |= {"max_examples": steps * flags["batch_size"], "save_every": steps + 2}
     chosen |= {"finetune": str(folder / "start")}
     del flags["init_seed"]
-    cfg = TrainConfig(save_dir=str(folder), run_name="ours", **chosen, **flags)
+    chosen |= {"save_dir": str(folder), "run_name": "ours"}
+    cfg = from_flags(TrainConfig, chosen | flags)
     summary = train(cfg, lm=lm, dataset=torch.load(folder / "blocks.pt"))
     return Path(summary["hookpoints"][hookpoint]["path"])
 
@@ -167,18 +169,15 @@ def write_lm(kind: str, folder: Path, width: int) -> None:
 
 def write_data(folder: Path, flags: dict[str, Any]) -> Tensor:
     """Tokenize the demo text once, write blocks and our order of them; return those held out."""
-    from sae.data import load_tokens
+    from sae import DataConfig, ModelConfig
+    from sae.data.text import load_tokens
 
     sys.path.insert(0, str(ROOT / "demo"))
     from make_text import write_text
 
     write_text(folder / "text")
-    found = load_tokens(
-        str(folder / "text/train.jsonl"),
-        tokenizer=str(ROOT / "demo/lm"),
-        limits=(4096, 512),
-        ctx_len=flags["ctx_len"],
-    )
+    data = DataConfig(str(folder / "text/train.jsonl"), ctx_len=flags["ctx_len"])
+    found = load_tokens(data, ModelConfig(str(ROOT / "demo/lm")), limits=(4096, 512))
     train = flags["steps"] * flags["batch_size"]
     # At most a tenth of the data is held out, so a short run has less.
     held = min(-(-flags["eval_tokens"] // flags["ctx_len"]), max(1, train // 9))
@@ -192,29 +191,30 @@ def write_data(folder: Path, flags: dict[str, Any]) -> Tensor:
 def write_start(folder: Path, lm: Any, flags: dict[str, Any]) -> None:
     """Write the coder that both sides start from, its biases from the first rows."""
     from sae import SaeConfig, SparseCoder
-    from sae.functional import Moments
-    from sae.hookpoints import capture
+    from sae.coders.functional import Moments
+    from sae.lm.capture import Capture
 
-    place = flags["hookpoint"]
+    hookpoint = flags["hookpoint"]
     first = torch.load(folder / "blocks.pt")[torch.load(folder / "order.pt")[:8]]
-    mean = Moments.of(capture(lm, first, [place], inputs=False)[place][1]).mean
+    mean = Moments.of(Capture(lm, [hookpoint], inputs=False)(first)[hookpoint][1]).mean
     cfg = SaeConfig(num_latents=flags["num_latents"], k=flags["k"])
     generator = torch.Generator().manual_seed(flags["init_seed"])
     coder = SparseCoder(len(mean), cfg, generator=generator)
     coder.center_(mean, mean)
-    coder.save_to_disk(folder / "start" / place)
+    coder.save_to_disk(folder / "start" / hookpoint)
 
 
 @torch.no_grad()
 def held_out_fvu(coder_folder: str, lm: Any, hookpoint: str, held: Tensor) -> float:
     """FVU, over all held-out rows, of a coder on disk."""
     from sae import SparseCoder
-    from sae.functional import Moments, accumulate, squared_error
-    from sae.hookpoints import capture
+    from sae.coders.functional import Moments, accumulate, squared_error
+    from sae.lm.capture import Capture
 
     coder, moments, error = SparseCoder.load_from_disk(coder_folder), {}, 0.0
+    capture = Capture(lm, [hookpoint], inputs=False)
     for tokens in held.split(8):
-        _, rows = capture(lm, tokens, [hookpoint], inputs=False)[hookpoint]
+        _, rows = capture(tokens)[hookpoint]
         accumulate(moments, hookpoint, rows)
         error += float(squared_error(rows, coder.decode(*coder.encode(rows))))
     seen: Moments = moments[hookpoint]
@@ -228,11 +228,13 @@ def compare(
 
     `folder` holds the reference's packages and the data, and takes LM and runs.
     """
-    from sae.hookpoints import find_hookpoints, load_lm
+    from sae import ModelConfig
+    from sae.lm.loading import find_hookpoints, load_lm
 
     write_lm(kind, folder / "lm", width)
-    held, place = torch.load(folder / "held.pt"), flags["hookpoint"]
-    lm = load_lm(str(folder / "lm"), *find_hookpoints(str(folder / "lm"), (place,)))
+    held, hookpoint = torch.load(folder / "held.pt"), flags["hookpoint"]
+    cfg = ModelConfig(str(folder / "lm"), hookpoints=(hookpoint,))
+    lm = load_lm(cfg, *find_hookpoints(cfg))
     only_theirs = {"PYTHONPATH": str(folder / "packages"), "SPARSIFY_DISABLE_TRITON": "1"}
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     if device == "cuda":  # where Triton runs, the reference uses it
@@ -248,7 +250,7 @@ def compare(
             env = os.environ | hidden | (only_theirs if side == "theirs" else {})
             subprocess.run([*command, "--side", side], env=env, check=True)
             pair[side] = json.loads((folder / f"{side}.json").read_text())
-            pair[side]["fvu"] = held_out_fvu(pair[side].pop("coder"), lm, place, held)
+            pair[side]["fvu"] = held_out_fvu(pair[side].pop("coder"), lm, hookpoint, held)
             shutil.rmtree(folder / side)
         if pair["ours"].pop("checksums") != pair["theirs"].pop("checksums"):
             raise RuntimeError("the two sides did not train on the same batches")

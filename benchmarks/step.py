@@ -28,11 +28,16 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sae import SaeConfig, SparseCoder, backend, kernels
-from sae.dead_latents import FiringRecord
-from sae.functional import Moments
-from sae.optim import CoderOptimizer, finish_gradients_
-from sae.sparse_sums import ByLatent, sampled_product
+from sae import SaeConfig
+from sae.coders.bank import CoderBank
+from sae.coders.firing import FiringRecord
+from sae.coders.functional import Moments
+from sae.config import KernelChoice, Widths
+from sae.kernels.sparse_products import ByLatent, sampled_product
+from sae.kernels.twins import Kernels
+from sae.training.losses import auxiliary_loss, divide_gradients_
+from sae.training.optim import CoderOptimizer
+from sae.training.step_sums import StepSums
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,26 @@ def median_ms(work: Callable[[], Any], device: str, repeats: int) -> float:
     return 1e3 * statistics.median(times[2:])
 
 
+_NAME = "layers.0"  # of the only hookpoint and its coder
+
+
 class Step:
     """One coder's step on random rows, in parts that can be timed."""
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, device: str, dead_share: float = 0.0, seed: int = 0
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: str,
+        dead_share: float = 0.0,
+        seed: int = 0,
+        kernels: Kernels | None = None,
     ) -> None:
         """`dead_share` of the latents take part in AuxK; 0: no AuxK."""
         torch.manual_seed(seed)
-        self.coder = SparseCoder(shape.D, SaeConfig(num_latents=shape.L, k=shape.k), device)
-        self.coder.matmul_dtype = dtype
+        cfg, widths = SaeConfig(num_latents=shape.L, k=shape.k), {_NAME: Widths(shape.D, shape.D)}
+        self.bank = CoderBank(widths, cfg, (seed,), device, dtype, kernels)
+        self.coder = self.bank[_NAME]
         self.optimizer = CoderOptimizer(self.coder, "signum")
         self.firing = FiringRecord(shape.L, 10**7, device)
         self.rows = torch.randn(shape.N, shape.D, device=device)
@@ -77,20 +92,26 @@ class Step:
         self.dead = dead if dead_share else None
 
     def __call__(self) -> None:
-        moments = Moments.of(self.rows)
-        out = self.coder(self.rows, dead_mask=self.dead, total_variance=1.0)
-        (out.fvu + out.auxk_loss / 32).backward()
-        self.firing.observe(out.top_acts, out.top_indices)
-        finish_gradients_(self.coder, moments.total_variance)
+        sums = StepSums(self.bank)
+        sums.add_targets(_NAME, self.rows)
+        errors = self.coder.errors(self.rows, self.rows, self.dead)
+        (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
+        sums.add(_NAME, errors)
+        divide_gradients_(self.coder, sums.variance(_NAME))
         self.optimizer.step(0, 1000, 0)
-        self.firing.end_step(len(self.rows))
+        self.firing.add_step_(sums.fired[_NAME], len(self.rows))
 
 
 def step_over_product(
-    shape: Shape, dtype: torch.dtype, repeats: int, device: str, dead_share: float = 0.0
+    shape: Shape,
+    dtype: torch.dtype,
+    repeats: int,
+    device: str,
+    dead_share: float = 0.0,
+    kernels: Kernels | None = None,
 ) -> dict[str, float]:
     """Milliseconds of the encoder's product and of a whole step, and the median ratios."""
-    plain = Step(shape, dtype, device)
+    plain = Step(shape, dtype, device, kernels=kernels)
     x, W = plain.rows.to(dtype), plain.coder.encoder.weight.detach().to(dtype)
     there = x.new_empty(shape.N, shape.L)
     works: dict[str, Callable[[], Any]] = {
@@ -99,7 +120,7 @@ def step_over_product(
         "step": plain,
     }
     if dead_share:
-        works["step_with_auxk"] = Step(shape, dtype, device, dead_share)
+        works["step_with_auxk"] = Step(shape, dtype, device, dead_share, kernels=kernels)
     for work in works.values():
         for _ in range(2):
             seconds(work, device)
@@ -112,17 +133,21 @@ def step_over_product(
     return found
 
 
-def parts(shape: Shape, dtype: torch.dtype, repeats: int, device: str) -> dict[str, float]:
+def parts(
+    shape: Shape, dtype: torch.dtype, repeats: int, device: str, kernels: Kernels
+) -> dict[str, float]:
     """Milliseconds of each kernel of a step, alone and one after another."""
-    step = Step(shape, dtype, device)
+    step = Step(shape, dtype, device, kernels=kernels)
     coder, rows = step.coder, step.rows
     W_enc, b_enc, b_dec = (
         p.detach() for p in (coder.encoder.weight, coder.encoder.bias, coder.b_dec)
     )
     assert coder.W_dec is not None
     W_dec = coder.W_dec.detach()
-    acts, indices = kernels.encode(rows, W_enc, b_enc, shape.k, "topk", b_dec, dtype)
-    by_latent = ByLatent(indices, shape.L)
+    latents = kernels.encode(rows, W_enc, b_enc, shape.k, "topk", b_dec, dtype)
+    acts, indices, by_latent = latents
+    assert by_latent is not None
+    backend = kernels.backend
     inputs = rows.to(dtype)
 
     def gradients() -> None:
@@ -130,16 +155,16 @@ def parts(shape: Shape, dtype: torch.dtype, repeats: int, device: str) -> dict[s
             p.grad = torch.ones_like(p)
 
     def update() -> None:
-        finish_gradients_(coder, torch.ones((), dtype=torch.float64, device=device))
+        divide_gradients_(coder, torch.ones((), dtype=torch.float64, device=device))
         step.optimizer.step(0, 1000, 0)
 
     works: dict[str, Callable[[], Any]] = {
         "encode: product, top k": lambda: kernels.encode(
             rows, W_enc, b_enc, shape.k, "topk", b_dec, dtype
         ),
-        "decode": lambda: kernels.decode(acts, indices, W_dec),
-        "gradient of activations": lambda: sampled_product(rows, W_dec, indices),
-        "sort by latent": lambda: ByLatent(indices, shape.L),
+        "decode": lambda: kernels.decode(latents, W_dec),
+        "gradient of activations": lambda: sampled_product(backend, rows, W_dec, indices),
+        "sort by latent": lambda: ByLatent(backend, indices, shape.L)._sorted,
         "gradient of W_dec": lambda: by_latent.sum_rows(by_latent.sort(acts), rows),
         "gradient of W_enc": lambda: by_latent.sum_rows(by_latent.sort(acts), inputs),
         "moments": lambda: Moments.of(rows),
@@ -183,27 +208,29 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dead_share", type=float, default=0.3, help="dead latents, for AuxK")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--kernels", choices=get_args(backend.Choice), default="auto")
+    parser.add_argument("--kernels", choices=get_args(KernelChoice), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     shape = Shape(args.N, args.D, args.L, args.k)
-    made_by = backend.choose(args.kernels, torch.device(args.device))
+    kernels = Kernels(args.kernels)
+    made_by = kernels.describe(torch.device(args.device))
     result: dict[str, Any] = {"machine": machine(args.device), "shape": asdict(shape)}
     print(f"{shape}, {made_by}, on {result['machine']}")
     print(
         f"{'':9} {'product':>9} {'in place':>9} {'step':>9} {'ratios':>13} {'with AuxK / step':>17}"
     )
     for dtype in (torch.float32, torch.bfloat16):
-        found = step_over_product(shape, dtype, args.repeats, args.device, args.dead_share)
+        how = (shape, dtype, args.repeats, args.device)
+        found = step_over_product(*how, args.dead_share, kernels)
         name = str(dtype).removeprefix("torch.")
         print(
             f"{name:9} {found['product_ms']:6.1f} ms {found['product_in_place_ms']:6.1f} ms "
             f"{found['step_ms']:6.1f} ms {found['ratio']:6.2f} {found['ratio_in_place']:6.2f} "
             f"{found.get('auxk_ratio', float('nan')):17.2f}"
         )
-        found["parts_ms"] = parts(shape, dtype, args.repeats, args.device)
+        found["parts_ms"] = parts(*how, kernels)
         for part, ms in found["parts_ms"].items():
             print(f"    {part:26} {ms:7.1f} ms")
         result[name] = found

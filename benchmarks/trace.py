@@ -26,10 +26,15 @@ from make_text import write_text
 
 import train_sae
 from benchmarks.step import Shape, Step, machine, write
-from sae import backend, native
-from sae.ranks import Ranks
+from sae.config import KernelChoice
+from sae.flags import from_flags
+from sae.kernels.cpu import native
+from sae.kernels.twins import Kernels
+from sae.lm.capture import Capture, Pairs
+from sae.placement.ranks import Ranks
 
 _WAIT, _FORWARD = "wait for data", "LM forward"
+_STEPS, _BATCH = 30, 16
 
 
 def labelled(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,10 +47,18 @@ def labelled(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class LabelledCapture(Capture):
+    """A capture whose forwards of the LM are named in the trace."""
+
+    def __call__(self, tokens: torch.Tensor) -> Pairs:
+        with record_function(_FORWARD):
+            return super().__call__(tokens)
+
+
 @contextlib.contextmanager
 def labels() -> Iterator[None]:
     """Inside, waits for data, forwards of the LM and what is done in C have names in a trace."""
-    batches, capture, in_c = Ranks.batches, train_sae.capture, native._call
+    batches, in_c = Ranks.batches, native._call
 
     def waiting(*args: Any) -> Iterator[torch.Tensor]:
         found = batches(*args)
@@ -57,36 +70,40 @@ def labels() -> Iterator[None]:
         labelled(f"C: {name}", in_c)(name, *args)
 
     Ranks.batches, native._call = waiting, named
-    train_sae.capture = labelled(_FORWARD, capture)
+    train_sae.Capture = LabelledCapture
     try:
         yield
     finally:
-        Ranks.batches, train_sae.capture, native._call = batches, capture, in_c
+        Ranks.batches, train_sae.Capture, native._call = batches, Capture, in_c
 
 
 def shares_of_run(text: Path, folder: Path, streaming: bool, trace: Path | None) -> dict[str, Any]:
     """Of the steps of a run, the shares that waited for data and that the LM took."""
-    cfg = train_sae.TrainConfig(
-        model=str(ROOT / "demo/lm"),
-        dataset=str(text),
-        hookpoints=("layers.1", "layers.3", "layers.4.mlp"),
-        ctx_len=256,
-        batch_size=16,
-        max_examples=480,
-        expansion_factor=16,
-        eval_tokens=4096,
-        streaming=streaming,
-        save_dir=str(folder),
-        run_name="streaming" if streaming else "disk",
-        log_with="none",
-    )
+    flags = {
+        "model": str(ROOT / "demo/lm"),
+        "dataset": str(text),
+        "hookpoints": ("layers.1", "layers.3", "layers.4.mlp"),
+        "ctx_len": 256,
+        "batch_size": _BATCH,
+        "max_examples": _STEPS * _BATCH,
+        "expansion_factor": 16,
+        "eval_tokens": 4096,
+        "streaming": streaming,
+        "save_dir": str(folder),
+        "run_name": "streaming" if streaming else "disk",
+        "log_with": "none",
+    }
     with labels(), profile() as profiler, contextlib.redirect_stdout(io.StringIO()):
-        train_sae.train(cfg)
+        train_sae.train(from_flags(train_sae.TrainConfig, flags))
     if trace:
         profiler.export_chrome_trace(str(trace))
     main_thread = min(e.thread for e in profiler.events() if e.name == _FORWARD)
     events = [e for e in profiler.events() if e.thread == main_thread]
-    forwards = [e.time_range for e in events if e.name == _FORWARD][2:]  # the first are warm-up
+    forwards = [e.time_range for e in events if e.name == _FORWARD]
+    # The first gives the means that coders start from, the last are of the evaluation; the first
+    # two steps are warm-up.
+    assert len(forwards) > 1 + _STEPS
+    forwards = forwards[1 : 1 + _STEPS][2:]
     start, end = forwards[0].start, forwards[-1].end
     waits = [e.time_range for e in events if e.name == _WAIT and start < e.time_range.start < end]
     steps = len(forwards) - 1
@@ -98,12 +115,9 @@ def shares_of_run(text: Path, folder: Path, streaming: bool, trace: Path | None)
     }
 
 
-def profiled_step(
-    choice: backend.Choice, dtype: torch.dtype, trace: Path | None
-) -> dict[str, float]:
+def profiled_step(choice: KernelChoice, dtype: torch.dtype, trace: Path | None) -> dict[str, float]:
     """Milliseconds of a step's most expensive operators, each without what it calls."""
-    backend.choose(choice, torch.device("cpu"))
-    step = Step(Shape(), dtype, "cpu")
+    step = Step(Shape(), dtype, "cpu", kernels=Kernels(choice))
     for _ in range(3):
         step()
     with labels(), profile() as profiler:

@@ -1,15 +1,30 @@
 """Sparse autoencoders and transcoders: the coders, and what trains them."""
 
-from .config import SaeConfig, SparseCoderConfig, TranscoderConfig, UsageError
-from .sparse_coder import CoderOutput, EncoderOutput, Sae, SparseCoder, load_many
+from .coders.sparse_coder import CoderOutput, EncoderOutput, Sae, SparseCoder, load_many
+from .config import (
+    DataConfig,
+    MachineConfig,
+    ModelConfig,
+    RunConfig,
+    SaeConfig,
+    SparseCoderConfig,
+    TrainingConfig,
+    TranscoderConfig,
+)
+from .flags import UsageError
 
 __all__ = [
     "CoderOutput",
+    "DataConfig",
     "EncoderOutput",
+    "MachineConfig",
+    "ModelConfig",
+    "RunConfig",
     "Sae",
     "SaeConfig",
     "SparseCoder",
     "SparseCoderConfig",
+    "TrainingConfig",
     "TranscoderConfig",
     "UsageError",
     "load_many",

@@ -1,56 +1,57 @@
-"""What a coder is and which flags go together; imports no torch."""
+"""The flags of a run in groups, each with its checks, and what a coder is; imports no torch."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
+
+from tyro.conf import Positional, arg
+
+from .flags import MAY_CHANGE, OF_ONE_DATA_SET, SECRET, AtLeast, UsageError, check_values, refuse
 
 Activation = Literal["topk", "groupmax"]
+OptimizerName = Literal["signum", "adam", "muon"]
+KernelChoice = Literal["auto", "torch", "native", "int8"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "none"]
 
 INT8_CANDIDATES = 2
 """Latents per active one whose pre-activations an int8 search computes in full."""
 
 _TOO_MANY = 2**46
-_TOO_LARGE = 2**40
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; it names the flag, the value and the way out."""
+class Widths(NamedTuple):
+    """Widths of what enters and leaves a module."""
+
+    d_in: int
+    d_out: int
 
 
 @dataclass(frozen=True)
 class SparseCoderConfig:
-    """The shape of one sparse coder, as written to `cfg.json`."""
+    """What a coder is; written to its cfg.json."""
 
     activation: Activation = "topk"
-    """`topk` keeps the k largest latents, `groupmax` the largest of each of k groups."""
-
-    expansion_factor: int = 32
-    """num_latents as a multiple of the input width; used where `num_latents` is 0."""
-
+    """topk: the k largest latents of a row; groupmax: the largest of each of k groups."""
+    expansion_factor: Annotated[int, AtLeast(1)] = 32
+    """Number of latents as a multiple of the input width."""
     normalize_decoder: bool = True
-    """Keep every row of W_dec at unit norm."""
-
-    num_latents: int = 0
-    """Number of latents; 0 means `expansion_factor * d_in`."""
-
-    k: int = 32
-    """Active latents per row."""
-
+    """Keep decoder rows at unit norm."""
+    num_latents: Annotated[int, AtLeast(0)] = 0
+    """Number of latents; 0: expansion_factor times the width."""
+    k: Annotated[int, AtLeast(1)] = 32
+    """Active latents per token."""
     multi_topk: bool = False
-    """Add the Multi-TopK loss, the reconstruction from 4k latents."""
-
+    """Add the FVU of a reconstruction from 4k latents, weighted 1/8."""
     skip_connection: bool = False
-    """Add a linear map from input to output, W_skip."""
-
+    """Add a linear map from input to output."""
     transcode: bool = False
-    """Predict a module's output from its input instead of reconstructing the output."""
+    """Predict each module's output from its input, instead of reconstructing the output."""
 
-    @classmethod
-    def of(cls, flags: Any) -> "SparseCoderConfig":
-        """The shape that the script's flags ask for."""
-        return cls(**{field.name: getattr(flags, field.name) for field in fields(cls)})
+    def __post_init__(self) -> None:
+        check_values(self)
 
     def latents(self, d_in: int) -> int:
         """num_latents of a coder whose input has width `d_in`."""
@@ -64,8 +65,6 @@ class SparseCoderConfig:
                 f"--num_latents or --expansion_factor: the coder at {where} would have {latents} "
                 f"latents of {d_in} weights: lower it"
             )
-        if self.k < 1:
-            raise UsageError(f"--k {self.k} of the coder at {where}: must be at least 1")
         if self.k > latents:
             raise UsageError(
                 f"--k {self.k} is larger than the {latents} latents of the coder at {where}: "
@@ -100,22 +99,16 @@ class SparseCoderConfig:
         if not isinstance(values, dict) or type(values.get("d_in")) is not int:
             raise UsageError(f"{path} has no integer d_in: it does not describe a sparse coder")
         known = {f.name: values.pop(f.name) for f in fields(cls) if f.name in values}
-        for field in fields(cls):
-            if field.name not in known:
-                continue
-            value = known[field.name]
-            kind = type(field.default)
-            if type(value) is not kind or (kind is int and not 0 <= value < _TOO_LARGE):
-                raise UsageError(f"{path}: {field.name} is {value!r}, not a usable {kind.__name__}")
-        if known.get("activation", "topk") not in ("topk", "groupmax"):
-            raise UsageError(f"{path}: activation {known['activation']!r} is not topk or groupmax")
         for name, value in values.items():
             if name not in ("d_in", "d_out") and value not in (None, False):
                 raise UsageError(
                     f"{path}: {name} is {value!r}, which this version does not know: the coder "
                     f"may compute something else; take it out if it does not"
                 )
-        return cls(**known), values
+        try:
+            return cls(**known), values
+        except UsageError as error:
+            raise UsageError(f"{path} describes no coder: {error}") from None
 
     def to_json(self, path: Path, d_in: int, d_out: int) -> None:
         """Write `cfg.json`: this config and the widths."""
@@ -126,93 +119,202 @@ class SparseCoderConfig:
 SaeConfig = SparseCoderConfig
 TranscoderConfig = partial(SparseCoderConfig, transcode=True)
 
-_AT_LEAST_ONE = (
-    *("batch_size", "ctx_len", "grad_acc_steps", "micro_acc_steps", "k", "expansion_factor"),
-    *("layer_stride", "save_every", "log_every", "dead_feature_threshold", "eval_tokens"),
-    *("data_preprocessing_num_proc", "keep_last"),
-)
-_AT_LEAST_ZERO = (
-    *("eval_every", "num_latents", "k_decay_steps", "lr_warmup_steps", "auxk_alpha"),
-    "max_bad_steps",
-)
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model, and where in it coders are trained."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")] = "HuggingFaceTB/SmolLM2-135M"
+    """Hub id or folder of the language model."""
+    hookpoints: tuple[str, ...] = ()
+    """Globs over the base model's module names ("layers.*.mlp"); default: residual streams."""
+    layers: tuple[int, ...] = ()
+    """Layers whose residual stream to train on; default: all."""
+    layer_stride: Annotated[int, AtLeast(1)] = 1
+    """Train on every N-th layer."""
+    exclude_tokens: tuple[int, ...] = ()
+    """Token ids whose activations are left out everywhere."""
+    revision: str | None = None
+    """Git revision of the model on the Hub."""
+    hf_token: Annotated[str | None, SECRET] = field(default=None, repr=False)
+    """Hub token; never written to disk. HF_TOKEN in the environment works too."""
+    load_in_8bit: bool = False
+    """Load the LM with 8-bit weights (needs bitsandbytes and a GPU)."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.hookpoints and (self.layers or self.layer_stride != 1):
+            other = "layers" if self.layers else "layer_stride"
+            refuse(
+                self,
+                other,
+                "picks residual streams, --hookpoints names modules: give one of the two",
+            )
+        if self.layers and self.layer_stride != 1:
+            refuse(
+                self, "layer_stride", "thins out the default of all layers: drop it, or --layers"
+            )
 
 
-def check_flags(flags: Any) -> None:
-    """Raise UsageError for values and combinations of flags that cannot work.
+@dataclass(frozen=True)
+class DataConfig:
+    """The text or token ids, and which of them are trained on."""
 
-    `flags` is the script's `TrainConfig`; everything here is known before anything is loaded.
+    dataset: Annotated[str, Positional, arg(metavar="DATASET")] = "EleutherAI/SmolLM2-135M-10B"
+    """Hub id, folder saved by datasets, json/jsonl/parquet/txt files, or .bin of token ids."""
+    ctx_len: Annotated[int, AtLeast(1)] = 2048
+    """Tokens per sequence."""
+    split: str = "train"
+    """Split of the data set."""
+    text_column: str = "text"
+    """Column that holds text."""
+    max_examples: Annotated[int | None, AtLeast(1), OF_ONE_DATA_SET] = None
+    """Sequences to train on; default: all."""
+    streaming: Annotated[bool, OF_ONE_DATA_SET] = False
+    """Read the data set as a stream (needs --max_examples)."""
+    shuffle_seed: Annotated[int, AtLeast(0)] = 42
+    """Seed of the order of sequences."""
+    eval_tokens: Annotated[int, AtLeast(1)] = 2**17
+    """Tokens held out from the start of the data (at most a tenth of it)."""
+    token_dtype: Annotated[Literal["uint16", "uint32"] | None, OF_ONE_DATA_SET] = None
+    """Type of the ids in a .bin file; default: the smallest that holds the vocabulary."""
+    data_args: Annotated[str, OF_ONE_DATA_SET] = ""
+    """Arguments for datasets.load_dataset, as "a=b,c=d"."""
+    data_preprocessing_num_proc: Annotated[int, AtLeast(1), MAY_CHANGE] = max(
+        1, (os.cpu_count() or 1) // 2
+    )
+    """Processes that tokenize."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.streaming and self.max_examples is None:
+            refuse(self, "streaming", "a stream has no length: give --max_examples to say how much")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Losses, optimizer, and what one step consists of."""
+
+    init_seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial weights; several train several coders on the same activations."""
+    finetune: Annotated[str | None, MAY_CHANGE] = None
+    """Folder or Hub id of trained coders to start from."""
+    loss_fn: Literal["fvu", "ce", "kl"] = "fvu"
+    """Fraction of variance unexplained at the hookpoint, or an end-to-end loss of the LM."""
+    optimizer: OptimizerName = "signum"
+    """signum (schedule-free), adam, or muon."""
+    lr: float | None = None
+    """Peak rate; default: signum 5e-3, adam 2e-4 over sqrt(latents / 2^14), muon 2e-3."""
+    lr_warmup_steps: Annotated[int, AtLeast(0)] = 1000
+    """Optimizer steps of linear warm-up (adam, and muon's biases)."""
+    adam_8bit: bool = False
+    """Keep Adam's moments in 8 bits (needs bitsandbytes)."""
+    k_decay_steps: Annotated[int, AtLeast(0)] = 0
+    """Optimizer steps over which k falls to its value, from 10 times the input width."""
+    auxk_alpha: Annotated[float, AtLeast(0)] = 0.0
+    """Weight of the AuxK loss, which revives dead latents; Gao et al. use 1/32."""
+    dead_feature_threshold: Annotated[int, AtLeast(1)] = 10_000_000
+    """Tokens without firing after which a latent counts as dead."""
+    batch_size: Annotated[int, AtLeast(1), MAY_CHANGE] = 32
+    """Sequences per rank and LM forward."""
+    grad_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
+    """LM forwards per optimizer step."""
+    micro_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
+    """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
+    max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
+    """Steps with NaN or Inf that are skipped before the run ends."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            refuse(self, "lr", "must be a finite number above 0; leave it out for the default")
+        if not self.init_seeds or len(set(self.init_seeds)) != len(self.init_seeds):
+            refuse(self, "init_seeds", "give one or more different seeds")
+        if self.adam_8bit and self.optimizer != "adam":
+            refuse(self, "adam_8bit", f"belongs to --optimizer adam, not {self.optimizer}")
+        if self.loss_fn != "fvu" and len(self.init_seeds) > 1:
+            refuse(
+                self, "init_seeds", f"--loss_fn {self.loss_fn} splices in one coder per hookpoint"
+            )
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """Where things run, and how fast."""
+
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """bf16 runs the LM and the encoder product in bfloat16; auto: on GPUs that have it."""
+    kernels: Annotated[KernelChoice, MAY_CHANGE] = "auto"
+    """native: C or, on CUDA, Triton; auto: if it can be had; int8: C, searching latents in int8."""
+    compile: Annotated[bool, MAY_CHANGE] = False
+    """Compile the LM's blocks by torch.compile, except those with hookpoints inside."""
+    distribute_modules: Annotated[bool, MAY_CHANGE] = False
+    """Keep each coder on one rank only, and send that rank the rows of all ranks."""
+    layer_to_rank: Annotated[tuple[str, ...], MAY_CHANGE] = ()
+    """Owners by hand, "layers.0=0 layers.1=1" or a .json file; default: by cost."""
+    timeout: Annotated[float, MAY_CHANGE] = 10.0
+    """Minutes that a rank waits for another before the run ends."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.layer_to_rank and not self.distribute_modules:
+            refuse(self, "layer_to_rank", "says where coders live: add --distribute_modules")
+        if not 0 < self.timeout < 1e6:
+            refuse(self, "timeout", "must be a number of minutes above 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run writes, and when."""
+
+    dry_run: Annotated[bool, MAY_CHANGE] = False
+    """Print hookpoints, owners and memory per rank, from the LM's config alone."""
+    save_dir: Annotated[str, MAY_CHANGE] = "checkpoints"
+    """Folder of runs."""
+    run_name: Annotated[str | None, MAY_CHANGE] = None
+    """Folder of this run below save_dir; default: the model's name."""
+    resume: Annotated[bool, MAY_CHANGE] = False
+    """Continue the run from its newest checkpoint; without one, start it."""
+    save_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 1000
+    """Optimizer steps between checkpoints."""
+    keep_last: Annotated[int, AtLeast(1), MAY_CHANGE] = 2
+    """Checkpoints to keep."""
+    save_best: Annotated[bool, MAY_CHANGE] = False
+    """At every checkpoint, keep each coder whose held-out FVU is its lowest so far in best/."""
+    eval_every: Annotated[int, AtLeast(0), MAY_CHANGE] = 0
+    """Optimizer steps between evaluations, of the LM's predictions too; 0: none but the last."""
+    log_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
+    """Optimizer steps between log entries."""
+    log_with: Annotated[Tracker, MAY_CHANGE] = "tensorboard"
+    """Tracker that accelerate writes to."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        name = self.run_name
+        if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
+            refuse(self, "run_name", "names one folder below --save_dir: use a plain name")
+
+
+def check_together(cfg: Any) -> None:
+    """Raise UsageError for flags of several groups that cannot go together.
+
+    `cfg` is the script's `TrainConfig`; everything here is known before anything is loaded.
     """
-
-    def refuse(flag: str, why: str) -> None:
-        raise UsageError(f"--{flag} {getattr(flags, flag)}: {why}")
-
-    for flag, value in vars(flags).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and abs(number) >= _TOO_LARGE:
-                refuse(flag, "must be less than 2^40 in size")
-    for flag in _AT_LEAST_ONE:
-        if getattr(flags, flag) < 1:
-            refuse(flag, "must be at least 1")
-    for flag in _AT_LEAST_ZERO:
-        if not 0 <= getattr(flags, flag) < float("inf"):
-            refuse(flag, "must be a finite number, 0 or more")
-    if flags.lr is not None and not 0 < flags.lr < float("inf"):
-        refuse("lr", "must be a finite number above 0; leave it out for the optimizer's default")
-    if flags.max_examples is not None and flags.max_examples < 1:
-        refuse("max_examples", "must be at least 1; leave it out to use the whole data set")
-    if flags.hookpoints and (flags.layers or flags.layer_stride != 1):
-        other = "layers" if flags.layers else "layer_stride"
-        refuse(other, "picks residual streams, --hookpoints names modules: give one of the two")
-    if flags.layers and flags.layer_stride != 1:
-        refuse("layer_stride", "thins out the default of all layers: drop it, or drop --layers")
-    if not flags.init_seeds or len(set(flags.init_seeds)) != len(flags.init_seeds):
-        refuse("init_seeds", "give one or more different seeds")
-    if flags.k_decay_steps and flags.activation == "groupmax":
-        refuse("k_decay_steps", "k must always divide num_latents with --activation groupmax")
-    if flags.adam_8bit and flags.optimizer != "adam":
-        refuse("adam_8bit", f"belongs to --optimizer adam, not {flags.optimizer}")
-    if flags.resume and flags.adam_8bit:
-        refuse("resume", "the state of --adam_8bit is not kept: start a new run with --finetune")
-    if flags.shuffle_seed < 0:
-        refuse("shuffle_seed", "must be 0 or more")
-    if flags.streaming and flags.max_examples is None:
-        refuse("streaming", "a stream has no length: give --max_examples, the blocks to train on")
-    if flags.loss_fn != "fvu" and flags.distribute_modules:
+    if cfg.training.k_decay_steps and cfg.coder.activation == "groupmax":
+        refuse(cfg.training, "k_decay_steps", "--activation groupmax needs a k that divides")
+    if cfg.run.resume and cfg.training.adam_8bit:
+        refuse(cfg.run, "resume", "the state of --adam_8bit is not kept: start a new --finetune")
+    if cfg.training.loss_fn != "fvu" and cfg.machine.distribute_modules:
         refuse(
+            cfg.machine,
             "distribute_modules",
-            f"with --loss_fn {flags.loss_fn} the gradient of one coder runs through the LM and "
-            f"through the coders above it, so each rank needs all of them: drop it",
+            f"with --loss_fn {cfg.training.loss_fn} the gradient of one coder runs through the LM "
+            f"and through the coders above it, so each rank needs all of them: drop it",
         )
-    if flags.loss_fn != "fvu" and len(flags.init_seeds) > 1:
-        refuse("init_seeds", f"--loss_fn {flags.loss_fn} splices in one coder per hookpoint")
-    if flags.layer_to_rank and not flags.distribute_modules:
-        refuse("layer_to_rank", "says where coders live, which --distribute_modules asks for")
-    if not 0 < flags.timeout < 1e6:
-        refuse("timeout", "must be a number of minutes above 0")
-    if flags.run_name is not None and (
-        flags.run_name in ("", ".", "..") or "/" in flags.run_name or "\\" in flags.run_name
-    ):
-        refuse("run_name", "names one folder below --save_dir: use a plain name")
 
 
-def parse_data_args(text: str) -> dict[str, str | int | float | bool | None]:
-    """`"a=b,c=1"` as keyword arguments of `datasets.load_dataset`, numbers and booleans typed."""
-    parsed: dict[str, str | int | float | bool | None] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = item.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise UsageError(f'--data_args "{text}": {item!r} is not of the form name=value')
-        parsed[name.strip()] = _literal(value.strip())
-    return parsed
-
-
-def _literal(text: str) -> str | int | float | bool | None:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def accept_names(cfg: Any) -> None:
+    """Put configs in place of a plain name or path of a model or data set, as notebooks give it."""
+    for group, kind in (("model", ModelConfig), ("data", DataConfig)):
+        if isinstance(name := getattr(cfg, group), (str, Path)):
+            object.__setattr__(cfg, group, kind(str(name)))

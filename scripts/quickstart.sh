@@ -20,4 +20,4 @@ cores="$(.venv/bin/python -c 'import os; print(len(os.sched_getaffinity(0)) if h
 
 # A dry run, or --help, leaves no run to look at.
 run="$(sed -n 's/^run  *//p' .venv/quickstart.txt)"
-[ -z "$run" ] || .venv/bin/python -m sae.features "$run" --out "$run/report.html"
+[ -z "$run" ] || .venv/bin/python -m sae features "$run" --out "$run/report.html"

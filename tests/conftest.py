@@ -11,17 +11,19 @@ from typing import Any
 
 # Read when the libraries are imported: without it an unknown name is retried for a minute.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Runs of the tests are so small that threads mostly wait for each other; kernels have several.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+from tiny_lms import WITH_HEAD, make_with_head
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
 FIGURES = pytest.StashKey[list[tuple[str, str]]]()
-sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,6 +86,12 @@ def tiny_lm() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def lm() -> PreTrainedModel:
     return tiny_lm()
+
+
+@pytest.fixture(scope="session")
+def causal_lm() -> PreTrainedModel:
+    """A tiny LM with its head."""
+    return make_with_head(WITH_HEAD["llama"][0])
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Launched by accelerate: several runs of the script's `train` in one launch, on every rank.
+"""Several runs of the script's `train` in one launch, on every rank.
 
     accelerate launch ... tests/many_runs.py JOBS.json OUT
 
@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_sae
 from sae import SparseCoder, UsageError
+from sae.lm.capture import Pairs
+from sae.placement import liveness
+from sae.placement.launch import sharded
+from sae.runs import checkpoint
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+PATIENCE = 240.0
+"""Seconds that a rank waits for a sign of another one, however busy the machine is."""
 
 
 @contextmanager
@@ -52,73 +62,137 @@ def watched_memory(held: dict[str, Any]) -> Iterator[None]:
         held["load_bytes"] = max(peaks)
 
 
-RANK = int(os.environ.get("RANK", "0"))
+def wait_for(files: list[Path]) -> None:
+    """Wait until another rank has made these files."""
+    until = time.monotonic() + PATIENCE
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < until, f"rank {RANK} waits in vain for {files}"
+        time.sleep(0.005)
 
 
 def run(name: str, flags: list[str], harm: dict[str, Any]) -> dict[str, Any]:
     """One run; what it returned or refused, and what this rank held and did."""
-    held: dict[str, Any] = {"forwards": 0, "saved": []}
-    real_capture, real_load, real_tokens = (
-        *(train_sae.capture, train_sae.load_lm),
-        train_sae.load_tokens,
-    )
-    real_forward, real_save = SparseCoder.forward, SparseCoder.save_to_disk
+    held: dict[str, Any] = {"forwards": 0, "saved": [], "restored": [], "engine": [], "looks": 0}
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
+        watch(patch, held)
+        do_harm(patch, held, harm)
+        if "model" in harm:
+            flags = [harm["model"], *flags[1:]]
+        if harm.get("other_seed") == RANK:
+            flags = [*flags, "--shuffle_seed", "7"]
+        flat = (tyro.conf.OmitArgPrefixes,)
+        args = [*flags, "--run_name", name]
+        cfg = tyro.cli(train_sae.TrainConfig, args=args, use_underscores=True, config=flat)
+        try:
+            return {"summary": train_sae.train(cfg), **held}
+        except UsageError as error:
+            return {**held, "error": str(error)}
 
-    def capture(lm: Any, *args: Any, **kwargs: Any) -> Any:
-        found = real_capture(lm, *args, **kwargs)
-        held["forwards"] += 1
-        held["layers"] = len(lm.layers)
-        held["sizes"] = sorted({p.numel() for p in lm.parameters()})
-        held["dtypes"] = sorted({str(p.dtype) for p in lm.parameters()})
-        if harm.get("spoil") == RANK and held["forwards"] == 3:
-            next(iter(found.values()))[1][0] = float("nan")
-        return found
 
-    def load_lm(*args: Any, **kwargs: Any) -> Any:
-        with watched_memory(held):
-            return real_load(*args, **kwargs)
+def watch(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
+    """Let a run record in `held` what it holds and does."""
 
-    def load_tokens(dataset: str, **kwargs: Any) -> Any:
-        if harm.get("other_data") == RANK:
-            dataset = harm["data"]
-        time.sleep(0 if RANK else harm.get("preparation", 0))
-        return real_tokens(dataset, **kwargs)
-
-    def forward(self: SparseCoder, *args: Any, **kwargs: Any) -> Any:
-        time.sleep(harm.get("slow", 0))
-        return real_forward(self, *args, **kwargs)
-
-    def save_to_disk(self: SparseCoder, path: Path) -> None:
-        held["saved"].append(path.name)
-        real_save(self, path)
+    class Capture(train_sae.Capture):
+        def __call__(self, tokens: torch.Tensor) -> Pairs:
+            found = super().__call__(tokens)
+            lm = self.lm.base_model
+            held["layers"] = len(lm.layers)
+            held["sizes"] = sorted({p.numel() for p in lm.parameters()})
+            held["dtypes"] = sorted({str(p.dtype) for p in lm.parameters()})
+            return found
 
     class Bank(train_sae.CoderBank):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             held["coders"] = list(self.hookpoint)
 
-    if "model" in harm:
-        flags = [harm["model"], *flags[1:]]
-    if harm.get("other_seed") == RANK:
-        flags = [*flags, "--shuffle_seed", "7"]
-    with pytest.MonkeyPatch.context() as patch:
-        for patched in (capture, load_lm, load_tokens):
-            patch.setattr(train_sae, patched.__name__, patched)
-        for patched in (forward, save_to_disk):
-            patch.setattr(SparseCoder, patched.__name__, patched)
-        patch.setattr(train_sae, "CoderBank", Bank)
-        if harm.get("other_version") == RANK:
-            patch.setattr("sae.run_folder.version", lambda package: "0.0")
-        try:
-            cfg = tyro.cli(train_sae.TrainConfig, args=[*flags, "--run_name", name])
-            return {"summary": train_sae.train(cfg), **held}
-        except UsageError as error:
-            return {**held, "error": str(error)}
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
+    patch.setattr(train_sae, "Capture", Capture)
+    patch.setattr(train_sae, "CoderBank", Bank)
+    load_lm, save, load = train_sae.load_lm, SparseCoder.save_to_disk, checkpoint.load_file
+
+    def watched_load_lm(*args: Any) -> Any:
+        with watched_memory(held):
+            return load_lm(*args)
+
+    def watched_save(coder: SparseCoder, path: Path) -> None:
+        held["saved"].append(path.name)
+        save(coder, path)
+
+    def watched_load(path: Path) -> Any:
+        held["restored"].append(path.parent.name)
+        return load(path)
+
+    patch.setattr(train_sae, "load_lm", watched_load_lm)
+    patch.setattr(SparseCoder, "save_to_disk", watched_save)
+    patch.setattr(checkpoint, "load_file", watched_load)
+    if sharded():
+        watch_engine(patch, held)
+
+
+def watch_engine(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
+    """Record what of DeepSpeed's engine is called that could touch gradients."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    for method in ("forward", "backward", "step", "allreduce_gradients"):
+
+        @wraps(original := getattr(DeepSpeedEngine, method))
+        def watched(*args: Any, name: str = method, call: Any = original, **kwargs: Any) -> Any:
+            held["engine"].append(name)
+            return call(*args, **kwargs)
+
+        patch.setattr(DeepSpeedEngine, method, watched)
+
+
+def do_harm(patch: pytest.MonkeyPatch, held: dict[str, Any], harm: dict[str, Any]) -> None:
+    """Let a run meet what `harm` says."""
+    count_rows, load_tokens, errors = (
+        train_sae.count_rows,
+        train_sae.load_tokens,
+        SparseCoder.errors,
+    )
+    has_had_turn = liveness.has_had_turn
+    begun, looked = (Path(f"{harm.get('prepare')}.{sign}") for sign in ("begun", "looked"))
+
+    def spoil(pairs: Pairs) -> int:
+        held["forwards"] += 1
+        if harm.get("spoil") == RANK and held["forwards"] == 3:
+            next(iter(pairs.values()))[1][0] = float("nan")
+        return count_rows(pairs)
+
+    def prepare(cfg: Any, *args: Any) -> Any:
+        if harm.get("other_data") == RANK:
+            cfg = replace(cfg, dataset=harm["data"])
+        if "prepare" in harm and RANK == 0:  # until the other rank has looked for it five times
+            begun.touch()
+            wait_for([looked])
+        return load_tokens(cfg, *args)
+
+    def look(*args: Any) -> bool:
+        held["looks"] += begun.exists()
+        if held["looks"] == 5:
+            looked.touch()
+        return has_had_turn(*args)
+
+    calls = iter(range(harm.get("meetings", 0)))
+
+    def meet(coder: SparseCoder, *args: Any) -> Any:
+        if (number := next(calls, None)) is not None:
+            here = [Path(f"{harm['meet']}.{number}.{rank}") for rank in range(WORLD)]
+            here[RANK].touch()
+            wait_for(here)
+        return errors(coder, *args)
+
+    patch.setattr(train_sae, "count_rows", spoil)
+    patch.setattr(train_sae, "load_tokens", prepare)
+    patch.setattr(liveness, "has_had_turn", look)
+    patch.setattr(SparseCoder, "errors", meet)
+    if harm.get("other_version") == RANK:
+        patch.setattr("sae.runs.folder.version", lambda package: "0.0")
 
 
 def main() -> None:
+    """Run all jobs, and write what came of them."""
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
     results = {name: run(name, flags, harm) for name, flags, harm in jobs}

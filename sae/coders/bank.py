@@ -1,0 +1,158 @@
+"""All coders of a run: one per hookpoint and seed."""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparseCoderConfig, Widths
+from ..flags import UsageError
+from ..formats.sparsify import newest_coders
+from ..kernels.twins import Kernels
+from .functional import Moments
+from .sparse_coder import SparseCoder
+
+
+class CoderBank(nn.Module):
+    """Coder names in natural order -> coders; `hookpoint[name]` says what each one reads.
+
+    A coder is named after its hookpoint; with several seeds `.seedS` is added.
+    """
+
+    def __init__(
+        self,
+        widths: dict[str, Widths],
+        cfg: SparseCoderConfig,
+        seeds: tuple[int, ...],
+        device: str | torch.device,
+        matmul_dtype: torch.dtype = torch.float32,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """Coders at the hookpoints of `widths`.
+
+        `matmul_dtype`: the encoders' products, forward and backward; weights are float32.
+        """
+        super().__init__()
+        self.transcode = cfg.transcode
+        """Whether some coder needs its module's input."""
+        self.multi_topk = cfg.multi_topk
+        self.hookpoint: dict[str, str] = {}
+        self._coders = nn.ModuleDict()
+        for hookpoint, width in widths.items():
+            d_in = _d_in(width, cfg)
+            for seed in seeds:
+                name = hookpoint if len(seeds) == 1 else f"{hookpoint}.seed{seed}"
+                # Every hookpoint and seed draws its own weights, whatever else is in the run. Of a
+                # seed torch's generator reads 32 bits.
+                own = zlib.crc32(f"{hookpoint} {seed}".encode())
+                coder = SparseCoder(
+                    d_in,
+                    cfg,
+                    device,
+                    torch.float32,
+                    d_out=width.d_out,
+                    generator=torch.Generator().manual_seed(own),
+                )
+                coder.matmul_dtype = matmul_dtype
+                coder.kernels = kernels or coder.kernels
+                self.hookpoint[name] = hookpoint
+                self._coders[_key(name)] = coder
+
+    @classmethod
+    def holding(
+        cls,
+        coders: dict[str, SparseCoder],
+        hookpoint: dict[str, str],
+        device: str | torch.device,
+        matmul_dtype: torch.dtype = torch.float32,
+    ) -> "CoderBank":
+        """A bank of coders that are there already, SAEs or transcoders or both."""
+        bank = cls({}, next(iter(coders.values())).cfg, (0,), device)
+        bank.transcode = any(coder.cfg.transcode for coder in coders.values())
+        for name, coder in coders.items():
+            coder.matmul_dtype = matmul_dtype
+            bank.hookpoint[name] = hookpoint[name]
+            bank._coders[_key(name)] = coder.to(device)
+        return bank
+
+    def __getitem__(self, name: str) -> SparseCoder:
+        coder = self._coders[_key(name)]
+        assert isinstance(coder, SparseCoder)
+        return coder
+
+    def items(self) -> Iterator[tuple[str, SparseCoder]]:
+        """(name, coder) pairs in natural order."""
+        return ((name, self[name]) for name in self.hookpoint)
+
+    def at(self, hookpoint: str) -> list[tuple[str, SparseCoder]]:
+        """(name, coder) pairs of one hookpoint, one per seed."""
+        return [(name, self[name]) for name, where in self.hookpoint.items() if where == hookpoint]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of every parameter; where no row has reached it, zeros from now on."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self.parameters() if p.grad is not None]
+
+    def center_(self, x: dict[str, Moments], y: dict[str, Moments]) -> None:
+        """Start every coder from the means of its hookpoint's inputs and targets."""
+        for name, coder in self.items():
+            hookpoint = self.hookpoint[name]
+            coder.center_(x[hookpoint].mean, y[hookpoint].mean)
+
+    def load_pretrained(self, source: str) -> None:
+        """Copy the weights of trained coders of the same names, from a folder or the Hub.
+
+        Raises UsageError where a hookpoint is missing there or a shape or kind differs.
+        """
+        local = Path(source).is_dir()
+        for name, coder in self.items():
+            try:
+                if local and not (newest_coders(Path(source)) / name).is_dir():
+                    raise UsageError(f"it has no {name}; give the folder that holds {name}")
+                if local:
+                    other = SparseCoder.load_from_disk(newest_coders(Path(source)) / name)
+                else:
+                    other = SparseCoder.load_from_hub(source, name)
+            except UsageError as error:
+                raise UsageError(f"--finetune {source}: {error}") from None
+            if other.cfg.transcode != coder.cfg.transcode:
+                kind = "a transcoder" if other.cfg.transcode else "an SAE"
+                raise UsageError(f"--finetune {source}: {name} there is {kind}: see --transcode")
+            mine = {n: tuple(p.shape) for n, p in coder.named_parameters()}
+            theirs = {n: tuple(p.shape) for n, p in other.named_parameters()}
+            if mine != theirs:
+                raise UsageError(
+                    f"--finetune {source}: {name} has {theirs} there and {mine} here: set "
+                    f"--num_latents, --skip_connection and the model as there"
+                )
+            coder.load_state_dict(other.state_dict())
+            coder.normalize_decoder_()
+
+
+def costs(
+    widths: dict[str, Widths], cfg: SparseCoderConfig, seeds: tuple[int, ...]
+) -> dict[str, int]:
+    """Hookpoint -> seeds * num_latents * (d_in + d_out), what its coders weigh in a plan.
+
+    Raises UsageError for a coder that cannot be.
+    """
+    found = {}
+    for hookpoint, width in widths.items():
+        d_in = _d_in(width, cfg)
+        if d_in == 0:
+            raise UsageError(f"--transcode: {hookpoint} takes token ids, not activations")
+        cfg.check(d_in, where=hookpoint)
+        found[hookpoint] = len(seeds) * cfg.latents(d_in) * (d_in + width.d_out)
+    return found
+
+
+def _d_in(width: Widths, cfg: SparseCoderConfig) -> int:
+    return width.d_in if cfg.transcode else width.d_out
+
+
+def _key(name: str) -> str:
+    return name.replace(".", ":")  # a module's name cannot hold a dot

@@ -1,0 +1,203 @@
+"""The mathematics of sparse coders as pure functions of tensors: the specification.
+
+Everything here is written to be read and differentiated, not to be fast; `kernels/twins.py` holds
+the twins that training runs, with the same signatures, and the tests hold the two against each
+other.
+
+Shapes, here and in the whole package: B sequences, S positions, N rows a coder sees, D d_in (d_out
+for what is reconstructed), L num_latents, K active latents per row, H hookpoints.
+
+"Gao et al." is "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..config import INT8_CANDIDATES, Activation
+
+
+class Latents(NamedTuple):
+    """The active latents of every row, in no order."""
+
+    acts: Float[Tensor, "N K"]
+    indices: Int[Tensor, "N K"]
+
+
+def encode(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    activation: Activation = "topk",
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+) -> Latents:
+    """The k active latents of every row.
+
+    pre_acts = (x - pre_bias) W_enc^T + b_enc;  acts = relu(select_k(pre_acts))
+
+    `topk` selects the k largest of a row, `groupmax` the largest of each of k runs of L / k
+    neighbouring latents. Where fewer than k pre_acts are positive the rest of the activations are
+    0: such a latent is not active and gets no gradient. `matmul_dtype` is the precision of the
+    product's factors; it is summed, and the bias is added, in that or a higher one.
+
+    Source: Gao et al., section 2.3 (TopK).
+    """
+    inputs = x if pre_bias is None else x - pre_bias
+    dtype = matmul_dtype or inputs.dtype
+    pre_acts = F.linear(inputs.to(dtype), W_enc.to(dtype), b_enc.to(dtype))  # [N L]
+    if activation == "topk":
+        top_acts, top_indices = pre_acts.topk(k, dim=1, sorted=False)
+    else:
+        top_acts, within = pre_acts.unflatten(1, (k, -1)).max(dim=2)
+        starts = torch.arange(k, device=x.device) * (pre_acts.shape[1] // k)
+        top_indices = within + starts
+    return Latents(top_acts.relu().to(W_enc.dtype), top_indices)
+
+
+def encode_with_dead(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    activation: Activation,
+    pre_bias: Float[Tensor, " D"] | None,
+    matmul_dtype: torch.dtype | None,
+    dead: Int[Tensor, " M"],
+    k_dead: int,
+) -> tuple[Latents, Latents]:
+    """`encode`, and then the `k_dead` largest among the latents numbered by `dead`, both as there.
+
+    Source: Gao et al., appendix A.2 (AuxK).
+    """
+    latents = encode(x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype)
+    among_dead = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
+    return latents, Latents(among_dead.acts, dead[among_dead.indices])
+
+
+def encode_in_int8(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    pre_bias: Float[Tensor, " D"] | None = None,
+    candidates: int = INT8_CANDIDATES,
+) -> Latents:
+    """`encode` by topk of only the `candidates` k latents that rank highest in int8.
+
+    rough_nl = round(x_n / s_n) round(W_enc_l / s_l) s_n s_l + b_enc_l,   s = max |.| / 127 by rows
+
+    Of these the pre-activations are computed in full, so what is found has its exact activation;
+    what ranks too low in int8 is missed.
+    """
+    inputs = x if pre_bias is None else x - pre_bias
+
+    def in_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
+        largest = rows.abs().amax(1, keepdim=True)
+        # A true division: a number over a tensor is a multiplication to PyTorch.
+        steps = torch.where(largest < 1e-30, 1.0, largest.new_tensor(127.0) / largest)
+        return (rows * steps).round(), 1 / steps
+
+    (whole_x, unit_x), (whole_W, unit_W) = in_steps(inputs), in_steps(W_enc)
+    rough = (whole_x @ whole_W.T) * (unit_x * unit_W.T) + b_enc  # [N L], sums are whole numbers
+    found = rough.topk(min(len(W_enc), candidates * k), dim=1).indices
+    pre_acts = torch.einsum("nd,ncd->nc", inputs, W_enc[found]) + b_enc[found]
+    top_acts, columns = pre_acts.topk(k, dim=1, sorted=False)
+    return Latents(top_acts.relu(), found.gather(1, columns))
+
+
+def decode(latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"]:
+    """Sum the active latents' decoder rows: out_n = sum_j acts_nj W_dec[indices_nj]."""
+    return torch.einsum("nk,nkd->nd", latents.acts, W_dec[latents.indices])
+
+
+def decode_with_dead(
+    latents: Latents, dead_latents: Latents, W_dec: Float[Tensor, "L D"]
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
+    """`decode` of the active latents, and of those that AuxK chose among the dead."""
+    return decode(latents, W_dec), decode(dead_latents, W_dec)
+
+
+def squared_error(y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
+    """sum ||y - y_hat||^2 over all rows, a function of y_hat: the target gets no gradient."""
+    return (y.detach() - y_hat).pow(2).sum()
+
+
+def k_aux(d_out: int) -> int:
+    """Dead latents that AuxK lets take part: d_out / 2, the reference's heuristic."""
+    return max(1, d_out // 2)
+
+
+def scale_and_project_(
+    grad: Tensor, scale: Tensor, unit_rows: Float[Tensor, "R D"] | None = None
+) -> Tensor:
+    """grad *= scale, and g -= (g . w) w by rows w of `unit_rows`, if given; return ||grad||^2.
+
+    The part of a gradient along a row of unit norm is what normalizing the row would undo.
+    """
+    grad.mul_(scale)
+    if unit_rows is not None:
+        grad.sub_((grad * unit_rows).sum(1, keepdim=True) * unit_rows)
+    return grad.square().sum()
+
+
+def signum_step_(
+    y: Tensor, z: Tensor, grad: Tensor, lr: float, beta: float, c: float, unit_norm: bool = False
+) -> None:
+    """z' = z - lr sign(g), y' = (1 - c)(y - (1 - beta) z) + (1 - beta + beta c) z'.
+
+    Then every row of y' gets unit norm, if `unit_norm`. Source: see `ScheduleFreeSignum`.
+    """
+    moved = z - lr * grad.sign()
+    y.copy_((1 - c) * (y - (1 - beta) * z) + (1 - beta + beta * c) * moved)
+    z.copy_(moved)
+    if unit_norm:
+        normalize_rows_(y)
+
+
+def normalize_rows_(rows: Float[Tensor, "R D"]) -> None:
+    """Scale every row to unit norm; rows of zeros stay."""
+    norm = rows.norm(dim=1, keepdim=True)
+    rows.div_(norm.where(norm > 0, 1))
+
+
+class Moments(NamedTuple):
+    """Count, sum and sum of squares of rows, in float64; they add over forwards and ranks."""
+
+    count: Tensor
+    total: Float[Tensor, " D"]
+    total_sq: Tensor
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "N D"]) -> "Moments":
+        """The moments of one set of rows."""
+        count = torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)
+        total, total_sq = count.new_zeros(rows.shape[1]), count.new_zeros(())
+        for block in rows.split(1024):  # the float64 copy stays small
+            wide = block.double()
+            total += wide.sum(0)
+            total_sq += torch.dot(wide.flatten(), wide.flatten())
+        return cls(count, total, total_sq)
+
+    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]  # no tuple
+        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def mean(self) -> Float[Tensor, " D"]:
+        """sum / count."""
+        return self.total / self.count
+
+    @property
+    def total_variance(self) -> Tensor:
+        """sum ||y - y_mean||^2 = sum ||y||^2 - ||sum y||^2 / count, the denominator of FVU."""
+        return self.total_sq - self.total.square().sum() / self.count
+
+
+def accumulate(moments: dict[str, Moments], key: str, rows: Float[Tensor, "N D"]) -> None:
+    """Add the moments of `rows` to `moments[key]`."""
+    seen = Moments.of(rows)
+    moments[key] = moments[key] + seen if key in moments else seen

@@ -1,0 +1,320 @@
+"""One sparse coder: an SAE or a transcoder with TopK latents, and its losses."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..config import SparseCoderConfig
+from ..flags import UsageError
+from ..formats import hub, sparsify
+from ..kernels.twins import Kernels, Latents
+from . import functional
+
+
+class EncoderOutput(NamedTuple):
+    """The active latents of every row, in no order."""
+
+    top_acts: Float[Tensor, "*rows K"]
+    top_indices: Int[Tensor, "*rows K"]
+
+
+class CoderOutput(NamedTuple):
+    """What one forward of a coder returns."""
+
+    sae_out: Float[Tensor, "*rows D"]
+    """The reconstruction of the target."""
+
+    top_acts: Float[Tensor, "*rows K"]
+    """Activations of the active latents, 0 where fewer than k are positive."""
+
+    top_indices: Int[Tensor, "*rows K"]
+    """Their indices in [0, num_latents)."""
+
+    fvu: Float[Tensor, ""]
+    """sum ||y - sae_out||^2 / total_variance."""
+
+    auxk_loss: Float[Tensor, ""]
+    """AuxK over the same denominator; 0 without dead latents."""
+
+    multi_topk_fvu: Float[Tensor, ""]
+    """FVU of the reconstruction from 4k latents; 0 unless `multi_topk`."""
+
+
+class CoderErrors(NamedTuple):
+    """What training needs of a forward: errors that add up over rows, and are divided once."""
+
+    sae_out: Float[Tensor, "N D"]
+    top_acts: Float[Tensor, "N K"]
+    top_indices: Int[Tensor, "N K"]
+
+    squared_error: Float[Tensor, ""]
+    """sum ||y - sae_out||^2."""
+
+    auxk_error: Float[Tensor, ""]
+    """min(n_dead / k_aux, 1) sum ||e - e_hat||^2; 0 without dead latents."""
+
+    multi_topk_error: Float[Tensor, ""]
+    """sum ||y - sae_out_4k||^2; 0 unless `multi_topk`."""
+
+
+class SparseCoder(nn.Module):
+    """A k-sparse autoencoder or transcoder.
+
+    SAE:         top = encode(x - b_dec);  sae_out = top W_dec + b_dec
+    transcoder:  top = encode(x);          sae_out = top W_dec + b_dec [+ x W_skip^T]
+
+    `encoder.weight` [L D], `encoder.bias` [L], `W_dec` [L D_out], `b_dec` [D_out] and the optional
+    `W_skip` [D_out D] have the reference's names, in memory and on disk. An SAE's decoder starts
+    as the unit-normed encoder (Gao et al., section 2.4), a transcoder's decoder and skip at 0.
+    """
+
+    kernels: Kernels = Kernels()
+    """What computes: the kernels of the run, or `functional`, the specification."""
+
+    def __init__(
+        self,
+        d_in: int,
+        cfg: SparseCoderConfig,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        d_out: int | None = None,
+        decoder: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """`generator` draws the initial weights, on the CPU so that every device gets the same."""
+        super().__init__()
+        self.cfg = cfg
+        self.d_in = d_in
+        self.d_out = d_in if d_out is None else d_out
+        self.num_latents = cfg.latents(d_in)
+        cfg.check(d_in, where="this coder")
+        if not cfg.transcode and self.d_in != self.d_out:
+            raise UsageError(
+                f"an SAE reconstructs its input, but d_in is {self.d_in} and d_out {self.d_out}: "
+                f"set transcode"
+            )
+        self.matmul_dtype: torch.dtype | None = None
+
+        host = "meta" if torch.device(device).type == "meta" else "cpu"
+        bound = 1 / math.sqrt(d_in)
+        weight = torch.empty(self.num_latents, d_in, device=host, dtype=dtype)
+        weight.uniform_(-bound, bound, generator=generator)
+        self.encoder = nn.Linear(d_in, self.num_latents, device="meta", dtype=dtype)
+        self.encoder.weight = nn.Parameter(weight.to(device))
+        self.encoder.bias = nn.Parameter(torch.zeros(self.num_latents, device=device, dtype=dtype))
+        self.W_dec: nn.Parameter | None = None
+        if decoder and cfg.transcode:
+            self.W_dec = nn.Parameter(
+                torch.zeros(self.num_latents, self.d_out, device=device, dtype=dtype)
+            )
+        elif decoder:
+            self.W_dec = nn.Parameter(self.encoder.weight.detach().clone())
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, device=device, dtype=dtype))
+        self.W_skip: nn.Parameter | None = None
+        if cfg.skip_connection:
+            self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, device=device, dtype=dtype))
+        self.normalize_decoder_()
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.weight.dtype
+
+    def encode(self, x: Float[Tensor, "*rows D"], k: int | None = None) -> EncoderOutput:
+        """The `k` (default: the config's) active latents of every row of `x`."""
+        k = k or self.cfg.k
+        latents, _ = self._encode_rows(x.reshape(-1, self.d_in).to(self.dtype), k)
+        shape = (*x.shape[:-1], k)
+        return EncoderOutput(latents.acts.view(shape), latents.indices.view(shape))
+
+    def _encode_rows(
+        self, rows: Tensor, k: int, dead: Tensor | None = None
+    ) -> tuple[Latents, Latents | None]:
+        """The active latents, and those that AuxK takes where any are dead."""
+        arguments = (
+            rows,
+            self.encoder.weight,
+            self.encoder.bias,
+            k,
+            self.cfg.activation,
+            None if self.cfg.transcode else self.b_dec,
+            self.matmul_dtype,
+        )
+        if dead is None:
+            return self.kernels.encode(*arguments), None
+        k_dead = min(functional.k_aux(self.d_out), len(dead))
+        return self.kernels.encode_with_dead(*arguments, dead, k_dead)
+
+    def decode(
+        self, top_acts: Float[Tensor, "*rows K"], top_indices: Int[Tensor, "*rows K"]
+    ) -> Float[Tensor, "*rows D"]:
+        """top W_dec + b_dec, without the skip connection."""
+        k = top_acts.shape[-1]
+        acts, indices = top_acts.reshape(-1, k).to(self.dtype), top_indices.reshape(-1, k)
+        out = self._reconstruct(self.kernels.Latents(acts, indices), self.b_dec)
+        return out.view(*top_acts.shape[:-1], self.d_out)
+
+    def _reconstruct(self, latents: Latents, offset: Tensor) -> Tensor:
+        """top W_dec + offset."""
+        assert self.W_dec is not None, "this coder was loaded with decoder=False"
+        return self.kernels.decode(latents, self.W_dec).add_(offset)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*rows D"],
+        y: Float[Tensor, "*rows D_out"] | None = None,
+        dead_mask: Bool[Tensor, " L"] | Int[Tensor, " M"] | None = None,
+        *,
+        total_variance: Tensor | float | None = None,
+        k: int | None = None,
+    ) -> CoderOutput:
+        """Reconstruct `y` (default: `x`) and measure the error.
+
+        fvu            = sum ||y - sae_out||^2 / total_variance
+        auxk_loss      = min(n_dead / k_aux, 1) sum ||e - e_hat||^2 / total_variance
+        multi_topk_fvu = sum ||y - sae_out_4k||^2 / total_variance
+
+        `total_variance` defaults to that of `y`. For the rest see `errors`.
+        """
+        k = k or self.cfg.k
+        rows = x.reshape(-1, self.d_in)
+        y_rows = rows.to(self.dtype) if y is None else y.reshape(-1, self.d_out).to(self.dtype)
+        if total_variance is None:
+            total_variance = functional.Moments.of(y_rows).total_variance.to(self.dtype)
+        found = self.errors(rows, y_rows, dead_mask, k)
+        return CoderOutput(
+            found.sae_out.view(*x.shape[:-1], self.d_out),
+            found.top_acts.view(*x.shape[:-1], k),
+            found.top_indices.view(*x.shape[:-1], k),
+            found.squared_error / total_variance,
+            found.auxk_error / total_variance,
+            found.multi_topk_error / total_variance,
+        )
+
+    def errors(
+        self,
+        x: Float[Tensor, "N D"],
+        y: Float[Tensor, "N D_out"],
+        dead: Bool[Tensor, " L"] | Int[Tensor, " M"] | None = None,
+        k: int | None = None,
+    ) -> CoderErrors:
+        """Reconstruct the rows of `y` from those of `x`; squared errors, divided by nothing.
+
+        AuxK (Gao et al., appendix A.2): e = (y - sae_out).detach(), and e_hat is the
+        reconstruction, without b_dec, from the k_aux largest of the `dead` latents. These are given
+        as a mask or, which does not make the host wait for the device, by number.
+        """
+        k = k or self.cfg.k
+        rows, y_rows = x.to(self.dtype), y.to(self.dtype)
+        if dead is not None and dead.dtype == torch.bool:
+            dead = dead.nonzero().squeeze(1)
+        if dead is not None and not len(dead):
+            dead = None
+
+        wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
+        wide, dead_latents = self._encode_rows(rows, wide_k, dead)
+        latents = self._narrow(rows, wide, k) if self.cfg.multi_topk else wide
+        offset = self.b_dec if self.W_skip is None else rows @ self.W_skip.mT + self.b_dec
+        if dead_latents is None:
+            sae_out, e_hat = self._reconstruct(latents, offset), None
+        else:
+            assert self.W_dec is not None, "this coder was loaded with decoder=False"
+            sae_out, e_hat = self.kernels.decode_with_dead(latents, dead_latents, self.W_dec)
+            sae_out = sae_out.add_(offset)
+        squared_error = self.kernels.squared_error(y_rows, sae_out)
+
+        auxk_error = multi_topk_error = squared_error.new_zeros(())
+        if dead is not None and e_hat is not None:
+            share = min(len(dead) / functional.k_aux(self.d_out), 1.0)
+            residual = (y_rows - sae_out).detach()
+            auxk_error = share * self.kernels.squared_error(residual, e_hat)
+        if self.cfg.multi_topk:
+            multi_topk_error = self.kernels.squared_error(y_rows, self._reconstruct(wide, offset))
+        return CoderErrors(
+            sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error
+        )
+
+    def _narrow(self, rows: Tensor, wide: Latents, k: int) -> Latents:
+        """The k active latents among the 4k, without a second product where topk allows it."""
+        if self.cfg.activation == "groupmax":
+            return self._encode_rows(rows, k)[0]
+        top_acts, position = wide.acts.topk(k, dim=1)
+        return self.kernels.Latents(top_acts, wide.indices.gather(1, position))
+
+    @torch.no_grad()
+    def center_(self, x_mean: Float[Tensor, " D"], y_mean: Float[Tensor, " D"]) -> None:
+        """Start from the data: b_dec = mean(y); a transcoder's b_enc = -W_enc mean(x)."""
+        self.b_dec.copy_(y_mean)
+        if self.cfg.transcode:
+            self.encoder.bias.copy_(-(self.encoder.weight @ x_mean.to(self.dtype)))
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scale every row of W_dec to unit norm; rows of zeros (a fresh transcoder's) stay."""
+        if self.W_dec is None or self.W_dec.is_meta or not self.cfg.normalize_decoder:
+            return
+        self.kernels.normalize_rows_(self.W_dec)
+
+    def save_to_disk(self, path: Path | str) -> None:
+        """Write `cfg.json` and `sae.safetensors` into the folder `path`."""
+        sparsify.write(Path(path), self.cfg, self.d_in, self.d_out, self.state_dict())
+
+    @staticmethod
+    def load_from_disk(
+        path: Path | str, device: str | torch.device = "cpu", *, decoder: bool = True
+    ) -> "SparseCoder":
+        """Read a coder that this project or the reference wrote.
+
+        Raises UsageError for a folder that is not a coder's, a damaged file, or shapes that do not
+        fit `cfg.json`; nothing is allocated before the shapes are known to fit.
+        """
+        cfg, d_in, d_out, tensors = sparsify.read(Path(path), decoder=decoder)
+        coder = SparseCoder(d_in, cfg, "meta", d_out=d_out, decoder=decoder)
+        coder.load_state_dict(tensors, assign=True)
+        return coder.to(device)
+
+    @staticmethod
+    def load_many(
+        name: str | Path,
+        local: bool | None = None,
+        layers: list[str] | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+        pattern: str | None = None,
+    ) -> dict[str, "SparseCoder"]:
+        """Every coder of a folder or Hub repository by its hookpoint, in natural order.
+
+        A run's folder stands for its newest whole checkpoint. `layers` names hookpoints, `pattern`
+        is a glob over them; `local` forces (True) or forbids (False) reading `name` as a folder.
+        """
+        found = sparsify.list_coders(hub.coders_folder(name, local, pattern), layers, pattern)
+        return {
+            hookpoint: SparseCoder.load_from_disk(folder, device, decoder=decoder)
+            for hookpoint, folder in found.items()
+        }
+
+    @staticmethod
+    def load_from_hub(
+        name: str,
+        hookpoint: str | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+    ) -> "SparseCoder":
+        """The coder of one hookpoint of a Hub repository (or its only one)."""
+        return SparseCoder.load_from_disk(
+            hub.coder_folder(name, hookpoint), device, decoder=decoder
+        )
+
+
+Sae = SparseCoder
+load_many = SparseCoder.load_many

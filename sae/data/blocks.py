@@ -1,0 +1,174 @@
+"""Token blocks: numbered, held out, ordered, batched.
+
+Which blocks a step sees is a pure function of the seed and the step, so a resumed run needs no
+state but its step.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..flags import UsageError
+
+
+class TokenSource(Protocol):
+    """What the trainer reads from: numbered blocks of `block_len` token ids."""
+
+    @property
+    def block_len(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> dict[str, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]: ...
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]: ...
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Blocks of tokens cut from arrays that may stay on disk, as if the arrays were joined.
+
+    A block is `prefix` (none, or the token that the LM expects at the start) and `stride` tokens.
+    """
+
+    arrays: list[np.ndarray]
+    stride: int
+    prefix: tuple[int, ...] = ()
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(a) for a in self.arrays])
+
+    @property
+    def block_len(self) -> int:
+        """Tokens in a block."""
+        return len(self.prefix) + self.stride
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the arrays, those of a last partial block too."""
+        return sum(len(a) for a in self.arrays)
+
+    def __len__(self) -> int:
+        return self.tokens // self.stride
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Block number `index`, [S] int64."""
+        begin, missing = index * self.stride, self.stride
+        pieces = [np.asarray(self.prefix, dtype=np.int64)]
+        which = int(np.searchsorted(self._ends, begin, side="right"))
+        while missing:
+            offset = begin - (self._ends[which] - len(self.arrays[which]))
+            pieces.append(self.arrays[which][offset : offset + missing])
+            begin, missing, which = begin + len(pieces[-1]), missing - len(pieces[-1]), which + 1
+        return np.concatenate(pieces).astype(np.int64)
+
+    def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]:
+        """The numbers in an order that depends on the seed alone."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(numbers), generator=generator) + numbers.start
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]:
+        """Batches of the blocks numbered by `order`; the last one may be smaller."""
+        for numbers in order.split(batch_size):
+            yield torch.from_numpy(np.stack([self[int(i)] for i in numbers]))
+
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        """What must be equal for a run to be resumed: sizes, and the first and last block."""
+        ends = zlib.crc32(self[0].tobytes() + self[len(self) - 1].tobytes())
+        return {"blocks": len(self), "block_len": self.block_len, "ends": ends}
+
+    def token_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id."""
+        filled = [a for a in self.arrays if len(a)]
+        return min(int(a.min()) for a in filled), max(int(a.max()) for a in filled)
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Blocks read in the order of a stream; asking for a block means reading all before it."""
+
+    blocks: Callable[[], Iterator[np.ndarray]]
+    length: int
+    block_len: int
+    vocab_size: int
+
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        """What must be equal for a run to be resumed: a stream's content is not looked at."""
+        return {"blocks": self.length, "block_len": self.block_len}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]:
+        """The numbers as they come: the seed that the stream was opened with shuffled it."""
+        return torch.arange(numbers.start, numbers.stop)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]:
+        """Batches of the blocks whose numbers `order` gives, ascending; the last may be smaller."""
+        first = int(order[0]) if len(order) else 0
+        stream = enumerate(islice(self.blocks(), first, None), first)
+        number, block = -1, np.empty(0)
+        for numbers in order.split(batch_size) if len(order) else ():
+            rows = []
+            for wanted in numbers.tolist():
+                while number < wanted:
+                    number, block = next(stream, (-1, block))
+                    if number < 0:
+                        raise UsageError(
+                            f"--streaming: the data set ended before sequence {wanted:,} of "
+                            f"{self.block_len} tokens, those held out included: lower "
+                            f"--max_examples"
+                        )
+                rows.append(block)
+            batch = np.stack(rows)
+            check_ids("the stream", int(batch.min()), int(batch.max()), self.vocab_size)
+            yield torch.from_numpy(batch)
+
+
+def split_blocks(
+    source: TokenSource, eval_tokens: int, max_examples: int | None, per_step: int
+) -> tuple[Int[Tensor, " held"], range]:
+    """Numbers of the blocks that are held out, the first of the data, and of those that train.
+
+    `eval_tokens` are held out, in whole blocks, but at most a tenth of the data. `per_step` blocks
+    are what one optimizer step consumes. Raises UsageError where less than one step is left.
+    """
+    held = min(-(-eval_tokens // source.block_len), max(1, len(source) // 10))
+    rest = len(source) - held
+    if max_examples is not None and max_examples > rest:
+        raise UsageError(
+            f"--max_examples {max_examples}: the data has {rest} sequences of {source.block_len} "
+            f"tokens beside the {held} held out; leave the flag out to use them all"
+        )
+    used = rest if max_examples is None else max_examples
+    if used < per_step:
+        raise UsageError(
+            f"--batch_size times --grad_acc_steps is {per_step} sequences of {source.block_len} "
+            f"tokens, and there are {used} beside the {held} held out: lower --batch_size or "
+            f"--ctx_len, or give more data"
+        )
+    return torch.arange(held), range(held, held + used)
+
+
+def check_ids(name: str, smallest: int, largest: int, vocab_size: int) -> None:
+    """Raise UsageError for token ids outside [0, vocab_size)."""
+    if smallest < 0 or largest >= vocab_size:
+        raise UsageError(
+            f"{name}: holds token {smallest if smallest < 0 else largest}, and MODEL has "
+            f"{vocab_size} tokens: the data were made with another tokenizer (or --token_dtype is "
+            f"wrong)"
+        )

@@ -1,0 +1,77 @@
+"""What trained coders are worth, on tokens that they were not trained on.
+
+python -m sae evaluate checkpoints/RUN                      on what the run held out
+python -m sae evaluate CODERS --model gpt2 --dataset DATA   a folder or Hub id of coders
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runs.json_files import check_target, write_json
+from .figures import Evaluation, held_out_figures
+from .predictions import Predictions
+from .trained import CodersConfig, TrainedCoders, load_trained
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(CodersConfig):
+    """What to evaluate."""
+
+    out: str | None = None
+    """JSON file to write; default: eval.json in the folder of the coders, or here."""
+
+
+def evaluate(cfg: CodersConfig) -> Evaluation:
+    """All figures of trained coders. Raises UsageError for what cannot be found or does not fit."""
+    return evaluate_loaded(load_trained(cfg))
+
+
+def evaluate_loaded(trained: TrainedCoders) -> Evaluation:
+    """All figures of coders that are loaded."""
+    return held_out_figures(trained.capture, trained.state, trained.source, trained.blocks)
+
+
+def table(evaluation: Evaluation) -> str:
+    """The figures, a line for each coder."""
+    head = ["coder", "FVU", "cosine", "L0", "dead", "CE clean", "spliced", "zero", "mean"]
+    rows = [[*head, "recovered", "KL", "top-1"]]
+    for name, f in evaluation.coders.items():
+        first = [f"{f.fvu:.4f}", f"{f.cosine:.4f}", f"{f.l0:.1f}", f"{f.dead_share:.2%}"]
+        rows.append([name, *first, *_row(f.predictions)])
+    if evaluation.together is not None and len(evaluation.coders) > 1:
+        rows.append(["all at once", "", "", "", "", *_row(evaluation.together)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _row(p: Predictions | None) -> list[str]:
+    if p is None:
+        return [""] * 7
+    losses = (p.ce_clean, p.ce_spliced, p.ce_zero, p.ce_mean, p.ce_recovered, p.kl)
+    return [*(f"{value:.4f}" for value in losses), f"{p.top1_agreement:.2%}"]
+
+
+def as_json(trained: TrainedCoders, found: Evaluation) -> dict[str, Any]:
+    """The figures, and what they are figures of."""
+    of = {"model": trained.model.model, "dataset": trained.data.dataset}
+    of |= {"split": trained.data.split, "ctx_len": trained.data.ctx_len}
+    of |= {"tokens": len(trained.blocks) * trained.source.block_len}
+    of |= {"step": trained.step, "held_out": trained.held_out}
+    return {"of": of, "coders": found.by_coder(), "all_at_once": found.all_at_once()}
+
+
+def main(cfg: EvaluateConfig) -> None:
+    """Evaluate what the command line names; print the table and write the JSON beside it."""
+    if cfg.out:
+        check_target("--out", Path(cfg.out))
+    trained = load_trained(cfg)
+    # What the run held out is the run's own figure; other text is not.
+    name = "eval.json" if trained.held_out else "eval_other_text.json"
+    out = Path(cfg.out or cfg.folder / name)
+    check_target("--out", out)
+    found = evaluate_loaded(trained)
+    print(table(found))
+    write_json(out, as_json(trained, found))
+    print(f"figures  {out.resolve()}")

@@ -1,0 +1,185 @@
+"""What the latents of trained coders stand for: one page that opens from disk.
+
+python -m sae features checkpoints/RUN --out report.html
+python -m sae features CODERS --model gpt2 --dataset DATA --latents 500
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+from transformers import AutoTokenizer
+
+from ..flags import UsageError
+from ..lm.capture import kept_tokens
+from ..runs.json_files import check_target
+from .compare import figures_of, summary_of
+from .contexts import Contexts
+from .figures import frequency_histogram
+from .latents import Words, describe
+from .trained import CodersConfig, TrainedCoders, load_trained
+
+_CANDIDATES = 1024  # some of them never fire
+_CURVES = ("fvu", "ce", "kl", "dead_share")
+_NAMES = {"fvu": "FVU", "ce": "CE", "kl": "KL", "dead_share": "dead share"}
+_NAMES["ce_recovered"] = "CE recovered"
+
+
+@dataclass(frozen=True)
+class FeaturesConfig(CodersConfig):
+    """What to look at."""
+
+    out: str = "report.html"
+    """The page to write."""
+    latents: int = 200
+    """Latents of each coder to show, picked at random among those that fire."""
+    ids: tuple[int, ...] = ()
+    """Numbers of the latents to show instead."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latents < 1:
+            raise UsageError(f"--latents {self.latents}: must be 1 or more")
+
+
+@torch.no_grad()
+def find_contexts(
+    trained: TrainedCoders, candidates: dict[str, Int[Tensor, " C"]]
+) -> dict[str, Contexts]:
+    """One pass over the tokens: by coder, how its latents fire, and where the candidates do."""
+    capture, bank = trained.capture, trained.state.bank
+    found = {n: Contexts(c.num_latents, candidates[n].to(c.device)) for n, c in bank.items()}
+    for tokens in trained.source.batches(trained.blocks, 1):
+        tokens = tokens.to(capture.lm.device)
+        kept = kept_tokens(tokens, capture.exclude_tokens)
+        if kept is None:
+            kept = torch.ones_like(tokens, dtype=torch.bool)
+        pairs = capture(tokens)
+        for name, coder in bank.items():
+            x, y = pairs[bank.hookpoint[name]]
+            latents = coder.encode(x if coder.cfg.transcode else y)
+            found[name].add_sequence(tokens[0], kept[0], latents.top_acts, latents.top_indices)
+    return found
+
+
+def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
+    """All that the page shows, as JSON. Raises UsageError for what cannot be found or used."""
+    trained = load_trained(cfg)
+    bank = trained.state.bank
+    candidates = {}
+    for name, coder in bank.items():
+        if wrong := [i for i in cfg.ids if not 0 <= i < coder.num_latents]:
+            raise UsageError(f"--ids {wrong[0]}: {name} has latents 0 to {coder.num_latents - 1}")
+        order = torch.randperm(coder.num_latents, generator=torch.Generator().manual_seed(0))
+        some = order[: max(_CANDIDATES, 4 * cfg.latents)]
+        candidates[name] = torch.tensor(list(dict.fromkeys(cfg.ids))) if cfg.ids else some
+    seen = find_contexts(trained, candidates)
+    words = Words(_tokenizer(trained))
+    figures = figures_of(cfg.coders) if (Path(cfg.coders) / "summary.json").is_file() else {}
+    coders = []
+    for name, coder in bank.items():
+        fired = seen[name].fired
+        slots = [i for i, n in enumerate(candidates[name].tolist()) if fired[n] > 0]
+        shown = slots[: None if cfg.ids else cfg.latents]
+        hookpoint = bank.hookpoint[name]
+        coders.append(
+            {
+                "name": name,
+                "num_latents": coder.num_latents,
+                "k": coder.cfg.k,
+                "rows": seen[name].rows,
+                "alive": int((fired > 0).sum()),
+                "chosen": bool(cfg.ids),
+                "histogram": frequency_histogram(fired, seen[name].rows),
+                "figures": {n: v for n, v in figures.get(name, {}).items() if v is not None},
+                "latents": describe(trained.capture.lm, hookpoint, coder, seen[name], shown, words),
+            }
+        )
+    tokens = len(trained.blocks) * trained.source.block_len
+    read = f"{tokens:,} tokens of {trained.data.dataset}"
+    return {
+        "title": Path(cfg.coders).name,
+        "about": f"Coders of {trained.model.model}, looked at on {read}.",
+        "names": _NAMES,
+        "vocabulary": words.texts,
+        "curves": curves(Path(cfg.coders)),
+        "coders": coders,
+    }
+
+
+def _tokenizer(trained: TrainedCoders) -> Any:
+    model = trained.model
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.model, revision=model.revision, token=model.hf_token, trust_remote_code=False
+        )
+    except (OSError, ValueError):  # an LM that was trained on token ids may have none
+        return None
+
+
+def curves(run: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What TensorBoard holds of a run: metric -> coder -> (step, value), 300 of them at most."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for folder in sorted({file.parent for file in (run / "tensorboard").rglob("events.out.*")}):
+        events = EventAccumulator(str(folder), size_guidance={SCALARS: 300}).Reload()
+        for tag in events.Tags()["scalars"]:
+            metric, _, coder = tag.partition("/")
+            if metric in _CURVES:
+                line = [(e.step, float(f"{e.value:.4g}")) for e in events.Scalars(tag)]
+                found.setdefault(metric, {}).setdefault(coder or "all", []).extend(line)
+    return {metric: found[metric] for metric in _CURVES if metric in found}
+
+
+def page(found: dict[str, Any]) -> str:
+    """The report as a page: nothing in it is fetched, and no text of the data is markup."""
+    text = json.dumps(found, ensure_ascii=True, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    before, after = template.split("$DATA")
+    return before + text + after
+
+
+def write_tensorboard(run: Path, found: dict[str, Any], step: int, shown: int = 12) -> None:
+    """The top contexts of some latents as text, beside the run's curves."""
+    words = found["vocabulary"]
+    with SummaryWriter(str(run / "tensorboard" / "features")) as writer:
+        for coder in found["coders"]:
+            parts = []
+            for latent in coder["latents"][:shown]:
+                parts.append(f"**latent {latent['id']}**, largest activation {latent['largest']}\n")
+                parts += [f"- {_marked(example, words)}" for example in latent["top"][:3]]
+                parts.append("")
+            writer.add_text(f"top_contexts/{coder['name']}", "\n".join(parts), step)
+
+
+def _marked(example: dict[str, Any], words: list[str]) -> str:
+    """A context as Markdown, the token at the peak in bold."""
+    texts = [_plain(words[number]) for number in example["t"]]
+    peak = example["p"]
+    return f"{''.join(texts[:peak])} **{texts[peak].strip()}** {''.join(texts[peak + 1 :])}"
+
+
+def _plain(text: str) -> str:
+    """Text without meaning for Markdown or HTML, on one line."""
+    text = re.sub(r"\s", lambda space: {"\n": "\u21b5", "\t": "\u21e5"}.get(space[0], " "), text)
+    return re.sub(r"[^\w\s]", lambda sign: f"&#{ord(sign[0])};", text)
+
+
+def main(cfg: FeaturesConfig) -> None:
+    """Write the page that the command line asks for."""
+    out = Path(cfg.out)
+    check_target("--out", out)
+    found = page_data(cfg)
+    out.write_text(page(found), encoding="utf-8")
+    run = Path(cfg.coders)
+    if (run / "summary.json").is_file():
+        write_tensorboard(run, found, int(summary_of(cfg.coders)["step"]))
+    print(f"features     {out.resolve()}")

@@ -1,0 +1,163 @@
+"""Held-out figures of coders, in training and by command."""
+
+import dataclasses
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from natsort import natsorted
+from torch import Tensor
+
+from ..coders.functional import Moments, accumulate
+from ..data.blocks import TokenSource
+from ..flags import UsageError
+from ..lm.capture import Capture
+from ..placement.exchange import no_rows
+from ..training.state import TrainingState
+from .predictions import Predictions, predictions
+
+_BINS = torch.linspace(-6, 0, 25, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class CoderFigures:
+    """Figures of one coder on held-out rows; those of predictions where the LM has its head.
+
+    Source of NMSE, and of the downstream loss: Gao et al., sections 2.1 and 4.1.
+    """
+
+    fvu: float
+    """sum ||y - sae_out||^2 / sum ||y - y_mean||^2 over all held-out rows."""
+
+    nmse: float
+    """MSE over that of always predicting the mean activation: over the same rows it is the FVU."""
+
+    cosine: float
+    """Mean over rows of the cosine between y and sae_out."""
+
+    l0: float
+    """Mean active latents per row."""
+
+    dead_share: float
+    """Share of latents that no held-out row activates."""
+
+    frequency_histogram: list[int]
+    """Latents by log10 of the share of rows that activate them: 24 bins from -6 to 0."""
+
+    predictions: Predictions | None = None
+    """What the LM predicts with this reconstruction in place of the activations."""
+
+
+class Evaluation(NamedTuple):
+    """Figures of every coder, and of all spliced in at once where there is one per hookpoint."""
+
+    coders: dict[str, CoderFigures]
+    together: Predictions | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Every figure that is a number, by `figure/coder`; of all at once by `figure/all`."""
+        found: dict[str, float] = {}
+        for name, figures in self.by_coder().items():
+            values = {**figures, **(figures["predictions"] or {})}
+            found |= {f"{n}/{name}": v for n, v in values.items() if isinstance(v, float)}
+        return found | {f"{n}/all": v for n, v in (self.all_at_once() or {}).items()}
+
+    def fvu(self) -> dict[str, float]:
+        """Held-out FVU by coder."""
+        return {name: found.fvu for name, found in self.coders.items()}
+
+    def by_coder(self) -> dict[str, dict[str, Any]]:
+        """The figures of every coder, as JSON."""
+        return {name: dataclasses.asdict(found) for name, found in self.coders.items()}
+
+    def all_at_once(self) -> dict[str, float] | None:
+        """The figures with all coders spliced in at once, as JSON."""
+        return None if self.together is None else dataclasses.asdict(self.together)
+
+
+@torch.no_grad()
+def held_out_figures(
+    capture: Capture, state: TrainingState, source: TokenSource, blocks: Int[Tensor, " held"]
+) -> Evaluation:
+    """Figures of every coder as it would be saved, over all rows of the held-out `blocks` at once.
+
+    Every rank takes each W-th block, and all know all figures in the end. Raises UsageError where
+    the rows define no FVU.
+    """
+    lm, bank, exchange = capture.lm, state.bank, state.exchange
+    ranks, mine = exchange.ranks, blocks[exchange.ranks.rank :: exchange.ranks.world]
+    # All ranks run the LM equally often: those without a block left read one and drop its rows.
+    idle = -(-len(blocks) // ranks.world) - len(mine)
+    order = torch.cat([mine, blocks[-1:].expand(idle)])
+    zero = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    sums = {name: zero.clone() for name in bank.hookpoint}  # squared error, cosine, active
+    fired = {n: zero.new_zeros(c.num_latents) for n, c in bank.items()}
+    moments: dict[str, Moments] = {}
+    with ExitStack() as stack:
+        for optimizer in state.optimizers.values():
+            stack.enter_context(optimizer.trained())
+        for i, tokens in enumerate(source.batches(order, 1)):
+            pairs = capture(tokens.to(ranks.device))
+            if i >= len(mine):
+                pairs = {name: no_rows(pair) for name, pair in pairs.items()}
+            for hookpoint, (x, y) in exchange.to_owners(pairs).items():
+                accumulate(moments, hookpoint, y)
+                for name, coder in bank.at(hookpoint):
+                    # A folder may hold SAEs beside transcoders.
+                    errors = coder.errors(x if coder.cfg.transcode else y, y)
+                    active = errors.top_acts > 0
+                    cosine = F.cosine_similarity(errors.sae_out, y.float(), dim=1).sum()
+                    sums[name] += torch.stack([errors.squared_error, cosine, active.sum()])
+                    fired[name].index_add_(0, errors.top_indices[active], active[active].double())
+        totals = [t for seen in moments.values() for t in seen]
+        exchange.sum_replicas_(*totals, *sums.values(), *fired.values())
+        figures: dict[str, CoderFigures] = {}
+        with ranks.together():
+            for name, hookpoint in bank.hookpoint.items():
+                found = (moments[hookpoint], sums[name], fired[name])
+                figures[name] = _figures(hookpoint, *found)
+        together = None
+        if lm.base_model is not lm and not exchange.distributed:
+            means = {name: seen.mean for name, seen in moments.items()}
+            replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
+            if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
+                replace[""] = {bank.hookpoint[name]: coder for name, coder in bank.items()}
+            predicted = predictions(
+                *(lm, replace, means, source, order, len(mine), capture.exclude_tokens, ranks)
+            )
+            figures = {
+                name: dataclasses.replace(found, predictions=predicted[name])
+                for name, found in figures.items()
+            }
+            together = predicted.get("")
+    merged = exchange.merge(figures)
+    return Evaluation({name: merged[name] for name in natsorted(merged)}, together)
+
+
+def _figures(hookpoint: str, seen: Moments, sums: Tensor, fired: Tensor) -> CoderFigures:
+    error, cosine, active = sums.tolist()
+    fvu = error / float(seen.total_variance) if seen.total_variance else float("nan")
+    if not math.isfinite(fvu):
+        raise UsageError(
+            f"--eval_tokens: held-out FVU at {hookpoint} is not a number: too few tokens are held "
+            f"out (see --exclude_tokens), or the activations hold NaN or Inf"
+        )
+    rows = float(seen.count)
+    return CoderFigures(
+        fvu=fvu,
+        nmse=(error / rows) / (float(seen.total_variance) / rows),
+        cosine=cosine / rows,
+        l0=active / rows,
+        dead_share=float((fired == 0).double().mean()),
+        frequency_histogram=frequency_histogram(fired, rows),
+    )
+
+
+def frequency_histogram(fired: Float[Tensor, " L"], rows: float) -> list[int]:
+    """Latents by log10 of the share of rows that activate them: 24 bins from -6 to 0."""
+    frequency = (fired[fired > 0].double().cpu() / rows).log10()
+    return [int(n) for n in torch.histogram(frequency.clamp(min=-6), bins=_BINS).hist]

@@ -1,0 +1,161 @@
+"""What a latent stands for: what it writes, what is near it, where it fires."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..coders.sparse_coder import SparseCoder
+from ..lm.head import logits
+from .contexts import TOP, Contexts, Example
+
+Effects = list[tuple[int, float]]
+"""(token id, change of its logit) pairs."""
+
+# Modules whose output goes into another one of the same block: queries, gates, norms and the like.
+_WITHIN = re.compile(
+    r"(^|[._])(q|k|v|qkv|query|key|value|query_key_value|c_attn|c_fc|fc1|gate|up|act)(_proj)?$"
+    r"|norm|(^|\.)ln_\w+$"
+)
+
+
+@torch.no_grad()
+def logit_effects(
+    lm: PreTrainedModel, hookpoint: str, directions: Float[Tensor, "C D"], count: int = 10
+) -> list[tuple[Effects, Effects]]:
+    """The tokens that each direction promotes and suppresses most if the head reads it alone.
+
+    head(norm(direction)) - head(norm(0)), less its mean over the vocabulary. Nothing where the
+    `hookpoint` does not write to the residual stream, or no norm comes last.
+    """
+    norm = _final_norm(lm)
+    writes = not _WITHIN.search(hookpoint)
+    if norm is None or norm.weight.shape != directions.shape[1:] or not writes:
+        return [([], [])] * len(directions)
+    found = []
+    for part in directions.split(64):
+        rows = torch.cat([torch.zeros_like(part[:1]), part]).to(norm.weight.dtype)
+        effects = logits(lm, norm(rows))
+        effects = effects[1:] - effects[:1]
+        effects -= effects.mean(dim=1, keepdim=True)
+        kept = min(count, effects.shape[1])
+        best, worst = effects.topk(kept), effects.topk(kept, largest=False)
+        for i in range(len(part)):
+            found.append((_pairs(best, i), _pairs(worst, i)))
+    return found
+
+
+def _pairs(found: Any, row: int) -> list[tuple[int, float]]:
+    pairs = zip(found.indices[row].tolist(), found.values[row].tolist(), strict=True)
+    return [(i, round(value, 3)) for i, value in pairs]
+
+
+def _final_norm(lm: PreTrainedModel) -> Any:
+    """The module whose output is what the head reads, if it is a norm with a weight per channel."""
+    outputs: list[tuple[nn.Module, Any]] = []
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, y: outputs.append((module, y)))
+        for module in lm.base_model.modules()
+    ]
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=lm.device)
+    hidden = lm.base_model(input_ids=tokens).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    for module, y in outputs:
+        weight = getattr(module, "weight", None)
+        # Some LMs pass a view of it on.
+        same = isinstance(y, Tensor) and y.data_ptr() == hidden.data_ptr()
+        if same and isinstance(weight, Tensor) and weight.ndim == 1:
+            return module
+    return None
+
+
+@torch.no_grad()
+def neighbours(
+    coder: SparseCoder, latents: Int[Tensor, " C"], count: int = 8
+) -> list[list[tuple[int, float]]]:
+    """For each latent the others with the largest cosine between decoder rows."""
+    assert coder.W_dec is not None
+    rows = F.normalize(coder.W_dec, dim=1)
+    found = []
+    for part in latents.split(256):
+        cosines = rows[part] @ rows.T
+        cosines.scatter_(1, part[:, None], -2.0)
+        best = cosines.topk(min(count, len(rows) - 1), dim=1)
+        found += [_pairs(best, i) for i in range(len(part))]
+    return found
+
+
+class Words:
+    """Text of token ids, each kept once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Without a tokenizer a token's text is its number."""
+        self._tokenizer = tokenizer
+        self.texts: list[str] = []
+        self._number: dict[int, int] = {}
+
+    def __call__(self, token: int) -> int:
+        """The number of a token's text in `texts`."""
+        if token not in self._number:
+            self._number[token] = len(self.texts)
+            self.texts.append(self._text(token))
+        return self._number[token]
+
+    def _text(self, token: int) -> str:
+        if self._tokenizer is None:
+            return f"<{token}>"
+        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        piece = self._tokenizer.convert_ids_to_tokens(token) or ""
+        # Such tokenizers drop the space in front of a text that is decoded alone.
+        return " " + text if piece.startswith("\u2581") and not text.startswith(" ") else text
+
+
+def describe(
+    lm: PreTrainedModel,
+    hookpoint: str,
+    coder: SparseCoder,
+    seen: Contexts,
+    slots: list[int],
+    words: Words,
+) -> list[dict[str, Any]]:
+    """All that there is to show of the latents in `slots`, as JSON; texts by their number."""
+    latents = seen.latents[slots]
+    assert coder.W_dec is not None
+    effects = logit_effects(lm, hookpoint, coder.W_dec[latents])
+    near = neighbours(coder, latents)
+    described = []
+    for i, slot in enumerate(slots):
+        latent = int(latents[i])
+        top = seen.top(slot)
+        peaks = Counter(example.tokens[example.peak] for example in top).most_common()
+        promoted, suppressed = effects[i]
+        described.append(
+            {
+                "id": latent,
+                "fired": int(seen.fired[latent]),
+                "largest": _short(float(seen.largest[latent])),
+                "peaks": [words(token) for token, _ in peaks[:4]],
+                "consistency": _short(peaks[0][1] / TOP),
+                "top": [_example(e, words) for e in top],
+                "intervals": [[_example(e, words) for e in part] for part in seen.intervals(slot)],
+                "promoted": [(words(token), effect) for token, effect in promoted],
+                "suppressed": [(words(token), effect) for token, effect in suppressed],
+                "neighbours": near[i],
+            }
+        )
+    return described
+
+
+def _example(example: Example, words: Words) -> dict[str, Any]:
+    acts = [_short(a) for a in example.acts]
+    return {"t": [words(t) for t in example.tokens], "a": acts, "p": example.peak}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}") if value else 0

@@ -1,0 +1,114 @@
+"""What the LM predicts with something in place of its activations."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..coders.sparse_coder import SparseCoder
+from ..data.blocks import TokenSource
+from ..lm.head import agreement, check_head, cross_entropy, kl_divergence, last_hidden_state
+from ..lm.splice import Replacement, spliced
+from ..placement.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The LM's next-token predictions, in nats, with something in place of activations."""
+
+    ce_clean: float
+    """Cross-entropy of the LM as it is."""
+
+    ce_spliced: float
+    """With the reconstruction."""
+
+    ce_zero: float
+    """With zeros."""
+
+    ce_mean: float
+    """With the mean of the held-out rows."""
+
+    ce_recovered: float
+    """(ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is the LM as it is, 0 is as bad as zeros."""
+
+    kl: float
+    """KL(clean || spliced), mean over positions."""
+
+    top1_agreement: float
+    """Share of positions at which the most likely next token stays the same."""
+
+
+@torch.no_grad()
+def predictions(
+    lm: PreTrainedModel,
+    replace: dict[str, dict[str, SparseCoder]],
+    means: dict[str, Tensor],
+    source: TokenSource,
+    order: Int[Tensor, " n"],
+    real: int,
+    exclude_tokens: tuple[int, ...],
+    ranks: Ranks,
+) -> dict[str, Predictions]:
+    """What the LM predicts with each set of coders, and with zeros and means in their place.
+
+    `means` are the mean outputs of the hookpoints. Of `order` the blocks after the first `real`
+    only keep ranks in step and do not count.
+    """
+    check_head(lm)
+    # Per set: cross-entropy clean, spliced, zero, mean; KL; agreement; positions of CE and of KL.
+    sums = {name: torch.zeros(8, dtype=torch.float64, device=ranks.device) for name in replace}
+    for i, tokens in enumerate(source.batches(order, 1)):
+        tokens = tokens.to(ranks.device)
+        clean = last_hidden_state(lm, tokens)
+        ce_clean = cross_entropy(lm, clean, tokens)
+        for name, coders in replace.items():
+            kinds = [_reconstruction(coders), _constant(coders), _constant(coders, means)]
+            hidden = []
+            for kind in kinds:
+                with spliced(lm, kind, tokens, exclude_tokens):
+                    hidden.append(last_hidden_state(lm, tokens))
+            found = [ce_clean, *(cross_entropy(lm, state, tokens) for state in hidden)]
+            found += [kl_divergence(lm, hidden[0], clean), agreement(lm, hidden[0], clean)]
+            found += [tokens.new_tensor(tokens[:, 1:].numel()), tokens.new_tensor(tokens.numel())]
+            sums[name] += torch.stack([t.double() for t in found]) * (i < real)
+    ranks.sum_(sums.values())
+    results = {}
+    for name, total in sums.items():
+        *ce, kl, same, targets, positions = total.tolist()
+        ce_clean, ce_spliced, ce_zero, ce_mean = (loss / targets for loss in ce)
+        results[name] = Predictions(
+            ce_clean=ce_clean,
+            ce_spliced=ce_spliced,
+            ce_zero=ce_zero,
+            ce_mean=ce_mean,
+            ce_recovered=(ce_zero - ce_spliced) / (ce_zero - ce_clean),
+            kl=kl / positions,
+            top1_agreement=same / positions,
+        )
+    return results
+
+
+def _reconstruction(coders: dict[str, SparseCoder]) -> dict[str, Replacement]:
+    def of(coder: SparseCoder) -> Replacement:
+        def rows(x: Tensor, y: Tensor | None) -> Tensor:
+            source = x if coder.cfg.transcode else y
+            assert source is not None, "an SAE's module runs"
+            return coder.errors(source, x.new_zeros(len(x), coder.d_out)).sae_out
+
+        return rows
+
+    return {hookpoint: of(coder) for hookpoint, coder in coders.items()}
+
+
+def _constant(
+    coders: dict[str, SparseCoder], rows: dict[str, Tensor] | None = None
+) -> dict[str, Replacement]:
+    """Zeros, or a row for each hookpoint, whatever the activations are."""
+
+    def of(hookpoint: str, width: int) -> Replacement:
+        row = torch.zeros(width) if rows is None else rows[hookpoint]
+        return lambda x, y: row.to(x).expand(len(x), width)
+
+    return {name: of(name, coder.d_out) for name, coder in coders.items()}

@@ -1,0 +1,155 @@
+"""Trained coders, with the LM and the data that they are judged on."""
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+from tyro.conf import Positional, arg
+
+from ..coders.bank import CoderBank
+from ..coders.sparse_coder import SparseCoder
+from ..config import DataConfig, MachineConfig, ModelConfig, Widths
+from ..data.blocks import TokenSource
+from ..data.text import load_tokens
+from ..flags import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
+from ..lm.capture import Capture, measure_widths
+from ..lm.loading import find_hookpoints, load_lm, token_limits
+from ..placement.exchange import Exchange
+from ..placement.launch import on_cpu, working_dtype
+from ..placement.ranks import Ranks
+from ..runs.folder import checkpoints
+from ..training.state import TrainingState
+from .provenance import data_of_run, flags_of_run, held_out_blocks, is_text_of_run
+
+
+@dataclass(frozen=True)
+class CodersConfig:
+    """Trained coders and their data; of a run's folder, all but `coders` default to its flags."""
+
+    coders: Annotated[str, Positional, arg(metavar="RUN_OR_PATH_OR_HUB_ID")]
+    """A run's folder, a folder of coders, or a Hub id."""
+    model: str | None = None
+    """Hub id or folder of the language model."""
+    dataset: str | None = None
+    """Hub id, folder or files of the data, as for training."""
+    split: str | None = None
+    """Split of the data set; default: train."""
+    text_column: str | None = None
+    """Column that holds text."""
+    ctx_len: int | None = None
+    """Tokens per sequence; default: 2048."""
+    tokens: int | None = None
+    """Tokens to read; default: what the run held out, or the first 131,072."""
+    revision: str | None = None
+    """Git revision of the model on the Hub."""
+    hf_token: str | None = field(default=None, repr=False)
+    """Hub token."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise UsageError(f"--tokens {self.tokens}: must be 1 or more")
+
+    @property
+    def folder(self) -> Path:
+        """Where results go: the folder of the coders, or the one at hand for a Hub id."""
+        return Path(self.coders) if Path(self.coders).is_dir() else Path()
+
+
+@dataclass(frozen=True)
+class TrainedCoders:
+    """Coders, the LM with its head, and the token blocks to read; all in one process."""
+
+    capture: Capture
+    state: TrainingState
+    source: TokenSource
+    blocks: Int[Tensor, " n"]
+    model: ModelConfig
+    data: DataConfig
+    held_out: bool
+    """Whether the text is what the run itself held out."""
+
+    step: str | None
+    """The checkpoint, if it is a run's."""
+
+
+def load_trained(cfg: CodersConfig) -> TrainedCoders:
+    """Load what `cfg` names. Raises UsageError for what cannot be found or does not fit."""
+    coders, run = _coders(cfg), Path(cfg.coders)
+    hookpoint = {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
+    before, given = flags_of_run(run), {n: v for n, v in vars(cfg).items() if v is not None}
+    held_out = bool(before) and is_text_of_run(given, before)
+    flags: dict[str, Any] = {n: v for n, v in {**before, **given}.items() if v is not None}
+    for name in ("model", "dataset"):
+        if name not in flags:
+            raise UsageError(f"--{name}: {cfg.coders} does not come with its run: name the {name}")
+    data = from_flags(DataConfig, {**flags, "eval_tokens": before.get("eval_tokens", 2**17)})
+    if before and not held_out:
+        other = {f: getattr(DataConfig, f) for f in flags_marked(data, OF_ONE_DATA_SET)}
+        data = replace(data, **other)
+    model = replace(
+        from_flags(ModelConfig, flags),
+        **{"hookpoints": tuple(dict.fromkeys(hookpoint.values())), "layers": (), "layer_stride": 1},
+    )
+    dtype = working_dtype(from_flags(MachineConfig, flags).mixed_precision)
+
+    disable_progress_bar()
+    skeleton, names = find_hookpoints(model, with_head=True)
+    _check_widths(coders, hookpoint, measure_widths(skeleton, names), model.model)
+    ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
+    lm = load_lm(model, skeleton, names, dtype, ranks.device)
+    bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
+    capture = Capture(lm, names, model.exclude_tokens, inputs=bank.transcode)
+    source = load_tokens(data, model, token_limits(lm))
+    saved, blocks = data_of_run(run), torch.arange(len(source))
+    if before and (held_out or saved == source.fingerprint):  # the rest was trained on
+        held_out, blocks = True, blocks[: held_out_blocks(source, data, before, saved)]
+    blocks = _leading_blocks(blocks, cfg.tokens, data.eval_tokens, source.block_len, held_out)
+    state = TrainingState(Exchange(ranks, dict.fromkeys(names, 1), distributed=False), bank)
+    newest = checkpoints(run)
+    step = newest[-1].name if newest else None
+    return TrainedCoders(capture, state, source, blocks, model, data, held_out, step)
+
+
+def _coders(cfg: CodersConfig) -> dict[str, SparseCoder]:
+    if (Path(cfg.coders) / "cfg.json").is_file():
+        raise UsageError(
+            f"{cfg.coders} is one coder, whose hookpoint its folder's name says: give "
+            f"{Path(cfg.coders).resolve().parent}"
+        )
+    return SparseCoder.load_many(cfg.coders)
+
+
+def _check_widths(
+    coders: dict[str, SparseCoder], hookpoint: dict[str, str], widths: dict[str, Widths], model: str
+) -> None:
+    """Raise UsageError for coders that are not as wide as their hookpoints."""
+    for name, coder in coders.items():
+        d_in, d_out = widths[hookpoint[name]]
+        if (coder.d_in, coder.d_out) != (d_in if coder.cfg.transcode else d_out, d_out):
+            raise UsageError(
+                f"--model {model}: {hookpoint[name]} is {d_in} and {d_out} wide, and the coder "
+                f"{coder.d_in} and {coder.d_out}: name its own model"
+            )
+
+
+def _leading_blocks(
+    blocks: Tensor, tokens: int | None, default: int, block_len: int, held_out: bool
+) -> Int[Tensor, " n"]:
+    """The leading blocks that hold `tokens`; by default what a run held out, or `default` tokens.
+
+    Raises UsageError where there are fewer than were asked for.
+    """
+    if tokens is None:
+        return blocks if held_out else blocks[: -(-default // block_len)]
+    wanted = -(-tokens // block_len)
+    if wanted > len(blocks):
+        raise UsageError(
+            f"--tokens {tokens}: there are {len(blocks) * block_len:,}"
+            + (" that the run held out; give another --dataset" if held_out else "")
+        )
+    return blocks[:wanted]

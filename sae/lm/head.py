@@ -1,0 +1,120 @@
+"""What becomes of the LM's predictions: losses of its head on final hidden states.
+
+Logits are never whole: the head runs on chunks of positions, and is run again in the backward.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ..flags import UsageError
+from .capture import first_tensor
+from .splice import computing, with_first_tensor
+
+_BODIES: WeakKeyDictionary[nn.Module, tuple[nn.Module, Any]] = WeakKeyDictionary()
+_LOGITS = 1 << 26  # elements of a chunk of logits: 256 MiB in float32
+
+
+def last_hidden_state(lm: PreTrainedModel, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+    """What the LM's head reads."""
+    return lm.base_model(input_ids=tokens).last_hidden_state
+
+
+def cross_entropy(
+    lm: PreTrainedModel, hidden: Float[Tensor, "B S D"], tokens: Int[Tensor, "B S"]
+) -> Float[Tensor, ""]:
+    """Sum over positions of -log p(next token); the last position of a sequence predicts none."""
+
+    def loss(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits(lm, rows), targets, reduction="sum")
+
+    return _over_chunks(lm, loss, hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def kl_divergence(
+    lm: PreTrainedModel, hidden: Float[Tensor, "B S D"], clean: Float[Tensor, "B S D"]
+) -> Float[Tensor, ""]:
+    """Sum over positions of KL(p_clean || p) = sum_v p_clean (log p_clean - log p), 0 if equal."""
+
+    def loss(rows: Tensor, clean_rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = logits(lm, clean_rows).log_softmax(1)
+        log_p = logits(lm, rows).log_softmax(1)
+        return F.kl_div(log_p, expected, reduction="sum", log_target=True)
+
+    return _over_chunks(lm, loss, hidden.flatten(0, 1), clean.detach().flatten(0, 1))
+
+
+def agreement(
+    lm: PreTrainedModel, hidden: Float[Tensor, "B S D"], clean: Float[Tensor, "B S D"]
+) -> Int[Tensor, ""]:
+    """Positions at which the most likely next token is the clean LM's."""
+
+    def equal(rows: Tensor, clean_rows: Tensor) -> Tensor:
+        return (logits(lm, rows).argmax(1) == logits(lm, clean_rows).argmax(1)).sum()
+
+    return _over_chunks(lm, equal, hidden.flatten(0, 1), clean.flatten(0, 1))
+
+
+def _over_chunks(
+    lm: PreTrainedModel, function: Callable[..., Tensor], rows: Tensor, others: Tensor
+) -> Tensor:
+    """The sum of a function over chunks of positions; no chunk's logits outlive it."""
+    head: Any = lm.get_output_embeddings()
+    size = max(1, _LOGITS // head.out_features)
+    parts = zip(rows.split(size), others.split(size), strict=True)
+    found = [checkpoint(function, *part, use_reentrant=False) for part in parts]
+    return torch.stack(found).sum()
+
+
+def logits(lm: PreTrainedModel, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    """The LM's own head on final hidden states, with whatever scaling or capping it does."""
+    body, sample = check_head(lm)
+    output = with_first_tensor(copy.copy(sample), rows.unsqueeze(0))
+    ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
+    with computing(body, lambda *_, **__: output):
+        return lm(input_ids=ids).logits.squeeze(0).float()
+
+
+def check_head(lm: PreTrainedModel) -> tuple[nn.Module, Any]:
+    """The module below the head, which is not `base_model` in every LM, and what it returns.
+
+    Raises UsageError where the head does not read what `last_hidden_state` gives.
+    """
+    if lm in _BODIES:
+        return _BODIES[lm]
+    seen: list[tuple[nn.Module, Any]] = []
+    read: list[Tensor] = []
+    head: Any = lm.get_output_embeddings()
+    tokens = torch.arange(4, device=lm.device).unsqueeze(0)
+    with ExitStack() as hooks, torch.no_grad():
+        for module in lm.modules():
+            handle = module.register_forward_hook(lambda m, a, output: seen.append((m, output)))
+            hooks.callback(handle.remove)
+        hooks.callback(head.register_forward_pre_hook(lambda m, a: read.append(a[0])).remove)
+        expected = lm(input_ids=tokens).logits
+    for module, output in reversed(seen):  # from the outside in, the LM itself first
+        found = first_tensor(output)
+        if module is lm or found is None or isinstance(output, Tensor):
+            continue
+        if found.data_ptr() == read[0].data_ptr() or torch.equal(found, read[0]):
+            _BODIES[lm] = (module, output)
+            with torch.no_grad():
+                ours = logits(lm, last_hidden_state(lm, tokens)[0])
+            if torch.allclose(ours, expected[0].float(), rtol=1e-3, atol=1e-3):
+                return _BODIES[lm]
+            del _BODIES[lm]
+            break
+    raise UsageError(
+        f"MODEL: the head of {type(lm).__name__} cannot be run on hidden states alone, so nothing "
+        f"can be said of its predictions: use --loss_fn fvu without --eval_every"
+    )

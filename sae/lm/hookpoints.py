@@ -1,0 +1,88 @@
+"""Names of modules: those that globs or layers choose, and how much of the LM they need."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from natsort import natsorted
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..flags import UsageError
+
+
+def choose_hookpoints(
+    lm: PreTrainedModel,
+    patterns: tuple[str, ...] = (),
+    layers: tuple[int, ...] = (),
+    layer_stride: int = 1,
+) -> list[str]:
+    """Module names of the base model that match the globs, in natural order.
+
+    Without globs: the residual stream after every layer in `layers`, or after every
+    `layer_stride`-th one.
+    """
+    names = [name for name, _ in lm.base_model.named_modules() if name]
+    if patterns:
+        chosen: set[str] = set()
+        for pattern in patterns:
+            found = [name for name in names if fnmatchcase(name, pattern)]
+            if not found:
+                near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
+                raise UsageError(
+                    f"--hookpoints {pattern}: no module of {type(lm).__name__} has such a name; "
+                    f"the nearest are {', '.join(natsorted(near))}"
+                )
+            chosen.update(found)
+        return natsorted(chosen)
+    prefix, depth = text_layers(lm)
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise UsageError(
+                f"--layers {layer}: {type(lm).__name__} has {depth} layers, 0 to {depth - 1}"
+            )
+    return [f"{prefix}.{i}" for i in sorted(set(layers)) or range(0, depth, layer_stride)]
+
+
+def text_layers(lm: PreTrainedModel) -> tuple[str, int]:
+    """Name and length of the list of transformer blocks that text goes through."""
+    depth = text_config(lm.config).num_hidden_layers
+    lists = [
+        name
+        for name, module in lm.base_model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        # A multimodal model's other towers can be just as deep.
+        and not re.search(r"vision|visual|audio|image|speech", name)
+        # Lists inside a block (a mixture's experts) can be just as long.
+        and not re.search(r"\.\d+\.", name)
+    ]
+    if not lists:
+        raise UsageError(
+            f"{type(lm).__name__} has no list of {depth} layers: name the modules by --hookpoints"
+        )
+    return lists[0], depth
+
+
+def layers_needed(lm: PreTrainedModel, hookpoints: Iterable[str]) -> int | None:
+    """How many leading layers the hookpoints depend on; None for all of them."""
+    try:
+        prefix, depth = text_layers(lm)
+    except UsageError:
+        return None
+    order = [name for name, _ in lm.base_model.named_modules()]
+    needed = 1
+    for name in hookpoints:
+        inside = re.match(rf"{re.escape(prefix)}\.(\d+)(\.|$)", name)
+        if inside:
+            needed = max(needed, int(inside[1]) + 1)
+        # Modules declared before the layers (embeddings) run before them.
+        elif order.index(name) >= order.index(prefix) or prefix.startswith(f"{name}."):
+            return None
+    return None if needed == depth else needed
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that describes what reads text."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

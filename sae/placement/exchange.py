@@ -1,0 +1,112 @@
+"""Which rank owns which hookpoint, and the rows that travel to their owners."""
+
+import zlib
+from collections.abc import Iterator
+from functools import reduce
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..lm.capture import Pairs, count_rows
+from .owners import plan_owners, read_owners
+from .ranks import Ranks
+
+T = TypeVar("T")
+
+
+class Exchange:
+    """The owner table of a run, and what it means for rows and for sums.
+
+    Distributed modules: a coder lives on the rank that owns its hookpoint, which gets the rows of
+    all ranks. Otherwise every rank trains a replica of every coder on its own rows, sums are taken
+    over ranks, and the owner is the one that writes the coder to disk.
+    """
+
+    def __init__(
+        self, ranks: Ranks, costs: dict[str, int], distributed: bool, fixed: tuple[str, ...] = ()
+    ) -> None:
+        """`costs` of the hookpoints, and those placed by hand, as `read_owners` reads them."""
+        owner = plan_owners(costs, ranks.world, read_owners(fixed))
+        ranks.same({f"--layer_to_rank of {name}": rank for name, rank in owner.items()})
+        self.ranks, self.owner = ranks, owner
+        self.distributed = distributed and ranks.world > 1
+
+    def trained_here(self, by_hookpoint: dict[str, T]) -> dict[str, T]:
+        """Of a dictionary by hookpoint, those whose coders this rank trains."""
+        here = by_hookpoint.items()
+        return {name: value for name, value in here if not self.distributed or self.owns(name)}
+
+    def owns(self, hookpoint: str) -> bool:
+        """Whether this rank is the one that writes the coders of a hookpoint to disk."""
+        return self.owner[hookpoint] == self.ranks.rank
+
+    def sum_replicas_(self, *tensors: Tensor) -> None:
+        """Sum tensors in place over ranks where coders are replicas; an only owner has the sum."""
+        if not self.distributed:
+            self.ranks.sum_(tensors)
+
+    def merge(self, by_coder: dict[str, T]) -> dict[str, T]:
+        """What the ranks know of the coders they train, in one dictionary of all coders."""
+        return self.ranks.merge(by_coder) if self.distributed else by_coder
+
+    def to_owners(self, pairs: Pairs) -> Pairs:
+        """Of the hookpoints trained here, the rows of all ranks that see them, in rank order.
+
+        Distributed modules: one all-to-all of uneven splits carries every row to its owner and
+        nowhere else, in the dtype it was captured in. Otherwise a rank keeps its own rows.
+        """
+        if not self.distributed:
+            return pairs
+        ranks, me = self.ranks, self.ranks.rank
+        counts = self._row_counts(pairs)
+        dtype = reduce(torch.promote_types, (t.dtype for pair in pairs.values() for t in pair))
+        parts: list[list[Tensor]] = [[] for _ in range(ranks.world)]
+        for hookpoint, pair in pairs.items():
+            parts[self.owner[hookpoint]] += [t.to(dtype) for t in _distinct(pair)]
+        mine, parts[me] = parts[me], []  # what stays here does not travel
+        sent = torch.cat([t.flatten() for part in parts for t in part] or [_nothing(mine)])
+        width = sum(t.shape[1] for t in mine)
+        sizes = [0 if rank == me else n * width for rank, n in enumerate(counts)]
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, sizes, [sum(t.numel() for t in p) for p in parts])
+        ranks.count_bytes(sent.nbytes, received.nbytes)
+
+        arrived: list[list[Tensor]] = []
+        for rank, (n, chunk) in enumerate(zip(counts, received.split(sizes), strict=True)):
+            if rank == me:
+                arrived.append(mine)
+                continue
+            widths = [t.shape[1] for t in mine]
+            blocks = chunk.split([n * width for width in widths])
+            arrived.append([b.view(n, w) for b, w in zip(blocks, widths, strict=True)])
+        whole: Iterator[Tensor] = (torch.cat(rows) for rows in zip(*arrived, strict=True))
+        owned: Pairs = {}
+        for hookpoint in filter(self.owns, pairs):
+            tensors = [next(whole) for _ in _distinct(pairs[hookpoint])]
+            owned[hookpoint] = (tensors[0], tensors[-1])
+        return owned
+
+    def _row_counts(self, pairs: Pairs) -> list[int]:
+        """Rows on every rank, which must mean the same tensors: gloo would mix them in silence."""
+        layout = [(name, *(t.shape[1] for t in _distinct(pair))) for name, pair in pairs.items()]
+        digest = zlib.crc32(repr(layout).encode())
+        packed = (count_rows(pairs) << 32) + digest
+        found = [divmod(n, 1 << 32) for n in self.ranks.gather(packed)]
+        assert all(theirs == digest for _, theirs in found), "ranks captured different tensors"
+        return [n for n, _ in found]
+
+
+def no_rows(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The pair with its rows dropped; one tensor twice stays one tensor twice."""
+    empty = pair[1][:0]
+    return (empty if pair[0] is pair[1] else pair[0][:0], empty)
+
+
+def _distinct(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
+    return [pair[1]] if pair[0] is pair[1] else list(pair)
+
+
+def _nothing(like: list[Tensor]) -> Tensor:
+    return like[0].new_empty(0)

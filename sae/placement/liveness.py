@@ -1,0 +1,147 @@
+"""Signs of life: which ranks are there, what those that ended said, and who goes first."""
+
+import os
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from . import signals
+from .exit_codes import LOST_A_RANK, end_process
+
+_BEAT = 0.5  # seconds between two signs of life
+_SILENT = 4.0  # seconds without one after which a rank is missing, once something is wrong
+_BYE = b"bye"  # the last sign of a rank that ended in order
+
+
+class _Liveness:
+    """What one process knows of the other ranks."""
+
+    def __init__(self) -> None:
+        self.left = False
+        self.turns = 0
+        self.rank, self.world, self.timeout = 0, 1, float("inf")
+        self.store: Store | None = None
+        self.signs: dict[int, tuple[bytes, float]] = {}
+        self.lock = threading.Lock()
+
+    def missing(self, silence: float) -> list[int]:
+        """Other ranks that have given no sign of life for that many seconds."""
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        now = time.monotonic()
+        with self.lock:
+            for rank, sign in zip(others, self.read("sign", others), strict=True):
+                if rank not in self.signs or self.signs[rank][0] != sign or sign == _BYE:
+                    self.signs[rank] = (sign, now)
+        return [rank for rank in others if now - self.signs[rank][1] > silence]
+
+    def reported_errors(self) -> dict[int, str]:
+        """What ranks that ended with an error of their own said."""
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        found = dict(zip(others, self.read("error", others), strict=True))
+        return {rank: text.decode() for rank, text in found.items() if text != b"-"}
+
+    def write(self, key: str, value: str) -> None:
+        if self.store is not None and not (key == "sign" and self.left):
+            with suppress(RuntimeError):  # the store lives in a process that may be gone
+                self.store.set(f"{key}/{self.rank}", value)
+
+    def read(self, key: str, ranks: list[int]) -> list[bytes]:
+        assert self.store is not None
+        return self.store.multi_get([f"{key}/{rank}" for rank in ranks])
+
+
+_liveness = _Liveness()
+
+
+def start(rank: int, world: int, timeout_minutes: float) -> None:
+    """Show signs of life to the other ranks from now on, and look for theirs."""
+    _liveness.timeout = timeout_minutes * 60
+    if _liveness.store is not None:
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = timedelta(seconds=60)
+    store = dist.TCPStore(address, port, is_master=False, timeout=wait)  # pyright: ignore
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _liveness.store = PrefixStore(f"watch/{attempt}", store)
+    _liveness.rank, _liveness.world = rank, world
+    for key in ("sign", "error", "turn"):
+        _liveness.write(key, "-")
+    # No daemon: one that is in a call of the store when the interpreter ends aborts the process.
+    threading.Thread(target=_beat).start()
+
+
+def ranks_watched() -> int:
+    """How many ranks watch each other; 1 before `start`."""
+    return _liveness.world
+
+
+def leave() -> None:
+    """End in order: the others must not miss this rank."""
+    _liveness.write("sign", _BYE.decode())
+    _liveness.left = True
+
+
+def report_error(message: str) -> None:
+    """Leave the reason why this rank ends for the others."""
+    _liveness.write("error", message)
+
+
+def next_turn() -> int:
+    """The number of a round of turns; all ranks take part in all rounds."""
+    _liveness.turns += 1
+    return _liveness.turns
+
+
+def end_turn(turn: int) -> None:
+    """Tell the others that this rank has had its turn."""
+    _liveness.write("turn", str(turn))
+
+
+def has_had_turn(rank: int, turn: int) -> bool:
+    """Whether a rank has had its turn."""
+    (found,) = _liveness.read("turn", [rank])
+    return found != b"-" and int(found) >= turn
+
+
+def why_others_ended(seconds: float = _SILENT + 2) -> tuple[int | None, str] | None:
+    """Which rank ended first, if it is known, and why; None if none did. It takes a moment."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            missing, errors = _liveness.missing(_SILENT), _liveness.reported_errors()
+        except RuntimeError:  # where ranks leave their signs is with the launcher, or with rank 0
+            gone = "the launcher or rank 0 is gone; --resume goes on from the last checkpoint"
+            return None, gone
+        if errors:
+            rank, said = next(iter(errors.items()))
+            return rank, f"rank {rank} ended: {said}"
+        if missing:
+            return None, (
+                f"rank {' and '.join(map(str, missing))} died or hangs (no sign of life for "
+                f"{_SILENT:.0f} s); --resume goes on from the last checkpoint"
+            )
+        time.sleep(_BEAT)
+    return None
+
+
+def _beat() -> None:
+    count, looked = 0, time.monotonic()
+    while threading.main_thread().is_alive():
+        count += 1
+        _liveness.write("sign", str(count))
+        time.sleep(_BEAT)
+        # A rank in a collective cannot look by itself, and a launcher that ends the survivors
+        # sends the same signal as one that is asked to stop.
+        told = signals.told_for() > _BEAT
+        if told or time.monotonic() - looked > _liveness.timeout / 8:
+            looked = time.monotonic()
+            with suppress(RuntimeError):
+                missing = _liveness.missing(_SILENT if told else _liveness.timeout)
+                if missing:
+                    names = " and ".join(map(str, missing))
+                    lost = f"rank {names} died or hangs; --resume goes on"
+                    end_process(lost, LOST_A_RANK, alone=False)

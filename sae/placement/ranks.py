@@ -1,0 +1,181 @@
+"""The processes of a run: what they agree on, and sums over them."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data.blocks import TokenSource
+from ..flags import UsageError
+from . import liveness, signals
+
+T = TypeVar("T")
+
+_OWN_CALL = 1 << 16  # elements from which a tensor is summed where it lies instead of in a batch
+
+
+class Ranks:
+    """This process among the others. One process alone talks to nobody and waits for nobody."""
+
+    def __init__(self, device: torch.device, timeout_minutes: float) -> None:
+        together = dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.world = dist.get_world_size() if together else 1
+        self.main = self.rank == 0
+        self.device = device
+        self._bytes = [0, 0]
+        # Objects are exchanged by gloo: a collective on the GPU would wait for its queued kernels.
+        timeout = timedelta(minutes=timeout_minutes)
+        self._cpu = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
+        if self.world > 1:
+            liveness.start(self.rank, self.world, timeout_minutes)
+
+    def batches(self, source: TokenSource, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+        """This rank's batches of an order: of every world * batch_size blocks its batch_size.
+
+        Raises UsageError, on all ranks, where ranks read different data.
+        """
+        self.same({"the data's fingerprint": source.fingerprint})
+        mine = order.view(-1, self.world, batch_size)[:, self.rank].flatten()
+        return _ahead(source.batches(mine, batch_size), self.device)
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Sum each tensor over ranks, in place; every rank ends with the same bits."""
+        if self.world == 1:
+            return
+        small: dict[torch.dtype, list[Tensor]] = {}
+        works: list[Any] = []
+        for tensor in tensors:
+            assert tensor.is_contiguous()
+            if tensor.numel() >= _OWN_CALL:
+                works.append(dist.all_reduce(tensor, async_op=True))
+                self._count_sum(tensor)
+            else:
+                small.setdefault(tensor.dtype, []).append(tensor)
+        for batch in small.values():
+            flat = torch.cat([t.reshape(-1) for t in batch])
+            dist.all_reduce(flat)
+            self._count_sum(flat)
+            for tensor, piece in zip(batch, flat.split([t.numel() for t in batch]), strict=True):
+                tensor.copy_(piece.view_as(tensor))
+        for work in works:
+            work.wait()
+
+    def gather(self, value: int) -> list[int]:
+        """The value of every rank, in rank order."""
+        if self.world == 1:
+            return [value]
+        values = [torch.zeros((), dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(values, torch.tensor(int(value)), group=self._cpu)
+        return [int(v) for v in values]
+
+    def merge(self, part: dict[str, T]) -> dict[str, T]:
+        """The union of what all ranks know; where two know the same key, they know the same."""
+        whole: dict[str, T] = {}
+        for found in self._everyones(part):
+            whole.update(found)
+        return whole
+
+    def same(self, what: dict[str, Any]) -> None:
+        """Raise UsageError, on all ranks, for the first key whose value is not the same on all."""
+        ours, *others = self._everyones(what)
+        for rank, theirs in enumerate(others, start=1):
+            for key in {**ours, **theirs}:
+                if ours.get(key) != theirs.get(key):
+                    raise UsageError(
+                        f"{key} is {ours.get(key)!r} on rank 0 and {theirs.get(key)!r} on rank "
+                        f"{rank}: start all ranks alike"
+                    )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, a UsageError on one rank becomes the same UsageError on all."""
+        message = None
+        try:
+            yield
+        except UsageError as error:
+            if self.world == 1:
+                raise
+            message = str(error)
+        if not any(self.gather(message is not None)):
+            return
+        said = {rank: text for rank, text in enumerate(self._everyones(message)) if text}
+        rank, text = next(iter(said.items()))
+        raise UsageError(text if len(said) == self.world else f"rank {rank}: {text}")
+
+    def stop_reason(self) -> str | None:
+        """Why the run should stop after this step, if any rank was told to; all ranks agree."""
+        reason = signals.stop_reason()
+        if self.world == 1 or not any(self.gather(reason is not None)):
+            return reason
+        return next(filter(None, self._everyones(reason)))
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let rank 0 go first, then one rank per machine, then the rest: the first fills a cache.
+
+        The others look now and then instead of waiting in a collective, which would time out while
+        text is tokenized.
+        """
+        turn = liveness.next_turn()
+        machine = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
+        before = None if self.main else (0 if self.rank == machine else machine)
+        while self.world > 1 and before is not None and not liveness.has_had_turn(before, turn):
+            time.sleep(0.2)
+        yield
+        if self.world > 1:
+            liveness.end_turn(turn)
+
+    def count_bytes(self, sent: int, received: int) -> None:
+        """Add to the traffic."""
+        self._bytes[0] += sent
+        self._bytes[1] += received
+
+    def clear_traffic(self) -> None:
+        """Count bytes from 0 again."""
+        self._bytes = [0, 0]
+
+    def traffic(self) -> dict[str, Tensor | float]:
+        """Bytes that this rank sent and received since they were cleared, as metrics."""
+        if self.world == 1:
+            return {}
+        sent, received = self._bytes
+        return {
+            f"bytes_sent/rank{self.rank}": float(sent),
+            f"bytes_received/rank{self.rank}": float(received),
+        }
+
+    def _count_sum(self, tensor: Tensor) -> None:
+        # What a ring moves, the least that a sum over ranks can.
+        moved = 2 * (self.world - 1) * tensor.nbytes // self.world
+        self.count_bytes(moved, moved)
+
+    def _everyones(self, value: Any) -> list[Any]:
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._cpu)
+        return values
+
+
+def _ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The same batches, on the device: each is read and copied while the one before is at work."""
+
+    def read() -> Tensor | None:
+        tokens = next(batches, None)
+        if tokens is None or device.type == "cpu":
+            return tokens
+        return tokens.pin_memory().to(device, non_blocking=True)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:
+        coming = reader.submit(read)
+        while (tokens := coming.result()) is not None:
+            coming = reader.submit(read)
+            yield tokens

@@ -1,0 +1,178 @@
+"""Checkpoints: complete or absent, and nothing in them is a pickle.
+
+RUN/step_1000/manifest.json            format, step, and the SHA-256 of every file
+RUN/step_1000/<coder>/cfg.json         what other programs read, with
+RUN/step_1000/<coder>/sae.safetensors  the coder's weights
+RUN/step_1000/<coder>/resume.safetensors   the training point, optimizer state, firing record
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..coders.sparse_coder import SparseCoder
+from ..flags import UsageError
+from ..placement.ranks import Ranks
+from ..training.state import TrainingState
+from .folder import checkpoints
+from .json_files import disk_errors, flush, read_json, write_json
+
+FORMAT = 2
+"""Format 1 had no checksum of the manifest itself."""
+
+RESUME_FILE = "resume.safetensors"
+
+_HARMLESS = {".json", ".html", ".md", ".txt"}  # what people and commands put beside coders
+
+
+def save(
+    run: Path,
+    step: int,
+    seconds: float,
+    data: dict[str, int],
+    state: TrainingState,
+    keep_last: int = 2,
+) -> None:
+    """Write one checkpoint aside, rename it into place when whole, then drop all but the last few.
+
+    Every rank writes the coders it owns; the first one begins and ends. `data` is the fingerprint
+    of what the run trains on. Raises UsageError, on all ranks, if the disk does not take it or if
+    replicas of a coder differ; the checkpoints before stay.
+    """
+    exchange, bank, optimizers, firing = state.exchange, state.bank, state.optimizers, state.firing
+    ranks = exchange.ranks
+    if not exchange.distributed:
+        ranks.same({f"the sum of the weights of {n}": _sum(coder) for n, coder in bank.items()})
+    final, aside = run / f"step_{step}", run / f"step_{step}.tmp"
+    with ranks.together(), disk_errors(run, step):
+        if ranks.main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+    digests: dict[str, str] = {}
+    with ranks.together(), disk_errors(run, step):
+        if not aside.is_dir():
+            raise UsageError(
+                f"--save_dir {run.parent}: {aside} was made by rank 0 and is not there on this "
+                f"rank: give a folder that all machines share"
+            )
+        for name in filter(lambda name: exchange.owns(bank.hookpoint[name]), bank.hookpoint):
+            with optimizers[name].trained():
+                bank[name].save_to_disk(aside / name)
+            found = {**optimizers[name].state_tensors(), **firing[name].state_tensors()}
+            tensors = {key: t.detach().cpu().contiguous() for key, t in found.items()}
+            save_file(tensors, aside / name / RESUME_FILE)
+            for file in sorted((aside / name).iterdir()):
+                digests[file.relative_to(aside).as_posix()] = _digest(file)
+                flush(file)
+            flush(aside / name)
+    digests = ranks.merge(digests)
+    with ranks.together(), disk_errors(run, step):
+        if ranks.main:
+            manifest = {"format": FORMAT, "step": step, "wall_seconds": seconds, "data": data}
+            manifest["sha256"] = dict(sorted(digests.items()))
+            manifest["manifest_sha256"] = _digest_of(manifest)
+            write_json(aside / "manifest.json", manifest)
+            flush(aside)
+            if final.exists():
+                shutil.rmtree(final)
+            aside.rename(final)
+            flush(run)
+            for old in checkpoints(run)[:-keep_last]:
+                # First a name that nothing takes for a checkpoint: half deleted it must not be
+                # found.
+                shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+
+
+def _sum(coder: SparseCoder) -> float:
+    return sum(float(p.detach().sum(dtype=torch.float64)) for p in coder.parameters())
+
+
+def restore(run: Path, data: dict[str, int], state: TrainingState) -> tuple[int, float]:
+    """Restore what `save` wrote last; return its step and the wall seconds until then.
+
+    Every rank reads the coders that it trains, whoever wrote them. Raises UsageError for files
+    that are missing or damaged, or a run on other data.
+    """
+    ranks = state.exchange.ranks
+    folder, manifest = newest_checkpoint(run, ranks)
+    if manifest["data"] != data:
+        raise UsageError(
+            f"--resume: the data are {data} now and were {manifest['data']} when {folder} was "
+            f"saved; give the same data, or start a new run with --finetune"
+        )
+    with ranks.together():
+        for name, _ in state.bank.items():
+            path = folder / name / RESUME_FILE
+            try:
+                tensors = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
+            state.optimizers[name].load_state_tensors(tensors)
+            state.firing[name].load_state_tensors(tensors)
+    return manifest["step"], manifest["wall_seconds"]
+
+
+def newest_checkpoint(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose files are all as they were written, and its manifest.
+
+    Every rank checks a part of the files. A damaged checkpoint is named and passed over. Raises
+    UsageError if none is left.
+    """
+    problems: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        problem, manifest = _verify(folder, ranks.rank, ranks.world)
+        found = ranks.merge({} if problem is None else {folder.name: problem})
+        if not found:
+            for line in problems if ranks.main else ():
+                print(f"{line}; using {folder}")
+            return folder, manifest
+        problems.extend(found.values())
+    why = "; ".join(problems) or "none is whole"
+    raise UsageError(f"--resume: no checkpoint in {run} can be used: {why}")
+
+
+def _verify(folder: Path, part: int, parts: int) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a checkpoint, and its manifest; of its files every parts-th is read."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except UsageError as error:
+        return str(error), {}
+    if manifest.get("format") not in (1, FORMAT):
+        return (
+            f"{folder} has format {manifest.get('format')}, and this version reads 1 to {FORMAT}: "
+            f"resume with the version that wrote it, or start a new run with --finetune"
+        ), {}
+    written = manifest.pop("manifest_sha256", None)
+    if manifest.get("format") != 1 and written != _digest_of(manifest):
+        return f"{folder}/manifest.json is damaged (its SHA-256 is not the recorded one)", {}
+    digests = manifest.get("sha256")
+    if not isinstance(digests, dict) or not {"step", "wall_seconds", "data"} <= manifest.keys():
+        return f"{folder}/manifest.json is incomplete", {}
+    for name, digest in list(digests.items())[part::parts]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{folder}/manifest.json names {name}, which is outside the checkpoint", {}
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            return f"{path} is missing", {}
+        if _digest(path) != digest:
+            return f"{path} is damaged (its SHA-256 is not the recorded one)", {}
+    for path in folder.rglob("*"):
+        known = path.name == "manifest.json" or path.relative_to(folder).as_posix() in digests
+        if path.is_file() and not known and path.suffix not in _HARMLESS:
+            return f"{path} was not written by the run", {}
+    return None, manifest
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

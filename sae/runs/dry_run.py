@@ -1,0 +1,102 @@
+"""What a run would hold and where, from flags, launch file and LM config: no weights, no data."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..coders.bank import CoderBank, costs
+from ..config import Widths
+from ..lm.capture import measure_widths
+from ..lm.loading import find_hookpoints
+from ..placement.launch import sharded, working_dtype
+from ..placement.owners import plan_owners, read_owners
+from ..training.optim import state_bytes
+
+
+class RankMemory(NamedTuple):
+    """Bytes of the tensors that live on one rank through a step.
+
+    What a layer of the LM, or a block of rows in an encoder, needs while it runs comes on top.
+    """
+
+    lm: int
+    coders: int
+    gradients: int
+    optimizer: int
+    in_flight: int
+    """Captured rows, those that travel, and one coder's rows in float32."""
+
+
+def show_plan(cfg: Any) -> None:
+    """Print hookpoints, owners, and parameters and GiB per rank; only rank 0 prints.
+
+    `cfg` is the script's `TrainConfig`. Raises UsageError where the run itself would, as far as
+    the LM's config can tell.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    lm, hookpoints = find_hookpoints(cfg.model)
+    parameters, widths = sum(p.numel() for p in lm.parameters()), measure_widths(lm, hookpoints)
+    fixed = read_owners(cfg.machine.layer_to_rank)
+    owner = plan_owners(costs(widths, cfg.coder, cfg.training.init_seeds), world, fixed)
+    replicas = world == 1 or not cfg.machine.distribute_modules
+    rows = [["rank", *(name.replace("_", " ") for name in RankMemory._fields), "GiB", "coders of"]]
+    for rank in range(1 if replicas else world):
+        mine = {name: w for name, w in widths.items() if replicas or owner[name] == rank}
+        memory = rank_memory(cfg, world, parameters, widths, mine)
+        sizes = [f"{size / 2**30:.2f}" for size in (*memory, sum(memory))]
+        who = "each" if replicas and world > 1 else str(rank)
+        rows.append([who, *sizes, " ".join(mine) or "nothing"])
+    sequences = cfg.training.batch_size * cfg.training.grad_acc_steps * world
+    transcode = cfg.coder.transcode
+    latents = {cfg.coder.latents(w.d_in if transcode else w.d_out) for w in widths.values()}
+    ranks = "rank" if world == 1 else "ranks"
+    print(f"LM      {parameters:,} parameters up to the last of {len(widths)} hookpoints")
+    print(f"coders  of {', '.join(f'{n:,}' for n in sorted(latents))} latents")
+    print(f"step    {sequences * cfg.data.ctx_len:,} tokens on {world} {ranks}")
+    if cfg.data.max_examples is not None:
+        print(f"run     {cfg.data.max_examples * cfg.data.ctx_len:,} tokens")
+    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        print("  ".join([*map(str.rjust, row, columns), row[-1]]))
+
+
+def rank_memory(
+    cfg: Any, world: int, lm_parameters: int, widths: dict[str, Widths], mine: dict[str, Widths]
+) -> RankMemory:
+    """What a rank that trains the coders of `mine` holds."""
+    training = cfg.training
+    item = working_dtype(cfg.machine.mixed_precision).itemsize
+    if sharded():
+        lm_parameters = -(-lm_parameters // world) + min(_live_parameters(), lm_parameters)
+    bank = CoderBank(mine, cfg.coder, training.init_seeds, "meta")
+    coders = [coder for _, coder in bank.items()]
+    weights = sum(4 * p.numel() for coder in coders for p in coder.parameters())
+    state = sum(state_bytes(coder, training.optimizer, training.adam_8bit) for coder in coders)
+
+    tokens = training.batch_size * cfg.data.ctx_len
+    captured = tokens * _captured_width(widths, cfg.coder.transcode)
+    in_flight, rows = captured, tokens
+    if cfg.machine.distribute_modules and world > 1:
+        own = tokens * _captured_width(mine, cfg.coder.transcode)
+        # Sent, received, and joined with what was here already.
+        in_flight += (captured - own) + (world - 1) * own + world * own
+        rows = world * tokens
+    # Of one coder at a time: input, target, reconstruction and its gradient.
+    widest = max((c.d_in + 3 * c.d_out for c in coders), default=0)
+    working = 4 * rows * widest // training.micro_acc_steps
+    lm = lm_parameters * (1 if cfg.model.load_in_8bit else item)
+    return RankMemory(lm, weights, weights, state, in_flight * item + working)
+
+
+def _captured_width(widths: dict[str, Widths], transcode: bool) -> int:
+    return sum(w.d_out + (w.d_in if transcode else 0) for w in widths.values())
+
+
+def _live_parameters() -> int:
+    """How many parameters of a sharded LM may be gathered at a time, by the launch file."""
+    path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return int(found.get("zero_optimization", {}).get("stage3_max_live_parameters", 1e9))

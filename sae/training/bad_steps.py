@@ -1,0 +1,68 @@
+"""Steps whose numbers went bad are skipped, counted, and end the run when they are too many."""
+
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..flags import UsageError
+from ..placement.ranks import Ranks
+
+Metrics = dict[str, Tensor | float]
+
+
+class BadNumber(NamedTuple):
+    """A metric that is NaN or infinite."""
+
+    name: str
+    value: float
+
+
+def bad_number(metrics: Metrics, ranks: Ranks) -> BadNumber | None:
+    """The first metric that is not finite on some rank, the same on all; None if all are."""
+    numbers = as_numbers(metrics)
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if not any(ranks.gather(len(bad))):
+        return None
+    found = ranks.merge({bad[0]: numbers[bad[0]]} if bad else {})
+    return BadNumber(*min(found.items()))
+
+
+class BadSteps:
+    """The steps that were skipped because a loss or a gradient was NaN or infinite."""
+
+    def __init__(self, limit: int, ranks: Ranks) -> None:
+        """`limit`: as many are skipped before the run ends."""
+        self._limit, self._ranks = limit, ranks
+        self.skipped = 0
+        self.verdict: UsageError | None = None
+        """What ends the run, once more than `limit` steps were bad."""
+
+    def skip(self, bad: BadNumber, step: int, sequences: Tensor) -> None:
+        """Count step number `step` as skipped, and say so.
+
+        `sequences` are the numbers of the blocks that it was made of.
+        """
+        self.skipped += 1
+        metric, _, coder = bad.name.partition("/")
+        said = f"step {step}: {metric} at {coder} is {bad.value}"
+        made_of = f"it was made of sequences {' '.join(str(int(n)) for n in sequences)}"
+        if self.skipped > self._limit:
+            self.verdict = UsageError(
+                f"{said}, in the LM's activations there or the loss, or the targets are constant "
+                f"(see --exclude_tokens); {made_of}. {self.skipped} bad steps were skipped, more "
+                f"than --max_bad_steps {self._limit}; what was last good is saved as step {step}. "
+                f"Try --mixed_precision no, a lower --lr, or another hookpoint"
+            )
+        elif self._ranks.main:
+            print(f"{said}: no update; {made_of}", file=sys.stderr)
+
+
+def as_numbers(metrics: Metrics) -> dict[str, float]:
+    """Metrics as numbers, in one transfer from the device."""
+    tensors = [m for m in metrics.values() if isinstance(m, Tensor)]
+    moved = torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else []
+    read = iter(moved)
+    return {n: next(read) if isinstance(m, Tensor) else float(m) for n, m in metrics.items()}

@@ -1,0 +1,196 @@
+"""Optimizers by name, one set per coder."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..coders.sparse_coder import SparseCoder
+from ..config import OptimizerName
+from ..flags import UsageError
+from ..kernels.cpu.native import in_huge_pages
+from ..kernels.twins import Kernels
+from .schedules import default_lr, lr_scale
+
+
+class ScheduleFreeSignum(torch.optim.Optimizer):
+    """Sign descent with schedule-free averaging.
+
+    Three points per parameter: z takes the steps, x averages them, gradients are taken at y.
+
+        z' = z - lr sign(g),   x' = (1 - c) x + c z',   y' = beta x' + (1 - beta) z'
+        c  = lr_max^2 / sum of lr_max^2 over the steps so far   (1 / t at a constant lr)
+
+    The parameter is y and the state z; x = (y - (1 - beta) z) / beta is what a trained coder is.
+    One pass over the weights computes what schedulefree's wrapper around a sign optimizer does.
+
+    Source: Defazio et al., "The Road Less Scheduled" (arXiv 2405.15682), equations 1-3.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        beta: float = 0.95,
+        unit_norm: Tensor | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """`unit_norm`: the parameter whose rows get unit norm in the same pass."""
+        super().__init__(params, {"lr": lr, "beta": beta, "lr_max": 0.0, "weight_sum": 0.0})
+        self._unit_norm = unit_norm
+        self._kernels = kernels or Kernels()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # of one use
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr, beta = group["lr"], group["beta"]
+            group["lr_max"] = max(lr, group["lr_max"])
+            weight = group["lr_max"] ** 2
+            group["weight_sum"] += weight
+            c = weight / group["weight_sum"] if group["weight_sum"] else 0.0
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "z" not in state:
+                    state["z"] = p.clone(memory_format=torch.preserve_format)
+                unit_norm = p is self._unit_norm
+                self._kernels.signum_step_(p, state["z"], p.grad, lr, beta, c, unit_norm)
+
+    @torch.no_grad()
+    def average_(self) -> None:
+        """Set every parameter to its average x; the state stays."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "z" in self.state[p]:
+                    p.lerp_(self.state[p]["z"], 1 - 1 / group["beta"])
+
+
+class CoderOptimizer:
+    """The optimizers of one coder: all its parameters, updated and decayed together."""
+
+    def __init__(
+        self,
+        coder: SparseCoder,
+        name: OptimizerName,
+        lr: float | None = None,
+        adam_8bit: bool = False,
+    ) -> None:
+        parameters = dict(coder.named_parameters())
+        for p in parameters.values():
+            in_huge_pages(p.data, touched=True)
+        self.name: OptimizerName = name
+        self.peak_lr = default_lr(name, coder.num_latents) if lr is None else lr
+        matrices = {n: p for n, p in parameters.items() if name == "muon" and p.ndim == 2}
+        rest = {n: p for n, p in parameters.items() if n not in matrices}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.names: list[list[str]] = []
+        if matrices:
+            self._add(torch.optim.Muon(list(matrices.values()), lr=self.peak_lr), matrices)
+        if name == "signum":
+            unit_norm = coder.W_dec if coder.cfg.normalize_decoder else None
+            self._add(
+                ScheduleFreeSignum(rest.values(), self.peak_lr, 0.95, unit_norm, coder.kernels),
+                rest,
+            )
+        else:
+            self._add(_adam(list(rest.values()), self.peak_lr, adam_8bit), rest)
+        self.coder = coder
+
+    def _add(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+        self.optimizers.append(optimizer)
+        self.names.append(list(parameters))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step; of several optimizers, the matrices'."""
+        return self.optimizers[0].param_groups[0]["lr"]
+
+    def step(self, step: int, total_steps: int, warmup_steps: int) -> None:
+        """Update the coder at the learning rate of `step`."""
+        for optimizer in self.optimizers:
+            warmup = 0 if isinstance(optimizer, torch.optim.Muon) else warmup_steps
+            for group in optimizer.param_groups:
+                group["lr"] = self.peak_lr * lr_scale(self.name, step, total_steps, warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.name != "signum":  # which has done it in its one pass
+            self.coder.normalize_decoder_()
+
+    @contextmanager
+    def trained(self) -> Iterator[SparseCoder]:
+        """Inside, the coder is what is saved: averaged where the optimizer averages, unit-norm.
+
+        Outside, the point that training continues from, bit for bit.
+        """
+        averaging = [o for o in self.optimizers if isinstance(o, ScheduleFreeSignum)]
+        kept = {n: p.detach().clone() for n, p in self.coder.named_parameters() if averaging}
+        for optimizer in averaging:
+            optimizer.average_()
+        if averaging:
+            self.coder.normalize_decoder_()
+        try:
+            yield self.coder
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.coder.named_parameters():
+                    if name in kept:
+                        parameter.copy_(kept[name])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that resuming needs, by name: the training point and the optimizers' state."""
+        found = {f"point.{n}": p.detach() for n, p in self.coder.named_parameters()}
+        for i, (optimizer, names) in enumerate(zip(self.optimizers, self.names, strict=True)):
+            for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+                for key, value in optimizer.state[parameter].items():
+                    found[f"state.{i}.{name}.{key}"] = torch.as_tensor(value)
+            if isinstance(optimizer, ScheduleFreeSignum):
+                group = optimizer.param_groups[0]
+                for key in ("lr_max", "weight_sum"):
+                    found[f"group.{i}.{key}"] = torch.tensor(group[key], dtype=torch.float64)
+        return found
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned. Raises UsageError if it is another optimizer's."""
+        for name, parameter in self.coder.named_parameters():
+            stored = tensors.get(f"point.{name}")
+            if stored is None or stored.shape != parameter.shape:
+                raise UsageError(f"--resume: the checkpoint has no {name} of this coder's shape")
+            parameter.copy_(stored)
+        for i, (optimizer, names) in enumerate(zip(self.optimizers, self.names, strict=True)):
+            group = optimizer.param_groups[0]
+            for name, parameter in zip(names, group["params"], strict=True):
+                prefix = f"state.{i}.{name}."
+                state = {
+                    key.removeprefix(prefix): value.to(parameter.device, copy=True)
+                    for key, value in tensors.items()
+                    if key.startswith(prefix)
+                }
+                if not state:
+                    raise UsageError(
+                        f"--resume: the checkpoint has no {self.name} state for {name}"
+                    )
+                optimizer.state[parameter] = state
+            for key in ("lr_max", "weight_sum"):
+                if f"group.{i}.{key}" in tensors:
+                    group[key] = tensors[f"group.{i}.{key}"].item()
+
+
+def state_bytes(coder: SparseCoder, name: OptimizerName, adam_8bit: bool = False) -> int:
+    """Bytes that the optimizer of a coder keeps beside the weights: z, moments, or momentum."""
+    adam = 2 if adam_8bit else 8
+    per_element = {"signum": (4, 4), "adam": (adam, adam), "muon": (4, adam)}[name]
+    return sum(p.numel() * per_element[p.ndim != 2] for p in coder.parameters())
+
+
+def _adam(parameters: list[Tensor], lr: float, eight_bit: bool) -> torch.optim.Optimizer:
+    if not eight_bit:
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+    try:
+        from bitsandbytes.optim import Adam8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UsageError("--adam_8bit needs bitsandbytes: pip install bitsandbytes") from None
+    return Adam8bit(parameters, lr=lr)

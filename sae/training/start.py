@@ -1,0 +1,39 @@
+"""What coders start from: the means of the first step's rows."""
+
+from collections.abc import Iterable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from ..coders.functional import Moments, accumulate
+from ..flags import UsageError
+from ..lm.capture import Capture
+from ..placement.ranks import Ranks
+
+
+def first_moments(
+    capture: Capture, batches: Iterable[Int[Tensor, "B S"]], ranks: Ranks
+) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    """Moments of every hookpoint's inputs and of its outputs over all rows of all ranks' batches.
+
+    Raises UsageError where no row is left.
+    """
+    inputs, outputs = dict[str, Moments](), dict[str, Moments]()
+    for tokens in batches:
+        for hookpoint, pair in capture(tokens).items():
+            for found, rows in zip((inputs, outputs), pair, strict=True):
+                accumulate(found, hookpoint, rows)
+    ranks.sum_(t for found in (inputs, outputs) for m in found.values() for t in m)
+    for hookpoint in outputs:
+        for moments in (inputs[hookpoint], outputs[hookpoint]):
+            if not moments.total_sq.isfinite():
+                raise UsageError(
+                    f"MODEL: its activations at {hookpoint} hold NaN or Inf in the first step "
+                    f"already: try --mixed_precision no, or another hookpoint"
+                )
+    if not all(moments.count for moments in outputs.values()):
+        some = " ".join(map(str, capture.exclude_tokens[:9]))
+        raise UsageError(
+            f"--exclude_tokens {some}: leaves no token of the first step; exclude fewer"
+        )
+    return inputs, outputs

@@ -1,0 +1,74 @@
+"""What one optimizer step adds up: over pieces, forwards and ranks, to divide only once."""
+
+import torch
+from torch import Tensor
+
+from ..coders.bank import CoderBank
+from ..coders.functional import Moments, accumulate
+from ..coders.sparse_coder import CoderErrors
+
+_LOSSES = ("fvu", "auxk", "multi_topk_fvu")
+
+
+class StepSums:
+    """Moments of targets, sums of squared errors, and counts of what fired, of one step.
+
+    They add over everything that a step consists of, so that the denominator of FVU, and all that
+    is logged, is of all rows of the step.
+    """
+
+    def __init__(self, bank: CoderBank) -> None:
+        coders = dict(bank.items())
+        device = next((coder.device for coder in coders.values()), "cpu")
+        self.rows = 0
+        """Rows of each hookpoint on this rank, trained here or sent to their owner."""
+        self.fired = {
+            name: torch.zeros(coder.num_latents, dtype=torch.int64, device=device)
+            for name, coder in coders.items()
+        }
+        """Times each latent of each coder was active."""
+        self.lm_loss: Tensor | None = None
+        """In end-to-end training the LM's loss, and the positions that it is summed over, [2]."""
+        self.gradients_apart: dict[str, list[Tensor]] = {}
+        """In end-to-end training the gradients that are divided by the variance, by coder."""
+        self._hookpoint = bank.hookpoint
+        self._moments: dict[str, Moments] = {}
+        self._errors = {name: torch.zeros(3, device=device) for name in coders}
+
+    def add_targets(self, hookpoint: str, y: Tensor) -> None:
+        """Count the target rows of a hookpoint."""
+        accumulate(self._moments, hookpoint, y)
+
+    def add(self, name: str, errors: CoderErrors) -> None:
+        """Count the errors of a coder, and what fired."""
+        found = (errors.squared_error, errors.auxk_error, errors.multi_topk_error)
+        self._errors[name] += torch.stack(found).detach()
+        active = (errors.top_acts > 0).flatten().to(torch.int64)
+        self.fired[name].scatter_add_(0, errors.top_indices.flatten(), active)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that sums over ranks."""
+        moments = [t for seen in self._moments.values() for t in seen]
+        apart = [t for tensors in self.gradients_apart.values() for t in tensors]
+        lm_loss = [] if self.lm_loss is None else [self.lm_loss]
+        return [*moments, *self._errors.values(), *self.fired.values(), *lm_loss, *apart]
+
+    def mean_lm_loss(self) -> Tensor:
+        """The LM's loss over all positions of the step, in nats."""
+        assert self.lm_loss is not None, "this is end-to-end training"
+        loss, positions = self.lm_loss
+        return loss / positions
+
+    def variance(self, name: str) -> Tensor:
+        """sum ||y - y_mean||^2 over the targets of a coder; 1 where its targets were not seen."""
+        hookpoint = self._hookpoint[name]
+        if hookpoint not in self._moments:
+            return torch.ones((), dtype=torch.float64, device=self._errors[name].device)
+        return self._moments[hookpoint].total_variance
+
+    def losses(self, name: str) -> dict[str, Tensor | float]:
+        """FVU, AuxK and Multi-TopK of a coder, as metrics; none where its targets were not seen."""
+        if self._hookpoint[name] not in self._moments:
+            return {}
+        found = self._errors[name] / self.variance(name)
+        return {f"{loss}/{name}": value for loss, value in zip(_LOSSES, found, strict=True)}

@@ -1,0 +1,64 @@
+"""Blocks are numbered, held out and ordered; which ones a step sees depends on the seed alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from sae import UsageError
+from sae.data.blocks import TokenBlocks, TokenStream, split_blocks
+
+
+def test_order_is_a_permutation_by_seed() -> None:
+    """Every training block once, in an order that the seed decides."""
+    source = TokenBlocks([np.arange(640)], 32)
+    held, numbers = split_blocks(source, 64, None, 1)
+    assert held.tolist() == [0, 1]
+    order = source.order(numbers, 7)
+    assert sorted(order.tolist()) == list(range(2, 20))
+    assert torch.equal(order, source.order(numbers, 7))
+    assert not torch.equal(order, source.order(numbers, 8))
+
+
+def test_held_out_blocks_never_train() -> None:
+    """At most a tenth and at least one block is held out, and training blocks are others."""
+    source = TokenBlocks([np.arange(3200)], 32)
+    for asked, expected in ((1, 1), (150, 5), (10**6, 10)):
+        held, numbers = split_blocks(source, asked, None, 4)
+        assert len(held) == expected and set(held.tolist()).isdisjoint(numbers)
+    _, numbers = split_blocks(source, 160, 20, 4)
+    assert numbers == range(5, 25)
+
+
+def test_arrays_are_joined_without_a_seam() -> None:
+    """A block that lies across several arrays reads as if they were one."""
+    whole = np.arange(100)
+    source = TokenBlocks([whole[:3], whole[3:4], whole[4:4], whole[4:50], whole[50:]], 7)
+    blocks = torch.cat(list(source.batches(torch.arange(len(source)), 7)))
+    assert blocks.flatten().tolist() == list(range(98))
+
+
+def test_a_stream_is_read_once_from_the_first_block_asked_for() -> None:
+    """Blocks before are passed over, those between as well, and the rest of the stream stays."""
+    read: list[int] = []
+
+    def blocks() -> Iterator[np.ndarray]:
+        for i in range(20):
+            read.append(i)
+            yield np.full(4, i)
+
+    stream = TokenStream(blocks, 20, 4, vocab_size=20)
+    batches = list(stream.batches(torch.tensor([3, 4, 9]), 2))
+    assert [b[:, 0].tolist() for b in batches] == [[3, 4], [9]]
+    assert read == list(range(10))
+    assert list(stream.batches(torch.tensor([], dtype=torch.int64), 2)) == []
+
+
+def test_a_step_needs_as_many_blocks_as_it_takes() -> None:
+    """Less data than a step or --max_examples needs is refused by flag."""
+    source = TokenBlocks([np.arange(320)], 32)
+    with pytest.raises(UsageError, match="--batch_size times --grad_acc_steps is 64 sequences"):
+        split_blocks(source, 1, None, 64)
+    with pytest.raises(UsageError, match="--max_examples 99: the data has 9"):
+        split_blocks(source, 1, 99, 1)

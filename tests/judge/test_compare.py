@@ -1,0 +1,61 @@
+"""Laws of comparing runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_runs import call
+from torch import Tensor
+from training_runs import Settings, run
+from transformers import PreTrainedModel
+
+from sae import SaeConfig, SparseCoder, UsageError
+from sae.judge.compare import comparison, differing_flags, nearest_twins
+
+
+def test_twins_are_found_by_direction() -> None:
+    """Permuted and scaled rows are twins of cosine 1; orthogonal ones have cosine 0."""
+    a, b = (SparseCoder(8, SaeConfig(num_latents=6, k=2)) for _ in range(2))
+    assert a.W_dec is not None and b.W_dec is not None
+    b.W_dec.data.copy_(3 * a.W_dec.data[torch.tensor([3, 1, 0, 2, 5, 4])])
+    torch.testing.assert_close(nearest_twins(a, b), torch.ones(6))
+    a.W_dec.data.copy_(torch.eye(8)[:6])
+    b.W_dec.data.copy_(torch.eye(8)[[0, 1, 7, 7, 7, 7]])
+    assert nearest_twins(a, b).tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_comparison_shows_figures_flags_and_shared_latents(
+    lm: PreTrainedModel,
+    tokens: Tensor,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Figures, flags that differ, shared latents: all of a run with itself, fewer of another."""
+    first = run(lm, tokens, settings, run_name="a")
+    second = run(lm, tokens, settings, run_name="b", init_seeds=(7,), lr=0.02)
+    folders = tuple(str(Path(settings["save_dir"]) / name) for name in "ab")
+    assert differing_flags(folders) == {
+        "init_seeds": [[0], [7]],
+        "lr": [None, 0.02],
+        "run_name": ["a", "b"],
+    }
+    judged = {"layers.1": {"predictions": {"ce_recovered": 0.9, "kl": 0.25}}}
+    for folder, step, held_out in ((folders[0], "step_20", False), (folders[1], "step_20", True)):
+        of = {"step": step, "held_out": held_out}
+        (Path(folder) / "eval.json").write_text(json.dumps({"of": of, "coders": judged}))
+    assert call(monkeypatch, "compare", *folders) == 0
+    lines = {line[:32].strip(): line for line in capsys.readouterr().out.splitlines()}
+    for hookpoint, figures in first["hookpoints"].items():
+        row = next(line for key, line in lines.items() if key.startswith(f"{hookpoint} fvu"))
+        other = second["hookpoints"][hookpoint]["fvu"]
+        assert f"{figures['fvu']:.4f}" in row and row.endswith(f"{other:.4f}")
+    text = "\n".join(lines.values())
+    assert text.count("0.9000") == 1 and "0.2500" in text and "--lr" in text and "2,560" in text
+    same = comparison((folders[0], folders[0]), near=0.999)
+    assert same.count("128 (mean 1.000)") == 3
+    assert "latents with a twin" in text and "128 (mean 1.000)" not in text
+    for bad in ((folders[0],), (folders[0], settings["save_dir"])):
+        with pytest.raises(UsageError, match="RUN_A RUN_B|has no summary.json"):
+            comparison(bad, near=0.7)

@@ -1,0 +1,105 @@
+"""The Triton kernels compute what the definitions say: on CUDA, or in Triton's interpreter."""
+
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from kernel_cases import (
+    SHAPES,
+    UPDATED_SHAPES,
+    leaves,
+    outputs_and_gradients,
+    update_inputs,
+    updated,
+)
+
+from sae.coders import functional
+from sae.kernels import sparse_products, updates
+from sae.kernels.backend import Backend
+from sae.kernels.twins import Kernels
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs tests/requirements.txt"
+)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The sparse products in Triton, also on the CPU, where every backend now takes them.
+
+    Long sums are cut into pieces of 8 and rows into blocks of 16 columns. What the kernels do not
+    write is NaN.
+    """
+    from sae.kernels.cuda import sparse_products as module
+
+    monkeypatch.setattr(sparse_products, "_triton", lambda backend, device: module)
+    monkeypatch.setattr(module, "_LONG", 8)
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    yield module
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] < 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products_equal_their_definitions(
+    triton_products: ModuleType, shape: tuple, dtype: torch.dtype
+) -> None:
+    """Outputs and every gradient equal the definition's, at odd shapes, with no NaN left."""
+    n, d, latents, k, activation = shape
+    tensors = [t.to(dtype) for t in leaves(n, d, latents)]
+    close = 1e-9 if dtype == torch.float64 else 2e-4
+    plain, fast = (
+        outputs_and_gradients(ops, tensors, k, activation, DEVICE)
+        for ops in (functional, Kernels())
+    )
+    for ours, expected in zip(fast, plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=close, atol=close)
+
+
+def test_sums_equal_those_of_index_add(triton_products: ModuleType) -> None:
+    """Latents in no entry, in few, in many, and twice in a row sum to what they should."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 9, (60, 5), generator=generator)
+    indices[indices == 4] = 3  # 4 is never active, 3 twice in some rows
+    indices[:, 0] = 7  # in every row: 60 entries and more
+    weights = torch.randn(60, 5, generator=generator)
+    rows, table = torch.randn(60, 37, generator=generator), torch.randn(9, 37, generator=generator)
+    by_latent = sparse_products.ByLatent(Backend(), indices.to(DEVICE), 9)
+    in_order = by_latent.sort(weights.to(DEVICE))
+    starts, _, entry_rows = by_latent._sorted
+    counts = by_latent._counts
+    ours = triton_products.sum_by_latent(in_order, entry_rows, starts, counts, rows.to(DEVICE))
+    expected = torch.zeros(9, 37, dtype=torch.float64)
+    products = weights.double()[:, :, None] * rows.double()[:, None, :]
+    expected.index_add_(0, indices.flatten(), products.flatten(0, 1))
+    torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[4].cpu(), torch.zeros(37))
+    again = triton_products.sum_by_latent(in_order, entry_rows, starts, counts, rows.to(DEVICE))
+    assert torch.equal(ours, again)
+    ours = triton_products.weighted_rows(weights.to(DEVICE), indices.to(DEVICE), table.to(DEVICE))
+    plain = functional.decode(functional.Latents(weights, indices), table)
+    torch.testing.assert_close(ours.cpu(), plain)
+    ours = triton_products.sampled_product(rows.to(DEVICE), table.to(DEVICE), indices.to(DEVICE))
+    torch.testing.assert_close(ours.cpu(), (rows[:, None] * table[indices]).sum(2))
+
+
+@pytest.mark.parametrize("shape", UPDATED_SHAPES)
+def test_updates_equal_their_definitions(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients, steps and unit norms in Triton, over one block of columns and over many."""
+    from sae.kernels.cuda import updates as module
+
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    monkeypatch.setattr(updates, "_triton", lambda backend, tensor: module)
+    tensors = update_inputs(shape)
+    # In C, "auto" would not come to Triton on the CPU.
+    found, plain = (updated(ops, tensors, DEVICE) for ops in (Kernels("torch"), functional))
+    for ours, expected in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    if len(shape) == 2:
+        assert found[0].norm(dim=1)[1:].sub(1).abs().max() < 1e-5

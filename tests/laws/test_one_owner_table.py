@@ -1,0 +1,103 @@
+"""Law 3: which rank trains, saves and restores a coder is one table, which the log shows."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from launched_runs import HOOKPOINTS, Runs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sae import SparseCoderConfig, TranscoderConfig, UsageError
+from sae.coders.bank import costs
+from sae.config import Widths
+from sae.placement.owners import plan_owners, read_owners
+
+# Owned by each rank: by cost, by hand, and with ranks that own none.
+OWNED = {
+    "two owners": [["layers.0", "layers.1.mlp"], ["layers.1", "layers.2"]],
+    "two owners, by hand": [[], HOOKPOINTS],
+    "three owners": [["layers.0", "layers.2"], ["layers.1"], ["layers.1.mlp"]],
+    "four owners": [[hookpoint] for hookpoint in HOOKPOINTS],
+    "idle": [["layers.1.mlp"], ["layers.2"], [], ["layers.0", "layers.1"]],
+}
+
+
+def test_cost_is_the_size_of_what_is_trained() -> None:
+    """num_latents x (d_in + d_out), of the widths that the coder sees, for every seed."""
+    widths = {"mlp": Widths(8, 6)}
+    assert costs(widths, SparseCoderConfig(num_latents=40), (0, 1)) == {"mlp": 2 * 40 * (6 + 6)}
+    assert costs(widths, TranscoderConfig(num_latents=40), (0,)) == {"mlp": 40 * (8 + 6)}
+
+
+def test_the_heaviest_goes_first_to_the_rank_with_the_least() -> None:
+    """Mixed widths are balanced, equal ones dealt in natural order; a rank may stay empty."""
+    assert plan_owners({"a": 1, "b": 5, "c": 3, "d": 3}, 2) == {"a": 0, "b": 0, "c": 1, "d": 1}
+    assert plan_owners({"a": 1, "b": 1, "c": 1}, 2) == {"a": 0, "b": 1, "c": 0}
+    assert plan_owners({"a": 1}, 3) == {"a": 0}
+
+
+def test_the_table_is_balanced() -> None:
+    """Every hookpoint has one owner, and loads differ by no more than the heaviest hookpoint."""
+    draw = random.Random(0)
+    for _ in range(300):
+        world, count = draw.randint(1, 9), draw.randint(1, 40)
+        cost = {f"layers.{i}": draw.randint(1, 10**6) for i in range(count)}
+        owner = plan_owners(cost, world)
+        assert list(owner) == list(cost) and set(owner.values()) <= set(range(world))
+        loads = [sum(cost[p] for p, r in owner.items() if r == rank) for rank in range(world)]
+        assert max(loads) - min(loads) <= max(cost.values())
+
+
+def test_owners_given_by_hand_are_kept(tmp_path: Path) -> None:
+    """Pairs or a JSON file fix owners, the rest is planned around them; nonsense is refused."""
+    fixed = read_owners(["a=1", "b=1"])
+    assert plan_owners({"a": 1, "b": 1, "c": 1}, 2, fixed) == {"a": 1, "b": 1, "c": 0}
+    file = tmp_path / "owners.json"
+    file.write_text(json.dumps(fixed))
+    assert read_owners([str(file)]) == fixed
+    for bad in (["a"], ["a=x"], ["a=1", "a=2"], ["=1"], [str(tmp_path / "none.json")]):
+        with pytest.raises(UsageError, match="--layer_to_rank"):
+            read_owners(bad)
+    file.write_text("[1]")
+    with pytest.raises(UsageError, match="--layer_to_rank"):
+        read_owners([str(file)])
+    with pytest.raises(UsageError, match="--layer_to_rank z=0: no coder is trained there.* a, b"):
+        plan_owners({"a": 1, "b": 1}, 2, {"z": 0})
+    with pytest.raises(UsageError, match="--layer_to_rank a=2: there are 2 ranks, 0 to 1"):
+        plan_owners({"a": 1, "b": 1}, 2, {"a": 2})
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_the_owner_of_a_coder_trains_and_saves_it(runs: Runs, name: str) -> None:
+    """Each coder lives on one rank, which alone writes it."""
+    assert [rank["coders"] for rank in runs.results[name]] == OWNED[name]
+    assert [sorted(set(rank["saved"])) for rank in runs.results[name]] == OWNED[name]
+
+
+def test_replicas_are_trained_by_all_and_saved_by_their_owner(runs: Runs) -> None:
+    """Every rank trains every coder; the table says who writes which."""
+    ranks = runs.results["two replicas"]
+    assert [rank["coders"] for rank in ranks] == [HOOKPOINTS, HOOKPOINTS]
+    assert [sorted(set(rank["saved"])) for rank in ranks] == OWNED["two owners"]
+
+
+def test_the_owner_of_a_coder_restores_it(runs: Runs) -> None:
+    """A resumed rank reads what it trains by the new table, whoever wrote it."""
+    resumed = {
+        "replicas, two to three": OWNED["three owners"],
+        "owners, two to three": [HOOKPOINTS] * 3,
+    }
+    for name, expected in resumed.items():
+        assert [rank["coders"] for rank in runs.results[name]] == expected
+        assert [sorted(rank["restored"]) for rank in runs.results[name]] == expected
+
+
+@pytest.mark.parametrize("name", [*OWNED, "two replicas"])
+def test_the_log_shows_the_table(runs: Runs, name: str) -> None:
+    """TensorBoard has a line for each rank, with the hookpoints that it owns."""
+    reader = EventAccumulator(str(runs.folder / "runs" / name / "tensorboard")).Reload()
+    (event,) = reader.Tensors("owners/text_summary")
+    owned = OWNED["two owners" if name == "two replicas" else name]
+    lines = [f"| {rank} | {' '.join(names) or 'nothing'} |" for rank, names in enumerate(owned)]
+    assert event.tensor_proto.string_val[0].decode().splitlines()[2:] == lines

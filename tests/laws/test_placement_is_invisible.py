@@ -1,0 +1,107 @@
+"""Placement changes no number: the same run, whoever holds what, in real launches.
+
+The law of the owner table and that of one recipe, which say why, have files of their own.
+"""
+
+import pytest
+import torch
+from launched_runs import HOOKPOINTS, MEETINGS, REPLICAS_AND_OWNERS, STEPS, Runs
+from torch import Tensor
+
+
+@pytest.mark.parametrize("name", REPLICAS_AND_OWNERS)
+def test_every_placement_is_the_same_run(runs: Runs, name: str) -> None:
+    """Curves, held-out figures and final weights equal those of one process."""
+    runs.assert_same("one", name)
+
+
+def test_transcoders_are_the_same_in_every_placement(runs: Runs) -> None:
+    """Inputs and targets travel to the owner together: the weights are those of one process."""
+    for one, other in (("coded-one", "coded owners"), ("tuned one", "tuned replicas")):
+        for key, tensor in runs.weights(one).items():
+            torch.testing.assert_close(runs.weights(other)[key], tensor, rtol=0, atol=2e-6)
+
+
+def test_end_to_end_training_is_the_same_in_replicas(runs: Runs) -> None:
+    """On two ranks, accumulated, training on KL is that of one process."""
+    runs.assert_same_end_to_end("kl one", "kl replicas")
+
+
+def kept_rows(per_rank: int, world: int) -> Tensor:
+    """Rows of every optimizer step and rank, [STEPS W], from the order of examples alone."""
+    tokens = torch.randint(0, 64, (200, 16), generator=torch.Generator().manual_seed(0))
+    order = 11 + torch.randperm(144, generator=torch.Generator().manual_seed(42))
+    kept = ~torch.isin(tokens[order], torch.tensor([5, 9, 11]))
+    return kept.view(STEPS, world, per_rank * 16).sum(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "tensors"),
+    [("two owners", 2, 1), ("three owners", 3, 1), ("four owners", 4, 1), ("coded owners", 2, 2)],
+)
+def test_rows_travel_to_their_owner_and_nowhere_else(
+    runs: Runs, name: str, world: int, tensors: int
+) -> None:
+    """A rank receives its hookpoints' rows of the other ranks, once, and not a byte more."""
+    curves, rows = runs.curves(name), kept_rows(12 // world, world)
+    for rank, found in enumerate(runs.results[name]):
+        share = len(found["coders"])
+        width = tensors * 32 * 4
+        received = (rows.sum(1) - rows[:, rank]) * share * width
+        sent = rows[:, rank] * (len(HOOKPOINTS) - share) * width
+        for direction, expected in (("received", received), ("sent", sent)):
+            points = curves.get(f"bytes_{direction}/rank{rank}", [])
+            assert [v for _, v in points] == expected.tolist(), (rank, direction)
+
+
+def test_replicas_sum_gradients_once_per_step(runs: Runs) -> None:
+    """However many forwards a step has, the bytes of one ring sum are moved."""
+    whole, accumulated = runs.curves("two replicas"), runs.curves("two accumulated")
+    for rank in (0, 1):
+        key = f"bytes_sent/rank{rank}"
+        assert whole[key] == accumulated[key]
+        weights_bytes = sum(t.nbytes for t in runs.weights("two replicas").values())
+        assert weights_bytes < whole[key][0][1] < 1.1 * weights_bytes
+
+
+def test_owners_compute_at_the_same_time(runs: Runs) -> None:
+    """Every rank is inside a coder while the other one is: each waits there for the other."""
+    assert runs.summary("meeting owners")["step"] == STEPS
+    met = {file.name for file in runs.folder.glob("met.*")}
+    assert met == {f"met.{number}.{rank}" for number in range(MEETINGS) for rank in (0, 1)}
+
+
+def test_preparing_data_is_no_timeout(runs: Runs) -> None:
+    """While the main process prepares the text, others look for it now and then: none waits in a
+    collective, which would time out."""
+    assert runs.summary("slow preparation")["step"] == STEPS
+    assert [rank["looks"] >= 5 for rank in runs.results["slow preparation"]] == [False, True]
+
+
+def test_a_mistake_on_one_rank_ends_all(runs: Runs) -> None:
+    """Other flags on one rank, or NaN on one: every rank says the same and names it."""
+    for name, message in {
+        "other version": f"the version of torch is '{torch.__version__}' on rank 0 and '0.0' on ",
+        "lacking": "lack layers.1.mlp.up_proj.weight; training on random weights is refused",
+        "other data": "the data's fingerprint is {",
+        "other seed": "--shuffle_seed is 42 on rank 0 and 7 on rank 1",
+        "spoiled": "step 3: fvu at layers.0 is nan",
+        "other total": "--batch_size times --grad_acc_steps times the number of ranks is 18",
+    }.items():
+        errors = [rank["error"] for rank in runs.results[name]]
+        assert all(message in error for error in errors), (name, errors)
+        assert len({error.removeprefix("rank 0: ") for error in errors}) == 1
+    assert not (runs.folder / "runs" / "other seed").exists()
+    assert [f.name for f in (runs.folder / "runs" / "spoiled").glob("step_*")] == ["step_3"]
+
+
+def test_no_rank_holds_the_whole_lm(runs: Runs) -> None:
+    """Under ZeRO-3 each of two ranks loads half of the bytes, in the dtype that was asked for."""
+    whole = sum(f.stat().st_size for f in (runs.folder / "large").glob("*.safetensors"))
+    for name, share in {"large": 1.0, "large bf16": 0.5}.items():
+        for rank in runs.results[name]:
+            assert rank["layers"] == 5, "the layer after the last hookpoint was loaded"
+            assert rank["load_bytes"] < 0.7 * share * whole, name
+            # What a rank shows are empty weights, but for the small ones that stay gathered.
+            assert max(rank["sizes"]) < 100_000 and 0 in rank["sizes"]
+            assert rank["dtypes"] == ["torch.bfloat16" if "bf16" in name else "torch.float32"]

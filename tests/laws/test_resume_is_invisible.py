@@ -1,0 +1,147 @@
+"""Law 5: a run that died and was resumed ends as one that did not, bit for bit."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+from training_runs import (
+    LOSSES,
+    Killed,
+    Settings,
+    assert_identical,
+    die_in_forward,
+    run,
+    training_state,
+    weights,
+)
+from transformers import PreTrainedModel
+
+from sae import UsageError
+from sae.flags import from_flags
+from sae.runs.folder import checkpoints
+from train_sae import TrainConfig, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "muon"])
+def test_a_resumed_run_ends_in_the_same_bits(
+    lm: PreTrainedModel,
+    tokens: Tensor,
+    settings: Settings,
+    optimizer: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """20 steps = killed in step 13, resumed from 10: weights, moments and counters bit for bit."""
+    flags = {
+        **LOSSES,
+        "optimizer": optimizer,
+        "save_every": 5,
+        "k_decay_steps": 15,
+        "grad_acc_steps": 2,
+        "batch_size": 4,
+        "save_best": True,
+    }
+    straight = run(lm, tokens, settings, run_name="straight", **flags)
+    die_in_forward(monkeypatch, 25)  # the second forward of step 13
+    with pytest.raises(Killed):
+        run(lm, tokens, settings, run_name="broken", **flags)
+    monkeypatch.undo()
+    saved = Path(settings["save_dir"])
+    assert [f.name for f in checkpoints(saved / "broken")] == ["step_5", "step_10"]
+    resumed = run(lm, tokens, settings, run_name="broken", resume=True, **flags)
+    assert resumed["step"] == 20 and resumed["tokens"] == straight["tokens"]
+    assert_identical(weights(resumed), weights(straight))
+    assert_identical(training_state(resumed), training_state(straight))
+    for name, figures in resumed["hookpoints"].items():
+        assert figures["fvu"] == straight["hookpoints"][name]["fvu"]
+    best = list((saved / "straight" / "best").rglob("*.safetensors"))
+    assert len(best) == 3
+    for path in best:
+        other = saved / "broken" / "best" / path.relative_to(saved / "straight" / "best")
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_an_end_to_end_run_resumes_from_its_files_alone(
+    causal_lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """A run on the LM's own loss, the LM loaded from disk, resumes to the same bits."""
+    folder = Path(settings["save_dir"])
+    causal_lm.save_pretrained(folder / "lm")
+    flags = {"model": str(folder / "lm"), "loss_fn": "kl", "layers": (1,), "save_every": 10}
+
+    def run_from_disk(name: str, resume: bool = False) -> dict[str, Tensor]:
+        given = {**settings, **flags, "run_name": name, "resume": resume}
+        return weights(train(from_flags(TrainConfig, given), dataset=tokens))
+
+    straight = run_from_disk("a")
+    shutil.copytree(folder / "a", folder / "b")
+    shutil.rmtree(folder / "b" / "step_20")
+    assert_identical(run_from_disk("b", resume=True), straight)
+
+
+DYING_SCRIPT = """
+import os, signal
+import train_sae
+
+forwards, count_rows = [], train_sae.count_rows
+
+def count_and_die(pairs):
+    forwards.append(pairs)
+    if len(forwards) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return count_rows(pairs)
+
+train_sae.count_rows = count_and_die
+train_sae.main()
+"""
+
+
+def test_resume_after_sigkill_of_the_script(tmp_path: Path, tokens: Tensor) -> None:
+    """The real script, killed by SIGKILL after a save and resumed, ends in the same bits."""
+    tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
+
+    def start(script: list[str], name: str, *more: str) -> int:
+        flags = "--layers 0 --ctx_len 16 --batch_size 4 --num_latents 64 --k 4 --save_every 3"
+        data = [str(ROOT / "demo" / "lm"), str(tmp_path / "ids.bin")]
+        command = [sys.executable, *script, *data, *flags.split(), "--log_with", "none"]
+        command += ["--save_dir", str(tmp_path), "--run_name", name, *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode
+
+    script = [str(ROOT / "train_sae.py")]
+    assert start(script, "straight") == 0
+    assert start(["-c", DYING_SCRIPT], "killed") == -signal.SIGKILL
+    assert [f.name for f in checkpoints(tmp_path / "killed")] == ["step_3", "step_6"]
+    assert start(script, "killed", "--resume") == 0
+    for file in ("sae.safetensors", "resume.safetensors"):
+        a, b = (tmp_path / name / "step_45/layers.0" / file for name in ("straight", "killed"))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_flag_that_an_older_version_did_not_write_means_its_default(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """A run.json that lacks flags is resumed as if they had their defaults, and only so."""
+    folder = Path(settings["save_dir"])
+    straight = run(lm, tokens, settings, run_name="r", save_every=10)
+    shutil.rmtree(folder / "r" / "step_20")
+    record = folder / "r" / "run.json"
+    flags = json.loads(record.read_text())
+    lacking = {"multi_topk", "auxk_alpha", "exclude_tokens", "revision", "lr", "eval_every"}
+    record.write_text(json.dumps({n: v for n, v in flags.items() if n not in lacking}))
+    for name, value, default in (
+        ("multi_topk", True, "False"),
+        ("auxk_alpha", 0.5, "0.0"),
+        ("exclude_tokens", (3,), r"\[\]"),
+        ("lr", 0.1, "None"),
+    ):
+        with pytest.raises(UsageError, match=f"--resume: --{name} is .* now and was {default} "):
+            run(lm, tokens, settings, run_name="r", resume=True, **{name: value})
+    resumed = run(lm, tokens, settings, run_name="r", resume=True, save_every=10)
+    assert_identical(weights(resumed), weights(straight))
+    assert_identical(training_state(resumed), training_state(straight))

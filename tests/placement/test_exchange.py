@@ -1,0 +1,36 @@
+"""Laws of the exchange of rows in one process; many processes are in tests/laws."""
+
+import torch
+
+from sae.placement.exchange import Exchange, no_rows
+from sae.placement.ranks import Ranks
+
+ALONE = Ranks(torch.device("cpu"), 1.0)
+
+
+def test_one_process_sends_nothing() -> None:
+    """Alone, rows and sums stay what they are, and traffic is not a metric."""
+    exchange = Exchange(ALONE, {"a": 1}, distributed=True)
+    rows = torch.randn(3, 2)
+    pairs = {"a": (rows, rows)}
+    assert exchange.to_owners(pairs) is pairs and not exchange.distributed
+    exchange.sum_replicas_(rows)
+    assert ALONE.traffic() == {} and ALONE.gather(5) == [5] and ALONE.merge({"a": 1}) == {"a": 1}
+
+
+def test_one_process_trains_and_writes_every_coder() -> None:
+    """Alone, a rank owns all hookpoints, whatever the flags say."""
+    for distributed in (False, True):
+        exchange = Exchange(ALONE, {"a": 1, "b": 2}, distributed, ("b=0",))
+        assert exchange.owner == {"a": 0, "b": 0}
+        assert exchange.trained_here({"a": "x", "b": "y"}) == {"a": "x", "b": "y"}
+        assert exchange.owns("a") and exchange.owns("b")
+
+
+def test_a_pair_without_rows_keeps_its_widths() -> None:
+    """Rows are dropped from both tensors; one tensor twice stays one tensor twice."""
+    rows, other = torch.randn(3, 2), torch.randn(3, 5)
+    x, y = no_rows((rows, rows))
+    assert x is y and x.shape == (0, 2)
+    x, y = no_rows((rows, other))
+    assert x.shape == (0, 2) and y.shape == (0, 5)

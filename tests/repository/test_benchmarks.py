@@ -1,0 +1,106 @@
+"""The benchmarks run, and the command for targets fails where one that was met is missed."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import removals, targets
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_benchmarks_run(tmp_path: Path) -> None:
+    """Scaling, low precision and the table of targets print what they measured."""
+    small = ["--N", "64", "--D", "16", "--L", "128", "--k", "4", "--repeats", "1"]
+    runs = ["--steps", "3", "--num_latents", "128"]
+    for script, flags in {
+        "low_precision.py": [*small, *runs],
+        "scaling.py": ["--knobs", "N", "--repeats", "1"],
+    }.items():
+        out = tmp_path / script.replace(".py", ".json")
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *flags, "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(out.read_text())["machine"]["torch"] == torch.__version__
+    table = targets.table
+    assert table({}).count("unmeasured") == len(targets.ROWS)
+    lines = table({"step": {"float32": {"ratio": 1.2}, "bfloat16": {"ratio": 1.2}}}).splitlines()
+    assert lines[2].endswith("| 1.200 | missed |") and lines[3].endswith("| 1.200 | met |")
+
+
+def with_figure(row: targets.Row, value: float) -> dict[str, Any]:
+    """Results in which only this row is measured."""
+    found: Any = value
+    for key in reversed([row.result, *row.figure.split(".")]):
+        found = {key: found}
+    return found
+
+
+@pytest.mark.parametrize("row", targets.ROWS, ids=lambda row: row.what)
+def test_a_target_is_lost_if_it_was_met_and_is_missed_by_more_than_its_noise(
+    row: targets.Row,
+) -> None:
+    """Not if it is missed by less, was missed before, or was not measured before or now."""
+    worse = -1 if row.more else 1
+    met = with_figure(row, row.bound)
+    near, far = (
+        with_figure(row, row.bound * (1 + worse * share * row.noise)) for share in (0.9, 1.1)
+    )
+    (said,) = targets.lost(met, far)
+    assert said.startswith(f"{row.what}: ") and f"{100 * row.noise:g} %" in said
+    for before, after in ((met, near), (met, met), (near, far), ({}, far), (met, {})):
+        assert targets.lost(before, after) == []
+
+
+def test_the_command_for_targets_fails_and_names_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code 1 after measuring a lost row, 0 otherwise; --read only prints, even of lost rows.
+
+    What was checked in is read before it may be written over.
+    """
+    checked_in = tmp_path / "results"
+    checked_in.mkdir()
+    good = {"float32": {"ratio": 1.0, "auxk_ratio": 2.0}}
+    bad = copy.deepcopy(good)
+    bad["float32"]["ratio"] = 2.0
+    (checked_in / "step.json").write_text(json.dumps(good))
+    measured: dict[str, Any] = {}
+
+    def measure(command: list[str], check: bool) -> None:
+        out = Path(command[command.index("--out") + 1])
+        if out.stem == "step":
+            out.write_text(json.dumps(measured))
+
+    monkeypatch.setattr(targets, "HERE", tmp_path)
+    monkeypatch.setattr(targets.subprocess, "run", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["targets.py", "--results", str(checked_in), *flags])
+        targets.main()
+        return capsys.readouterr().out
+
+    measured = good
+    assert "missed now" not in run()
+    measured = bad
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.strip().startswith("step / product, float32: 2.0000, was 1.0000")
+    assert run("--read") == targets.table({"step": bad}) + "\n"
+
+
+@pytest.mark.parametrize("removal", removals.REMOVALS, ids=lambda removal: removal.what)
+def test_safeguards_that_are_taken_out_are_in_the_source(removal: removals.Removal) -> None:
+    """Each stands in its file once, leaves Python without it, and has tests that are there."""
+    text = (ROOT / removal.file).read_text()
+    compile(removals.without(removal, text), removal.file, "exec")
+    assert all((ROOT / path).exists() for path in removal.tests.split())

@@ -1,0 +1,120 @@
+"""Optimizers equal what their sources say; a trained coder is what they average."""
+
+import math
+
+import pytest
+import schedulefree
+import torch
+
+from sae import SaeConfig, SparseCoder, TranscoderConfig
+from sae.training.losses import divide_gradients_
+from sae.training.optim import CoderOptimizer, ScheduleFreeSignum
+from sae.training.schedules import default_lr
+
+
+class SignDescent(torch.optim.Optimizer):
+    """p -= lr sign(g), for schedulefree's wrapper to average."""
+
+    def __init__(self, params, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=group["lr"])
+
+
+def test_signum_is_schedulefree_sign_descent() -> None:
+    """Ours and schedulefree's wrapper around sign descent pass through the same points y and x."""
+    start = torch.randn(300, 7, dtype=torch.float64)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    mine = ScheduleFreeSignum([ours], lr=0.01)
+    wrapped = schedulefree.ScheduleFreeWrapper(SignDescent([theirs], lr=0.01), momentum=0.95)
+    wrapped.train()
+    for step in range(25):
+        for group in (*mine.param_groups, *wrapped.param_groups):
+            group["lr"] = 0.01 * min(1, (step + 1) / 10)
+        grad = torch.randn(300, 7, dtype=torch.float64)
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        mine.step()
+        wrapped.step()
+        torch.testing.assert_close(ours, theirs)
+    mine.average_()
+    wrapped.eval()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["signum", "adam", "muon"])
+def test_trained_coder_is_unit_norm_and_training_point_comes_back(name: str) -> None:
+    """Inside trained() W_dec is unit-norm to 1e-5; outside, the point is back, bit for bit."""
+    torch.manual_seed(0)
+    coder = SparseCoder(16, SaeConfig(num_latents=64, k=4))
+    optimizer = CoderOptimizer(coder, name)  # type: ignore[arg-type]
+    for step in range(12):
+        coder(torch.randn(50, 16)).fvu.backward()
+        optimizer.step(step, 100, 3)
+    assert coder.W_dec is not None
+    before = {n: p.detach().clone() for n, p in coder.named_parameters()}
+    with optimizer.trained():
+        assert (coder.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+        averaged = not torch.equal(coder.encoder.weight, before["encoder.weight"])
+    assert averaged == (name == "signum")
+    for n, p in coder.named_parameters():
+        assert torch.equal(p, before[n])
+
+
+def test_muon_updates_matrices_and_adam_the_rest() -> None:
+    """muon gives matrices to torch's Muon and biases to Adam, each in a fixed order."""
+    coder = SparseCoder(8, TranscoderConfig(num_latents=16, k=2, skip_connection=True))
+    optimizer = CoderOptimizer(coder, "muon")
+    assert [type(o).__name__ for o in optimizer.optimizers] == ["Muon", "Adam"]
+    assert sorted(optimizer.names[0]) == ["W_dec", "W_skip", "encoder.weight"]
+    assert sorted(optimizer.names[1]) == ["b_dec", "encoder.bias"]
+    assert optimizer.peak_lr == 2e-3
+
+
+def test_default_learning_rates() -> None:
+    """Signum 5e-3 and adam 2e-4 over sqrt(L / 2^14)."""
+    assert default_lr("signum", 2**14) == 5e-3
+    assert math.isclose(default_lr("adam", 2**16), 1e-4)
+    assert default_lr("muon", 2**10) == 2e-3
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradients_are_divided_and_lose_the_part_along_unit_rows(normalize: bool) -> None:
+    """Gradients are divided by the variance; unit-norm decoders lose the part along a row."""
+    coder = SparseCoder(6, SaeConfig(num_latents=20, k=3, normalize_decoder=normalize))
+    coder(torch.randn(30, 6), total_variance=1.0).fvu.backward()
+    assert coder.W_dec is not None
+    raw = {n: p.grad.clone() for n, p in coder.named_parameters()}  # type: ignore[union-attr]
+    norm = divide_gradients_(coder, torch.tensor(4.0, dtype=torch.float64))
+    grads = {n: p.grad for n, p in coder.named_parameters()}
+    torch.testing.assert_close(grads["encoder.weight"], raw["encoder.weight"] / 4)
+    along = (raw["W_dec"] * coder.W_dec).sum(1, keepdim=True) * coder.W_dec if normalize else 0
+    torch.testing.assert_close(grads["W_dec"], (raw["W_dec"] - along) / 4)
+    square = sum(g.square().sum() for g in grads.values())  # type: ignore[union-attr]
+    torch.testing.assert_close(norm, torch.as_tensor(square).sqrt())
+
+
+@pytest.mark.parametrize("name", ["signum", "adam", "muon"])
+def test_optimizer_state_survives_a_round_trip(name: str) -> None:
+    """A coder and optimizer restored from their tensors continue bit for bit."""
+    torch.manual_seed(0)
+    first = SparseCoder(8, SaeConfig(num_latents=32, k=3))
+    a = CoderOptimizer(first, name)  # type: ignore[arg-type]
+    batches = [torch.randn(20, 8) for _ in range(10)]
+
+    def go(coder: SparseCoder, optimizer: CoderOptimizer, steps: range) -> None:
+        for step in steps:
+            coder(batches[step]).fvu.backward()
+            optimizer.step(step, 10, 2)
+
+    go(first, a, range(5))
+    second = SparseCoder(8, SaeConfig(num_latents=32, k=3))
+    b = CoderOptimizer(second, name)  # type: ignore[arg-type]
+    b.load_state_tensors({n: t.clone() for n, t in a.state_tensors().items()})
+    go(first, a, range(5, 10))
+    go(second, b, range(5, 10))
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q)

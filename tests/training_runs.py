@@ -1,0 +1,89 @@
+"""Runs of the real script's `train`, and what they leave, for the tests."""
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import train_sae
+from sae.flags import from_flags
+from sae.lm.capture import Pairs, count_rows
+from train_sae import TrainConfig, train
+
+Settings = dict[str, Any]
+
+
+def run(lm: PreTrainedModel, tokens: Tensor, settings: Settings, **flags: Any) -> dict[str, Any]:
+    return train(from_flags(TrainConfig, {**settings, **flags}), lm=lm, dataset=tokens)
+
+
+def first_batches(tokens: Tensor, count: int) -> Tensor:
+    """The first `count` blocks that a run with `settings` trains on."""
+    generator = torch.Generator().manual_seed(42)
+    return tokens[16 + torch.randperm(160, generator=generator)[:count]]
+
+
+def on_training_forwards(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[int, Pairs], None]
+) -> None:
+    """Call `act` with the number (from 0) and the rows of every forward that coders train on.
+
+    The loop counts the rows of these forwards, and of no others (widths, means, evaluation).
+    """
+    numbers = count()
+
+    def counted(pairs: Pairs) -> int:
+        act(next(numbers), pairs)
+        return count_rows(pairs)
+
+    monkeypatch.setattr(train_sae, "count_rows", counted)
+
+
+def die_in_forward(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the run die in its training forward of this number (from 0)."""
+
+    def die(forward: int, pairs: Pairs) -> None:
+        if forward == number:
+            raise Killed
+
+    on_training_forwards(monkeypatch, die)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) points by name, read back through TensorBoard's own reader."""
+    reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {n: [(e.step, e.value) for e in reader.Scalars(n)] for n in reader.Tags()["scalars"]}
+
+
+def weights(summary: dict[str, Any], file: str = "sae.safetensors") -> dict[str, Tensor]:
+    """Every tensor of one file of every coder of a run."""
+    found = {}
+    for name, figures in summary["hookpoints"].items():
+        for key, tensor in load_file(Path(figures["path"]) / file).items():
+            found[f"{name}/{key}"] = tensor
+    return found
+
+
+def training_state(summary: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor that resuming would start from."""
+    return weights(summary, "resume.safetensors")
+
+
+def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [n for n in a if not torch.equal(a[n], b[n])] == []
+
+
+LOSSES = {"auxk_alpha": 1 / 32, "dead_feature_threshold": 300, "multi_topk": True}
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""

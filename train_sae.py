@@ -81,20 +81,20 @@ def train(
     `lm`, which is frozen, and `dataset` (with `input_ids` or text, or a tensor of token blocks)
     replace the names in `cfg`. Raises UsageError for anything the user can mend.
     """
-    options, machine, folder = cfg.training, cfg.machine, run_folder(cfg)
-    end_to_end = options.loss_fn != "fvu"
+    training, machine, folder = cfg.training, cfg.machine, run_folder(cfg)
+    uses_lm_loss = training.loss_fn != "fvu"
 
     # The launch. Ranks that were not started alike, or do not know each other, end here.
     dtype = launch.working_dtype(machine.mixed_precision)
-    with_head = end_to_end or cfg.run.eval_every > 0
+    with_head = uses_lm_loss or cfg.run.eval_every > 0
     skeleton, hookpoints = find_hookpoints(cfg.model, lm, with_head=with_head)
     accelerator = Accelerator(**launch.arguments(folder, cfg.run.log_with, dtype, machine.timeout))
     ranks = launch.connect(accelerator, machine.timeout)
     kernels = Kernels(machine.kernels)
-    kernels_in_words = kernels.describe(ranks.device)
-    sequences_per_step = options.batch_size * options.grad_acc_steps * ranks.world
+    kernels_description = kernels.describe(ranks.device)
+    sequences_per_step = training.batch_size * training.grad_acc_steps * ranks.world
     flags = recorded_flags(cfg, lm, dataset, sequences_per_step)
-    resumes = open_run(folder, flags, cfg, ranks)
+    has_checkpoint = open_run(folder, flags, cfg, ranks)
 
     # The language model, frozen, and no more of it than the hookpoints need.
     lm = lm or load_lm(cfg.model, skeleton, hookpoints, dtype, ranks.device)
@@ -108,7 +108,7 @@ def train(
     )
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
-    widths, seeds = measure_widths(lm, hookpoints, ranks.device), options.init_seeds
+    widths, seeds = measure_widths(lm, hookpoints, ranks.device), training.init_seeds
     cost = costs(widths, cfg.coder, seeds)
     exchange = Exchange(ranks, cost, machine.distribute_modules, machine.layer_to_rank)
     widths_here = exchange.trained_here(widths)
@@ -125,11 +125,11 @@ def train(
 
     # For each coder an optimizer and a record of what fires.
     optimizers = {
-        name: CoderOptimizer(coder, options.optimizer, options.lr, options.adam_8bit)
+        name: CoderOptimizer(coder, training.optimizer, training.lr, training.adam_8bit)
         for name, coder in bank.items()
     }
     firing = {
-        name: FiringRecord(coder.num_latents, options.dead_feature_threshold, coder.device)
+        name: FiringRecord(coder.num_latents, training.dead_feature_threshold, coder.device)
         for name, coder in bank.items()
     }
     state = TrainingState(exchange, bank, optimizers, firing)
@@ -137,60 +137,63 @@ def train(
 
     # The start: the last checkpoint, trained coders, or the means of the first step's rows.
     first_step, seconds = 0, 0.0
-    if resumes:
+    if has_checkpoint:
         first_step, seconds = checkpoint.restore(folder, source.fingerprint, state)
-    elif options.finetune is not None:
-        bank.load_pretrained(options.finetune)
+    elif training.finetune is not None:
+        bank.load_pretrained(training.finetune)
     else:
-        first = ranks.batches(source, order[:sequences_per_step], options.batch_size)
-        bank.center_(*first_moments(capture, first, ranks))
-    spliced = EndToEnd(lm, bank, options, cfg.model.exclude_tokens) if end_to_end else None
-    bad_steps = BadSteps(options.max_bad_steps, ranks)
+        first_batches = ranks.batches(source, order[:sequences_per_step], training.batch_size)
+        bank.center_(*first_moments(capture, first_batches, ranks))
+    end_to_end = None
+    if uses_lm_loss:
+        end_to_end = EndToEnd(lm, bank, training, cfg.model.exclude_tokens)
+    bad_steps = BadSteps(training.max_bad_steps, ranks)
 
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
-    log.start(len(held_out) * source.block_len, kernels_in_words)
-    rest = order[first_step * sequences_per_step :]
-    batches = ranks.batches(source, rest, options.batch_size)
+    log.start(len(held_out) * source.block_len, kernels_description)
+    remaining = order[first_step * sequences_per_step :]
+    batches = ranks.batches(source, remaining, training.batch_size)
     signals.training_begins()
     for step in range(first_step, total_steps):
         sums = StepSums(bank)
         bank.zero_grad(set_to_none=True)
         ranks.clear_traffic()
-        k = {name: k_at(step, options.k_decay_steps, coder) for name, coder in bank.items()}
-        dead = dead_latents(firing) if options.auxk_alpha > 0 else dict.fromkeys(firing)
+        k = {name: k_at(step, training.k_decay_steps, coder) for name, coder in bank.items()}
+        dead = dead_latents(firing) if training.auxk_alpha > 0 else dict.fromkeys(firing)
 
-        for tokens in islice(batches, options.grad_acc_steps):
-            if spliced is not None:  # the LM's own loss, with reconstructions spliced in
-                spliced.backward(tokens, sums, dead, k)
+        for tokens in islice(batches, training.grad_acc_steps):
+            if end_to_end is not None:  # the LM's own loss, with reconstructions spliced in
+                end_to_end.backward(tokens, sums, dead, k)
                 continue
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
             pairs = capture(tokens)
             sums.rows += count_rows(pairs)
             for hookpoint, (x, y) in exchange.to_owners(pairs).items():
                 sums.add_targets(hookpoint, y)
-                pieces = options.micro_acc_steps
+                count = training.micro_acc_steps
                 for name, coder in bank.at(hookpoint):
-                    for x_rows, y_rows in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+                    for x_rows, y_rows in zip(x.chunk(count), y.chunk(count), strict=True):
                         errors = coder.errors(x_rows, y_rows, dead[name], k[name])
                         # EDIT: the loss, in units of squared error: FVU once all rows are in.
-                        loss = errors.squared_error + auxiliary_loss(errors, options.auxk_alpha)
+                        loss = errors.squared_error + auxiliary_loss(errors, training.auxk_alpha)
                         loss.backward()
                         sums.add(name, errors)
 
-        # One denominator for all rows of the step, then one update.
+        # One denominator for all rows of the step; one update, which leaves decoders unit-norm.
         exchange.sum_replicas_(*sums.tensors(), *bank.gradients())
         rows = sum(ranks.gather(sums.rows))
         metrics: Metrics = ranks.traffic()
-        if spliced is not None:
-            metrics[options.loss_fn] = sums.mean_lm_loss()
-            spliced.combine_gradients_(sums)
+        if end_to_end is not None:
+            metrics[training.loss_fn] = sums.mean_lm_loss()
+            end_to_end.combine_gradients_(sums)
         for name, coder in bank.items():
             metrics |= sums.losses(name)
-            metrics[f"grad_norm/{name}"] = divide_gradients_(coder, sums.variance(name))
+            norm = divide_gradients_(coder, sums.variance(name))
+            metrics[f"grad_norm/{name}"] = norm
         bad = bad_number(metrics, ranks)
         if bad is None:
             for name, optimizer in optimizers.items():
-                optimizer.step(step, total_steps, options.lr_warmup_steps)
+                optimizer.step(step, total_steps, training.lr_warmup_steps)
                 firing[name].add_step_(sums.fired[name], rows)
                 # EDIT: what is logged.
                 metrics[f"lr/{name}"] = optimizer.lr
@@ -214,8 +217,8 @@ def train(
         if stop or last or (step + 1) % cfg.run.save_every == 0:
             if cfg.run.save_best:
                 keep_best(folder, step + 1, evaluate().fvu(), state)
-            time_used, data = log.seconds, source.fingerprint
-            checkpoint.save(folder, step + 1, time_used, data, state, cfg.run.keep_last)
+            fingerprint, keep_last = source.fingerprint, cfg.run.keep_last
+            checkpoint.save(folder, step + 1, log.seconds, fingerprint, state, keep_last)
         if stop:
             log.close()
             unlock(folder)
@@ -223,8 +226,8 @@ def train(
 
     evaluation = evaluate()
     log.evaluation(total_steps, evaluation.scalars())
-    figures, together = evaluation.by_coder(), evaluation.all_at_once()
-    summary = summarize(folder, total_steps, log.seconds, figures, together, state)
+    figures, all_at_once = evaluation.by_coder(), evaluation.all_at_once()
+    summary = summarize(folder, total_steps, log.seconds, figures, all_at_once, state)
     log.close()
     unlock(folder)
     if ranks.main:

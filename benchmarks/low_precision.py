@@ -31,7 +31,7 @@ from sae import DataConfig, ModelConfig, SparseCoder, UsageError
 from sae.coders import functional
 from sae.config import KernelChoice
 from sae.data.text import load_tokens
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture
 from train_sae import TrainConfig, train

@@ -53,9 +53,9 @@ REMOVALS = [
     Removal(
         "the place in the order of the data, on resume",
         "train_sae.py",
-        "rest = order[first_step * sequences_per_step :]",
-        "rest = order",
-        "tests/runs/test_checkpoint.py",
+        "remaining = order[first_step * sequences_per_step :]",
+        "remaining = order",
+        "tests/laws/test_resume_is_invisible.py",
     ),
     Removal(
         "the second rank's optimizer state, on resume",

@@ -89,7 +89,7 @@ def watch(lm: Any, batch: torch.Size) -> list[tuple[float, float, float, int]]:
 
 def train_ours(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     """Train by train_sae.py; return the folder of the coder."""
-    from sae.flags import from_flags
+    from sae.flag_checks import from_flags
     from train_sae import TrainConfig, train
 
     hookpoint, steps = flags.pop("hookpoint"), flags.pop("steps")

@@ -27,7 +27,7 @@ from make_text import write_text
 import train_sae
 from benchmarks.step import Shape, Step, machine, write
 from sae.config import KernelChoice
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.kernels.cpu import native
 from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture, Pairs

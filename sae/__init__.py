@@ -11,7 +11,7 @@ from .config import (
     TrainingConfig,
     TranscoderConfig,
 )
-from .flags import UsageError
+from .flag_checks import UsageError
 
 __all__ = [
     "CoderOutput",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import tyro
 
-from .flags import UsageError
+from .flag_checks import UsageError
 from .placement.entry import run_as_script
 
 

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import Positional, arg
 
-from .flags import MAY_CHANGE, OF_ONE_DATA_SET, SECRET, AtLeast, UsageError, check_values, refuse
+from .flag_checks import (
+    MAY_CHANGE,
+    OF_ONE_DATA_SET,
+    SECRET,
+    AtLeast,
+    UsageError,
+    check_values,
+    refuse,
+)
 
 Activation = Literal["topk", "groupmax"]
 OptimizerName = Literal["signum", "adam", "muon"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import train_sae
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.lm.capture import Pairs, count_rows
 from train_sae import TrainConfig, train
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparseCoderConfig, Widths
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..formats.sparsify import newest_coders
 from ..kernels.twins import Kernels
 from .functional import Moments

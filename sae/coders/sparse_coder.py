@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..config import SparseCoderConfig
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..formats import hub, sparsify
 from ..kernels.twins import Kernels, Latents
 from . import functional

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 
 
 class TokenSource(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import DataConfig, ModelConfig
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from .blocks import TokenBlocks, TokenSource, TokenStream, check_ids
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from .sparsify import check_name, newest_coders
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import SparseCoderConfig
-from ..flags import UsageError
+from ..flag_checks import UsageError
 
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 

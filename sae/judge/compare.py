@@ -14,7 +14,7 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from ..coders.sparse_coder import SparseCoder
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..runs.json_files import read_json
 
 _FIGURES = ("fvu", "ce_recovered", "kl", "dead_share")

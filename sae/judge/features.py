@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import AutoTokenizer
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..lm.capture import kept_tokens
 from ..runs.json_files import check_target
 from .compare import figures_of, summary_of

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..coders.functional import Moments, accumulate
 from ..data.blocks import TokenSource
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..lm.capture import Capture
 from ..placement.exchange import no_rows
 from ..training.state import TrainingState

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..config import DataConfig, MachineConfig, ModelConfig
 from ..data.blocks import TokenSource, split_blocks
-from ..flags import UsageError, flags_of, from_flags
+from ..flag_checks import UsageError, flags_of, from_flags
 from ..runs.folder import checkpoints
 from ..runs.json_files import read_json
 

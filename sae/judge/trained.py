@@ -16,7 +16,7 @@ from ..coders.sparse_coder import SparseCoder
 from ..config import DataConfig, MachineConfig, ModelConfig, Widths
 from ..data.blocks import TokenSource
 from ..data.text import load_tokens
-from ..flags import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
+from ..flag_checks import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
 from ..lm.capture import Capture, measure_widths
 from ..lm.loading import find_hookpoints, load_lm, token_limits
 from ..placement.exchange import Exchange

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import KernelChoice
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from .cpu import compiled, native
 
 

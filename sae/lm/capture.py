@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ..config import Widths
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from .linear import fast_linear_layers
 
 Pairs = dict[str, tuple[Float[Tensor, "N D"], Float[Tensor, "N D_out"]]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from .capture import first_tensor
 from .splice import computing, with_first_tensor
 

@@ -9,7 +9,7 @@ from natsort import natsorted
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 
 
 def choose_hookpoints(

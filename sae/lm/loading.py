@@ -14,7 +14,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..config import ModelConfig
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from .capture import is_sharded, modules_in_use
 from .hookpoints import choose_hookpoints, layers_needed, text_config, text_layers
 

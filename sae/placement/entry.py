@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from . import liveness, signals
 from .exit_codes import FAILED, LOST_A_RANK, MISTAKE, STOPPED, Stopped, end_process
 from .secrets import hide_tokens

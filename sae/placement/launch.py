@@ -12,7 +12,7 @@ from datasets import disable_progress_bars
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..lm.capture import is_sharded
 from ..lm.loading import compile_blocks
 from .ranks import Ranks

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 
 
 def plan_owners(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data.blocks import TokenSource
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from . import liveness, signals
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..coders.sparse_coder import SparseCoder
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..placement.ranks import Ranks
 from ..training.state import TrainingState
 from .folder import checkpoints

@@ -13,7 +13,7 @@ from typing import Any
 
 from natsort import natsorted
 
-from ..flags import MAY_CHANGE, UsageError, flags_marked, flags_of
+from ..flag_checks import MAY_CHANGE, UsageError, flags_marked, flags_of
 from ..placement.ranks import Ranks
 from .json_files import read_json, write_json
 from .lock import lock

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,7 @@ import os
 import platform
 from pathlib import Path
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 
 _locks: dict[Path, int] = {}
 """Descriptors of the folders that this process writes to."""

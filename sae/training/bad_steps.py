@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..placement.ranks import Ranks
 
 Metrics = dict[str, Tensor | float]

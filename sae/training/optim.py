@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..coders.sparse_coder import SparseCoder
 from ..config import OptimizerName
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..kernels.cpu.native import in_huge_pages
 from ..kernels.twins import Kernels
 from .schedules import default_lr, lr_scale

@@ -6,7 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..coders.functional import Moments, accumulate
-from ..flags import UsageError
+from ..flag_checks import UsageError
 from ..lm.capture import Capture
 from ..placement.ranks import Ranks
 

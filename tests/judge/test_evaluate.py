@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError
 from sae.coders.bank import CoderBank
 from sae.data.blocks import TokenBlocks
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.judge.evaluate import EvaluateConfig, evaluate, table
 from sae.judge.figures import Evaluation, held_out_figures
 from sae.judge.trained import CodersConfig, load_trained

@@ -17,7 +17,7 @@ from tiny_lms import WITH_HEAD, make_with_head
 from torch import Tensor
 
 from sae import SaeConfig, SparseCoder, UsageError
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.judge.contexts import AFTER, BEFORE, SAMPLED, TOP, Contexts
 from sae.judge.features import FeaturesConfig, page, page_data
 from sae.judge.latents import Words, logit_effects, neighbours

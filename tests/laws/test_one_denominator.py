@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sae.coders.bank import CoderBank
 from sae.coders.functional import Moments
 from sae.coders.sparse_coder import SparseCoder
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.lm.capture import Capture, measure_widths
 from sae.training.losses import divide_gradients_
 from train_sae import TrainConfig

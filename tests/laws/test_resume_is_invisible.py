@@ -22,7 +22,7 @@ from training_runs import (
 from transformers import PreTrainedModel
 
 from sae import UsageError
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.runs.folder import checkpoints
 from train_sae import TrainConfig, train
 

@@ -15,7 +15,7 @@ from sae import (
     TrainingConfig,
     UsageError,
 )
-from sae.flags import MAY_CHANGE, flags_marked, flags_of, from_flags
+from sae.flag_checks import MAY_CHANGE, flags_marked, flags_of, from_flags
 from train_sae import TrainConfig
 
 GROUPS = (SaeConfig, ModelConfig, DataConfig, TrainingConfig, MachineConfig, RunConfig)

@@ -16,7 +16,7 @@ import pytest
 import tyro
 
 from sae.__main__ import COMMANDS
-from sae.flags import flags_of
+from sae.flag_checks import flags_of
 from train_sae import TrainConfig
 
 ROOT = Path(__file__).parents[2]

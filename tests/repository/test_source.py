@@ -11,23 +11,23 @@ SOURCES = sorted([*ROOT.glob("sae/**/*.py"), ROOT / "train_sae.py"])
 
 # Room -> the rooms that its files may import.
 ALLOWED = {
-    "flags": set(),
-    "config": {"flags"},
+    "flag_checks": set(),
+    "config": {"flag_checks"},
     "kernels.cpu": set(),
     "kernels.cuda": set(),
-    "kernels": {"config", "flags", "kernels.cpu", "kernels.cuda"},
-    "formats": {"config", "flags"},
-    "coders": {"config", "flags", "formats", "kernels"},
-    "data": {"config", "flags"},
-    "lm": {"config", "flags"},
-    "placement": {"config", "flags", "data", "lm"},
+    "kernels": {"config", "flag_checks", "kernels.cpu", "kernels.cuda"},
+    "formats": {"config", "flag_checks"},
+    "coders": {"config", "flag_checks", "formats", "kernels"},
+    "data": {"config", "flag_checks"},
+    "lm": {"config", "flag_checks"},
+    "placement": {"config", "flag_checks", "data", "lm"},
     "training": {
-        *("config", "flags", "kernels", "kernels.cpu", "coders", "data", "lm", "placement")
+        *("config", "flag_checks", "kernels", "kernels.cpu", "coders", "data", "lm", "placement")
     },
-    "runs": {"config", "flags", "formats", "coders", "lm", "placement", "training"},
-    "judge": {*("config", "flags", "coders", "data", "lm", "placement", "training", "runs")},
-    "__main__": {"flags", "judge", "placement"},
-    "__init__": {"config", "flags", "coders"},
+    "runs": {"config", "flag_checks", "formats", "coders", "lm", "placement", "training"},
+    "judge": {*("config", "flag_checks", "coders", "data", "lm", "placement", "training", "runs")},
+    "__main__": {"flag_checks", "judge", "placement"},
+    "__init__": {"config", "flag_checks", "coders"},
 }
 # Files that must not know of each other: each is tested against the other.
 STRANGERS = [("coders/functional.py", "kernels"), ("kernels/twins.py", "coders")]
@@ -88,7 +88,7 @@ def test_definitions_and_kernels_are_strangers() -> None:
     """What is tested against each other does not share code; flags need no torch."""
     for file, room in STRANGERS:
         assert not any(room_of(module) == room for module in imports(ROOT / "sae" / file)), file
-    for file in ("config.py", "flags.py"):
+    for file in ("config.py", "flag_checks.py"):
         assert "import torch" not in (ROOT / "sae" / file).read_text()
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sae import SparseCoder, SparseCoderConfig, UsageError, load_many
 from sae.coders.bank import CoderBank
 from sae.config import Widths
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.lm.capture import Capture
 from sae.placement.exchange import Exchange
 from sae.placement.ranks import Ranks

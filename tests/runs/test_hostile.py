@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sae import DataConfig, ModelConfig, SaeConfig, SparseCoder, UsageError, load_many
 from sae.data.text import load_tokens
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.judge.evaluate import EvaluateConfig, evaluate
 from sae.runs.dry_run import show_plan
 from train_sae import TrainConfig

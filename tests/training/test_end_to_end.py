@@ -6,7 +6,7 @@ from training_runs import Settings, assert_identical, run
 from transformers import PreTrainedModel
 
 from sae import UsageError
-from sae.flags import from_flags
+from sae.flag_checks import from_flags
 from sae.training.end_to_end import EndToEnd
 from sae.training.step_sums import StepSums
 from train_sae import TrainConfig

@@ -36,6 +36,7 @@ from sae.judge.figures import held_out_figures
 from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture, count_rows, measure_widths
 from sae.lm.loading import find_hookpoints, load_lm, token_limits
+from sae.lm.probe import checked
 from sae.placement import launch, signals
 from sae.placement.entry import run_as_script
 from sae.placement.exchange import Exchange
@@ -86,8 +87,8 @@ def train(
 
     # The launch. Ranks that were not started alike, or do not know each other, end here.
     dtype = launch.working_dtype(machine.mixed_precision)
-    with_head = uses_lm_loss or cfg.run.eval_every > 0
-    skeleton, hookpoints = find_hookpoints(cfg.model, lm, with_head=with_head)
+    head = "needed" if uses_lm_loss else "wanted" if cfg.run.eval_every else "no"
+    skeleton, hookpoints = find_hookpoints(cfg.model, lm, head)
     accelerator = Accelerator(**launch.arguments(folder, cfg.run.log_with, dtype, machine.timeout))
     ranks = launch.connect(accelerator, machine.timeout)
     kernels = Kernels(machine.kernels)
@@ -106,6 +107,7 @@ def train(
         inputs=cfg.coder.transcode,
         fast_linear=machine.kernels != "torch",
     )
+    capture = checked(capture, cfg.data.ctx_len)
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
     widths, seeds = measure_widths(lm, hookpoints, ranks.device), training.init_seeds

@@ -169,7 +169,7 @@ class DataConfig:
     """The text or token ids, and which of them are trained on."""
 
     dataset: Annotated[str, Positional, arg(metavar="DATASET")] = "EleutherAI/SmolLM2-135M-10B"
-    """Hub id, folder saved by datasets, json/jsonl/parquet/txt files, or .bin of token ids."""
+    """Hub id, folder saved by datasets, json/jsonl/parquet/txt files, or .bin/.npy of token ids."""
     ctx_len: Annotated[int, AtLeast(1)] = 2048
     """Tokens per sequence."""
     split: str = "train"
@@ -184,7 +184,9 @@ class DataConfig:
     """Seed of the order of sequences."""
     eval_tokens: Annotated[int, AtLeast(1)] = 2**17
     """Tokens held out from the start of the data (at most a tenth of it)."""
-    token_dtype: Annotated[Literal["uint16", "uint32"] | None, OF_ONE_DATA_SET] = None
+    token_dtype: Annotated[
+        Literal["uint16", "uint32", "int32", "int64"] | None, OF_ONE_DATA_SET
+    ] = None
     """Type of the ids in a .bin file; default: the smallest that holds the vocabulary."""
     data_args: Annotated[str, OF_ONE_DATA_SET] = ""
     """Arguments for datasets.load_dataset, as "a=b,c=d"."""

@@ -9,10 +9,15 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 T = TypeVar("T")
 
 _TOO_LARGE = 2**40
+_LONG = 2000  # characters
 
 
 class UsageError(Exception):
     """What the user asked for cannot be done; it names the flag, the value and the way out."""
+
+    def __str__(self) -> str:
+        text = super().__str__()  # may quote a value as long as a document
+        return text if len(text) <= _LONG else f"{text[: _LONG // 2]} ... {text[-_LONG // 2 :]}"
 
 
 class AtLeast(NamedTuple):

@@ -29,17 +29,24 @@ FIGURES = pytest.StashKey[list[tuple[str, str]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--faults`: only what is marked so, which takes about an hour."""
     parser.addoption("--faults", action="store_true", help="the long faults, and their figures")
+    parser.addoption("--architectures", action="store_true", help="every module of every LM")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The long faults run only when they are asked for, and then only faults run."""
+    """The long tests run only when they are asked for, and then only they and their kind run."""
     config.stash[FIGURES] = []
-    wanted = config.getoption("--faults")
     kept = []
     for item in items:
-        long = item.get_closest_marker("faults") is not None
         fault = item.path.name in ("test_faults.py", "test_hostile.py", "test_interruptions.py")
-        if fault if wanted else not long:
+        long_fault = item.get_closest_marker("faults") is not None
+        architecture = item.get_closest_marker("architectures") is not None
+        if config.getoption("--faults"):
+            wanted = fault
+        elif config.getoption("--architectures"):
+            wanted = architecture
+        else:
+            wanted = not long_fault and not architecture
+        if wanted:
             kept.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
@@ -47,19 +54,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """Put a line into the table of faults."""
+    """Put a line into the table that is printed at the end."""
     return lambda fault, outcome: request.config.stash[FIGURES].append((fault, outcome))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table of faults, and keep it beside what was not tried this time."""
+    """Print the table of the long tests, and keep it beside what was not tried this time."""
     figures = config.stash.get(FIGURES, [])
-    if not config.getoption("--faults") or not figures:
+    kinds = [kind for kind in ("faults", "architectures") if config.getoption(f"--{kind}")]
+    if not kinds or not figures:
         return
     width = max(len(fault) for fault, _ in figures)
     for fault, outcome in figures:
         terminalreporter.write_line(f"{fault:{width}}  {outcome}")
-    file = ROOT / "benchmarks/results/faults.json"
+    file = ROOT / f"benchmarks/results/{kinds[0]}.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     machine = f"{len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}"
     when = f"{datetime.date.today()}, {machine}"

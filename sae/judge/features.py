@@ -120,7 +120,7 @@ def _tokenizer(trained: TrainedCoders) -> Any:
         return AutoTokenizer.from_pretrained(
             model.model, revision=model.revision, token=model.hf_token, trust_remote_code=False
         )
-    except (OSError, ValueError):  # an LM that was trained on token ids may have none
+    except Exception:  # an LM that was trained on token ids may have none, or a part of one
         return None
 
 

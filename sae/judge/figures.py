@@ -16,6 +16,7 @@ from ..coders.functional import Moments, accumulate
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
 from ..lm.capture import Capture
+from ..lm.head import has_head
 from ..placement.exchange import no_rows
 from ..training.state import TrainingState
 from .predictions import Predictions, predictions
@@ -121,7 +122,7 @@ def held_out_figures(
                 found = (moments[hookpoint], sums[name], fired[name])
                 figures[name] = _figures(hookpoint, *found)
         together = None
-        if lm.base_model is not lm and not exchange.distributed:
+        if not exchange.distributed and has_head(lm):
             means = {name: seen.mean for name, seen in moments.items()}
             replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
             if len(set(bank.hookpoint.values())) == len(bank.hookpoint):

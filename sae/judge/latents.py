@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..coders.sparse_coder import SparseCoder
-from ..lm.head import logits
+from ..lm.head import has_head, logits
 from .contexts import TOP, Contexts, Example
 
 Effects = list[tuple[int, float]]
@@ -33,7 +33,7 @@ def logit_effects(
     head(norm(direction)) - head(norm(0)), less its mean over the vocabulary. Nothing where the
     `hookpoint` does not write to the residual stream, or no norm comes last.
     """
-    norm = _final_norm(lm)
+    norm = _final_norm(lm) if has_head(lm) else None
     writes = not _WITHIN.search(hookpoint)
     if norm is None or norm.weight.shape != directions.shape[1:] or not writes:
         return [([], [])] * len(directions)

@@ -11,16 +11,17 @@ from ..runs.json_files import read_json
 
 
 def is_text_of_run(given: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether the data set is the run's own; `--split` is a mere label for files here."""
+    """Whether the data set is the run's own; `--split` is a mere label for a file here."""
     theirs, asked = before["dataset"], given.get("dataset", before["dataset"])
     if theirs is None or asked is None:
         return False
     here = Path(asked).exists()
     same = Path(asked).resolve() == Path(theirs).resolve() if here else asked == theirs
+    is_file = Path(asked).is_file()
     split = given.get("split", before["split"]) == before["split"]
     return (
         same
-        and (here or split)
+        and (is_file or split)
         and given.get("text_column", before["text_column"]) == (before["text_column"])
     )
 

@@ -18,7 +18,9 @@ from ..data.blocks import TokenSource
 from ..data.text import load_tokens
 from ..flag_checks import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
 from ..lm.capture import Capture, measure_widths
+from ..lm.head import has_head
 from ..lm.loading import find_hookpoints, load_lm, token_limits
+from ..lm.probe import checked
 from ..placement.exchange import Exchange
 from ..placement.launch import on_cpu, working_dtype
 from ..placement.ranks import Ranks
@@ -98,12 +100,14 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     dtype = working_dtype(from_flags(MachineConfig, flags).mixed_precision)
 
     disable_progress_bar()
-    skeleton, names = find_hookpoints(model, with_head=True)
-    _check_widths(coders, hookpoint, measure_widths(skeleton, names), model.model)
+    skeleton, names = find_hookpoints(model, head="wanted")
     ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
     lm = load_lm(model, skeleton, names, dtype, ranks.device)
+    if not has_head(lm):
+        print(f"{type(lm).__name__} predicts no next token that could be judged: no CE, KL, top-1")
+    _check_widths(coders, hookpoint, measure_widths(lm, names), model.model)
     bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
-    capture = Capture(lm, names, model.exclude_tokens, inputs=bank.transcode)
+    capture = checked(Capture(lm, names, model.exclude_tokens, inputs=bank.transcode), data.ctx_len)
     source = load_tokens(data, model, token_limits(lm))
     saved, blocks = data_of_run(run), torch.arange(len(source))
     if before and (held_out or saved == source.fingerprint):  # the rest was trained on

@@ -35,6 +35,8 @@ class Capture:
     """Whether what enters a module is wanted too."""
     fast_linear: bool = True
     """Whether float32 linear layers may run in another library than PyTorch's choice."""
+    sequence_first: frozenset[tuple[str, str]] = frozenset()
+    """(hookpoint, "input" or "output") of tensors [S B D]: positions come before sequences."""
 
     def __call__(self, tokens: Int[Tensor, "B S"]) -> Pairs:
         """One forward of the LM; the rows of every hookpoint, one row per token that is kept.
@@ -53,10 +55,12 @@ class Capture:
             if y is None:
                 kind = type(modules[name]).__name__
                 raise UsageError(f"hookpoint {name}: {kind} returns no tensor")
-            out = into = _rows(name, y, tokens, kept)
+            if name in seen:
+                raise UsageError(f"hookpoint {name} runs several times in a forward: take it out")
+            out = into = self._rows(name, "output", y, tokens, kept)
             if self.inputs:
                 x = first_tensor((args, kwargs))  # an embedding takes token ids: no activations
-                into = _rows(name, y[..., :0] if x is None else x, tokens, kept)
+                into = self._rows(name, "input", y[..., :0] if x is None else x, tokens, kept)
             seen[name] = (into, out)
             # A forward cut short would leave shards gathered.
             if len(seen) == len(self.hookpoints) and not sharded:
@@ -73,6 +77,19 @@ class Capture:
             )
         return {name: seen[name] for name in self.hookpoints}
 
+    def _rows(
+        self, name: str, part: str, tensor: Tensor, tokens: Tensor, kept: Tensor | None
+    ) -> Float[Tensor, "N D"]:
+        if (name, part) in self.sequence_first:
+            tensor = tensor.transpose(0, 1)
+        if tensor.ndim < 2 or tensor.shape[:-1].numel() != tokens.numel():
+            raise UsageError(
+                f"hookpoint {name} passes a tensor of shape {tuple(tensor.shape)}, which is not "
+                f"one row per token ({tuple(tokens.shape)}): take it out of --hookpoints"
+            )
+        rows = tensor.detach().reshape(tokens.numel(), tensor.shape[-1])
+        return rows.clone() if kept is None else rows[kept.flatten()]
+
 
 def count_rows(pairs: Pairs) -> int:
     """Rows of each hookpoint, which all have as many."""
@@ -87,24 +104,40 @@ def measure_widths(
     An LM without weights is run on shapes alone.
     """
     tokens = torch.zeros(1, 8, dtype=torch.int64, device=device or lm.device)
+    on_shapes = FakeTensorMode(allow_non_fake_inputs=True) if tokens.is_meta else nullcontext()
+    modules, names = dict(lm.base_model.named_modules()), list(hookpoints)
+    widths: dict[str, Widths] = {}
+
+    def store(name: str, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        x, y = first_tensor((args, kwargs)), first_tensor(output)
+        if y is None or not y.ndim:
+            return
+        # Of one sequence only its positions may be left; some LMs pad it.
+        if len([size for size in y.shape[:-1] if size != 1]) > 1:
+            raise UsageError(
+                f"hookpoint {name} passes a tensor of shape {tuple(y.shape)}, which is not one row "
+                f"per token ({tuple(tokens.shape)}): take it out of --hookpoints"
+            )
+        widths[name] = Widths(x.shape[-1] if x is not None and x.ndim else 0, y.shape[-1])
+
+    with on_shapes, reading_text(lm), _hooks(modules, names, store), torch.no_grad():
+        lm.base_model(input_ids=tokens)
+    if absent := [name for name in names if name not in widths]:
+        raise UsageError(
+            f"hookpoint {absent[0]} does not run when {type(lm).__name__} reads text, or returns "
+            f"no tensor: take it out of --hookpoints"
+        )
+    return {name: widths[name] for name in names}
+
+
+@contextmanager
+def reading_text(lm: PreTrainedModel) -> Iterator[None]:
+    """Inside, an LM that fails on a few tokens is a UsageError."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) if tokens.is_meta else nullcontext():
-            captured = Capture(lm, list(hookpoints))(tokens)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"MODEL: {type(lm).__name__} cannot read text. {reason}") from None
-    return {name: Widths(x.shape[-1], y.shape[-1]) for name, (x, y) in captured.items()}
-
-
-def modules_in_use(lm: PreTrainedModel, hookpoints: Iterable[str]) -> set[str]:
-    """Names of the LM's modules that run in a forward up to the last hookpoint."""
-    used: set[str] = set()
-    with ExitStack() as hooks:
-        for name, module in lm.named_modules():
-            handle = module.register_forward_pre_hook(lambda *_, name=name: used.add(name))
-            hooks.callback(handle.remove)
-        measure_widths(lm, hookpoints)
-    return used
 
 
 def is_sharded(lm: PreTrainedModel) -> bool:
@@ -145,13 +178,3 @@ def first_tensor(value: Any) -> Tensor | None:
             if found is not None:
                 return found
     return None
-
-
-def _rows(name: str, tensor: Tensor, tokens: Tensor, kept: Tensor | None) -> Tensor:
-    if tensor.ndim < 2 or tensor.shape[:-1].numel() != tokens.numel():
-        raise UsageError(
-            f"hookpoint {name} passes a tensor of shape {tuple(tensor.shape)}, which is not one "
-            f"row per token ({tuple(tokens.shape)}): take it out of --hookpoints"
-        )
-    rows = tensor.detach().reshape(tokens.numel(), tensor.shape[-1])
-    return rows.clone() if kept is None else rows[kept.flatten()]

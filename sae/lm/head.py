@@ -85,6 +85,17 @@ def logits(lm: PreTrainedModel, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N 
         return lm(input_ids=ids).logits.squeeze(0).float()
 
 
+def has_head(lm: PreTrainedModel) -> bool:
+    """Whether the LM's predictions can be made from hidden states alone."""
+    if lm.base_model is lm or lm.get_output_embeddings() is None:
+        return False
+    try:
+        check_head(lm)
+    except (UsageError, RuntimeError, ValueError, TypeError, AttributeError):
+        return False
+    return True
+
+
 def check_head(lm: PreTrainedModel) -> tuple[nn.Module, Any]:
     """The module below the head, which is not `base_model` in every LM, and what it returns.
 
@@ -115,6 +126,5 @@ def check_head(lm: PreTrainedModel) -> tuple[nn.Module, Any]:
             del _BODIES[lm]
             break
     raise UsageError(
-        f"MODEL: the head of {type(lm).__name__} cannot be run on hidden states alone, so nothing "
-        f"can be said of its predictions: use --loss_fn fvu without --eval_every"
+        f"--loss_fn: the head of {type(lm).__name__} cannot be run on hidden states alone: use fvu"
     )

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from natsort import natsorted
 from torch import nn
@@ -46,7 +46,13 @@ def choose_hookpoints(
 
 
 def text_layers(lm: PreTrainedModel) -> tuple[str, int]:
-    """Name and length of the list of transformer blocks that text goes through."""
+    """Name and length of the list of transformer blocks that text goes through.
+
+    An LM whose last layers were taken out says so itself.
+    """
+    if hasattr(lm.base_model, "kept_layers"):
+        kept: Any = lm.base_model.kept_layers
+        return kept
     depth = text_config(lm.config).num_hidden_layers
     lists = [
         name
@@ -63,24 +69,6 @@ def text_layers(lm: PreTrainedModel) -> tuple[str, int]:
             f"{type(lm).__name__} has no list of {depth} layers: name the modules by --hookpoints"
         )
     return lists[0], depth
-
-
-def layers_needed(lm: PreTrainedModel, hookpoints: Iterable[str]) -> int | None:
-    """How many leading layers the hookpoints depend on; None for all of them."""
-    try:
-        prefix, depth = text_layers(lm)
-    except UsageError:
-        return None
-    order = [name for name, _ in lm.base_model.named_modules()]
-    needed = 1
-    for name in hookpoints:
-        inside = re.match(rf"{re.escape(prefix)}\.(\d+)(\.|$)", name)
-        if inside:
-            needed = max(needed, int(inside[1]) + 1)
-        # Modules declared before the layers (embeddings) run before them.
-        elif order.index(name) >= order.index(prefix) or prefix.startswith(f"{name}."):
-            return None
-    return None if needed == depth else needed
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -1,60 +1,109 @@
 """The frozen LM: from its config alone, and with its weights, no more of it than is needed."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from ..config import ModelConfig
 from ..flag_checks import UsageError
-from .capture import is_sharded, modules_in_use
-from .hookpoints import choose_hookpoints, layers_needed, text_config, text_layers
+from .capture import is_sharded
+from .hookpoints import choose_hookpoints, text_config, text_layers
+from .trace import check_calls, layers_needed, trace_forward
+
+HeadUse = Literal["no", "wanted", "needed"]
 
 
 def find_hookpoints(
-    cfg: ModelConfig, lm: PreTrainedModel | None = None, *, with_head: bool = False
+    cfg: ModelConfig, lm: PreTrainedModel | None = None, head: HeadUse = "no"
 ) -> tuple[PreTrainedModel, list[str]]:
     """The LM without its weights, from its config alone, and the chosen hookpoints.
 
-    The LM keeps no more layers than the hookpoints need, and its head only `with_head`, which
-    keeps all layers. Where `lm` is loaded already, it is returned, frozen. Raises UsageError for an
-    unknown model, one without the head, or a hookpoint that matches nothing.
+    The LM keeps no more layers than the hookpoints need; with its head, all of them. A head that is
+    `wanted` is there if the LM has one that can be used. Where `lm` is loaded already, it is
+    returned, frozen. Raises UsageError for an unknown model, one without a `needed` head, or a
+    hookpoint that matches nothing.
     """
     if lm is not None:
-        if with_head and lm.get_output_embeddings() is None:
-            raise UsageError(
-                f"--loss_fn, --eval_every: {type(lm).__name__} has no head; load it by "
-                f"AutoModelForCausalLM"
-            )
+        if head == "needed" and lm.get_output_embeddings() is None:
+            kind = type(lm).__name__
+            raise UsageError(f"--loss_fn: {kind} has no head; load it by AutoModelForCausalLM")
         return freeze(lm), choose_hookpoints(lm, cfg.hookpoints, cfg.layers, cfg.layer_stride)
+    config = _load_config(cfg)
+    with_head = head != "no" and _predicts_next_token(config)
+    if head == "needed" and not with_head:
+        raise UsageError(
+            f"--loss_fn: MODEL {cfg.model} has no head that predicts the next token from hidden "
+            f"states alone; use fvu"
+        )
     auto = AutoModelForCausalLM if with_head else AutoModel
+    try:
+        with torch.device("meta"):
+            skeleton = auto.from_config(config, dtype=torch.bfloat16)
+    except Exception as error:  # a config's checks raise errors of many kinds
+        raise UsageError(
+            f"MODEL {cfg.model}: transformers {transformers_version} cannot build it from its "
+            f"config. {_in_short(error)}"
+        ) from None
+    names = choose_hookpoints(skeleton, cfg.hookpoints, cfg.layers, cfg.layer_stride)
+    try:
+        trace = trace_forward(skeleton)
+    except UsageError:  # some LMs only run with weights: they are loaded whole, and checked then
+        return freeze(skeleton), names
+    check_calls(skeleton, names, trace)
+    needed = None if with_head else layers_needed(skeleton, names, trace)
+    if needed is not None:
+        drop_layers_(skeleton, needed)
+    return freeze(skeleton), names
+
+
+def _load_config(cfg: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(
             cfg.model, revision=cfg.revision, token=cfg.hf_token, trust_remote_code=False
         )
-        with torch.device("meta"):
-            skeleton = auto.from_config(config, dtype=torch.bfloat16)
-    except Exception as error:  # a config's checks raise errors of many kinds
-        reason = " ".join(str(error).split())[:300]
+    except OSError as error:
         raise UsageError(
             f"MODEL {cfg.model}: no such language model here or on the Hub; give a folder with "
-            f"config.json and safetensors, or a Hub id (and --hf_token if it is gated). {reason}"
+            f"config.json and safetensors, or a Hub id (and --hf_token if it is gated). "
+            f"{_in_short(error)}"
         ) from None
-    names = choose_hookpoints(skeleton, cfg.hookpoints, cfg.layers, cfg.layer_stride)
-    needed = None if with_head else layers_needed(skeleton, names)
-    if needed is not None:
-        layers_left_out: Any = skeleton.base_model.get_submodule(text_layers(skeleton)[0])
-        del layers_left_out[needed:]
-        text_config(config).num_hidden_layers = needed
-    return freeze(skeleton), names
+    except Exception as error:  # a config's checks raise errors of many kinds
+        raise UsageError(
+            f"MODEL {cfg.model}: transformers {transformers_version} cannot use its config. "
+            f"{_in_short(error)}"
+        ) from None
+    return config
+
+
+def _predicts_next_token(config: PretrainedConfig) -> bool:
+    """Whether an LM was saved with a head for the next token, as far as its config says."""
+    named = [name or "" for name in config.architectures or ("ForCausalLM",)]
+    causal = any("CausalLM" in name or "LMHead" in name for name in named)
+    return causal and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def drop_layers_(lm: PreTrainedModel, needed: int) -> None:
+    """Take all layers but the first `needed` out of an LM; its config stays what it is."""
+    base: Any = lm.base_model
+    name, _ = text_layers(lm)
+    del base.get_submodule(name)[needed:]
+    base.kept_layers = (name, needed)
 
 
 def load_lm(
@@ -64,18 +113,18 @@ def load_lm(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """The frozen LM with its weights, as far as `find_hookpoints` left its config.
+    """The frozen LM with its weights, of the layers that `find_hookpoints` left in the skeleton.
 
-    Under ZeRO-3 it is read straight into shards. Raises UsageError for weights that cannot be read,
-    that the hookpoints depend on but the files lack, or that are not of the wanted dtype.
+    The rest is built from the whole config, so that nothing in the leading layers knows of the
+    cut. Under ZeRO-3 it is read straight into shards. Raises UsageError for weights that cannot be
+    read, that the hookpoints depend on but the files lack, or that are not of the wanted dtype.
     """
     quantized = BitsAndBytesConfig(load_in_8bit=True) if cfg.load_in_8bit else None
     verbosity = transformers_logging.get_verbosity()
     # Weights of layers left out are reported as unexpected; missing ones are checked below.
     transformers_logging.set_verbosity_error()
     try:
-        auto: Any = AutoModel if skeleton.base_model is skeleton else AutoModelForCausalLM
-        lm, report = auto.from_pretrained(
+        lm, report = _class_as_cut(skeleton).from_pretrained(
             cfg.model,
             config=skeleton.config,
             dtype=torch.float16 if cfg.load_in_8bit else dtype,
@@ -88,13 +137,15 @@ def load_lm(
             output_loading_info=True,
         )
     except ImportError as error:
-        raise UsageError(f"--load_in_8bit: {' '.join(str(error).split())}") from None
+        asked = "--load_in_8bit" if cfg.load_in_8bit else f"MODEL {cfg.model}"
+        raise UsageError(f"{asked}: a library is missing. {_in_short(error)}") from None
     except Exception as error:  # a damaged file surfaces as any of several libraries' own errors
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"MODEL {cfg.model}: its weights cannot be loaded. {reason}") from None
+        raise UsageError(
+            f"MODEL {cfg.model}: its weights cannot be loaded. {_in_short(error)}"
+        ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    missing = _weights_in_use(skeleton, hookpoints, set(report["missing_keys"]))
+    missing = _weights_in_use(skeleton, lm, hookpoints, set(report["missing_keys"]))
     if missing:
         raise UsageError(
             f"MODEL {cfg.model}: its files lack {', '.join(missing[:4])}"
@@ -105,11 +156,29 @@ def load_lm(
     return freeze(lm if cfg.load_in_8bit or is_sharded(lm) else lm.to(device))
 
 
+def _class_as_cut(skeleton: PreTrainedModel) -> Any:
+    """The class of an LM, but with no more layers than the skeleton has, whatever its config says.
+
+    Weights of layers that are not there are not read.
+    """
+    kind: Any = type(skeleton)
+    if not hasattr(skeleton.base_model, "kept_layers"):
+        return kind
+    _, needed = text_layers(skeleton)
+
+    def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, config, *args, **kwargs)
+        drop_layers_(self, needed)
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+
+
 def token_limits(lm: PreTrainedModel) -> tuple[int, int | None]:
     """Number of token ids in the LM's embedding, and of its positions where it has a limit."""
     embedding: Any = lm.get_input_embeddings()  # sharded, its weight shows no shape
     positions = getattr(text_config(lm.config), "max_position_embeddings", None)
-    return embedding.num_embeddings, positions if isinstance(positions, int) else None
+    limited = isinstance(positions, int) and positions > 0
+    return embedding.num_embeddings, positions if limited else None
 
 
 def freeze(lm: PreTrainedModel) -> PreTrainedModel:
@@ -133,9 +202,17 @@ def compile_blocks(lm: PreTrainedModel, hookpoints: Iterable[str]) -> None:
             block.forward = torch.compile(block.forward)
 
 
-def _weights_in_use(lm: PreTrainedModel, hookpoints: list[str], missing: set[str]) -> list[str]:
+def _weights_in_use(
+    skeleton: PreTrainedModel, lm: PreTrainedModel, hookpoints: list[str], missing: set[str]
+) -> list[str]:
     """Those of the missing weights that a forward up to the last hookpoint, or the head, reads."""
     if not missing or lm.base_model is not lm:
         return sorted(missing)
-    used = modules_in_use(lm, hookpoints)
+    try:
+        trace = trace_forward(skeleton)
+    except UsageError:  # it only runs with weights, and shards of them are not enough
+        if is_sharded(lm):
+            return sorted(missing)
+        trace = trace_forward(lm)
+    used = {name for name, _ in trace.until(hookpoints)}
     return sorted(key for key in missing if key.rpartition(".")[0] in used)

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sae import DataConfig, ModelConfig, UsageError
 from sae.data.blocks import TokenSource
-from sae.data.text import load_tokens, parse_data_args
+from sae.data.files import parse_data_args
+from sae.data.text import load_tokens
 
 LM = Path(__file__).parents[2] / "demo" / "lm"
 VOCAB = 4096
@@ -72,9 +73,9 @@ def test_packing_does_not_depend_on_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process and three give the same blocks, though each tokenizes a part."""
-    monkeypatch.setattr("sae.data.text._DOCUMENTS_PER_CALL", 50)
+    monkeypatch.setattr("sae.data.text.DOCUMENTS_PER_CALL", 50)
     one = stacked(load(jsonl(tmp_path), data_preprocessing_num_proc=1))
-    monkeypatch.setattr("sae.data.text._DOCUMENTS_PER_CALL", 40)  # another cache entry
+    monkeypatch.setattr("sae.data.text.DOCUMENTS_PER_CALL", 40)  # another cache entry
     three = stacked(load(jsonl(tmp_path), data_preprocessing_num_proc=3))
     assert torch.equal(one, three)
 
@@ -153,7 +154,7 @@ def test_blocks_start_as_the_tokenizer_starts_a_text(tmp_path: Path) -> None:
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     words = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     words.save_pretrained(tmp_path / "words")
-    with pytest.raises(UsageError, match="--ctx_len 1: the tokenizer's first token"):
+    with pytest.raises(UsageError, match="--ctx_len 1: what the tokenizer puts first"):
         load(jsonl(tmp_path), tokenizer=str(tmp_path / "words"), ctx_len=1)
     blocks = stacked(
         load(jsonl(tmp_path, ["a b a", "b b"] * 5), tokenizer=str(tmp_path / "words"), ctx_len=5)
@@ -233,3 +234,21 @@ def test_data_args_are_typed() -> None:
     parsed = parse_data_args("name=en, n=3,p=0.5,flag=true,x=None")
     assert parsed == {"name": "en", "n": 3, "p": 0.5, "flag": True, "x": None}
     assert parse_data_args("") == {}
+
+
+def test_all_tokens_that_begin_a_text_begin_a_block(tmp_path: Path) -> None:
+    """A tokenizer that starts a text with two tokens, as GLM's does, starts every block so."""
+    bpe = Tokenizer(
+        models.WordLevel({"[gMASK]": 0, "<sop>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="b")
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [("[gMASK]", 0), ("<sop>", 1)]
+    bpe.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=special
+    )
+    words = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+    words.save_pretrained(tmp_path / "words")
+    (tmp_path / "text.txt").write_text("a b " * 50)
+    data = DataConfig(str(tmp_path / "text.txt"), ctx_len=6)
+    source = load_tokens(data, ModelConfig(str(tmp_path / "words")), (5, None))
+    assert [source[i].tolist() for i in (0, 9)] == [[0, 1, 3, 4, 3, 4]] * 2

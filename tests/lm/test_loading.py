@@ -1,5 +1,6 @@
 """Of the LM no more is loaded than the hookpoints need; what cannot be loaded is named."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_lms import LLAMA, TOKENS, hooked, load, make
 from sae import UsageError
 from sae.config import ModelConfig
 from sae.lm.capture import Capture
-from sae.lm.loading import find_hookpoints, token_limits
+from sae.lm.loading import find_hookpoints, load_lm, token_limits
 
 
 def test_later_layers_are_not_read_from_disk(tmp_path: Path) -> None:
@@ -58,3 +59,21 @@ def test_eight_bit_loading_says_what_it_needs(tmp_path: Path) -> None:
     make(LLAMA, tmp_path)
     with pytest.raises(UsageError, match="--load_in_8bit|weights cannot be loaded"):
         load(tmp_path, load_in_8bit=True)
+
+
+def test_what_is_wrong_with_an_lm_is_said_by_its_cause(tmp_path: Path) -> None:
+    """A folder that is not there, a kind that is not known, a library that is missing."""
+    with pytest.raises(UsageError, match="no such language model here or on the Hub"):
+        find_hookpoints(ModelConfig("no-such/model"))
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-kind"}')
+    with pytest.raises(UsageError, match=r"transformers [\d.]+ cannot use its config\..*no-such"):
+        find_hookpoints(ModelConfig(str(tmp_path)))
+    make(LLAMA, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = ModelConfig(str(tmp_path), layers=(0,))
+    skeleton, names = find_hookpoints(cfg)
+    with pytest.raises(UsageError, match=r"^MODEL .*: a library is missing") as caught:
+        load_lm(cfg, skeleton, names)
+    assert "load_in_8bit" not in str(caught.value)

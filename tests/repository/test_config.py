@@ -121,3 +121,9 @@ def test_numbers_out_of_proportion_are_refused_by_name(group: Any, flag: str, va
     """A number below a flag's limit, not finite or too large is named with its flag."""
     with pytest.raises(UsageError, match=f"^--{flag} "):
         group(**{flag: value})
+
+
+def test_messages_do_not_print_whole_documents() -> None:
+    """A value of 100,000 characters is cut in the middle."""
+    text = str(UsageError(f"--run_name {'x' * 100_000}: use a plain name"))
+    assert len(text) < 3000 and text.startswith("--run_name x") and text.endswith("a plain name")

@@ -1,0 +1,157 @@
+"""Data sets by name: the Hub, folders saved by datasets, files and folders of files."""
+
+import glob
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.data_files import DataFilesDict, get_data_patterns
+
+from ..config import DataConfig
+from ..flag_checks import UsageError
+
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def open_dataset(cfg: DataConfig, token: str | None) -> Any:
+    """The data set that `cfg` names, as far as `split` wants it.
+
+    A folder has the splits that its files' names say, as `datasets` reads them; of a file, or files
+    that a glob matches, all rows are one split of any name. Raises UsageError for what is not there
+    or cannot be read.
+    """
+    try:
+        return _open(cfg, token)
+    except UsageError:
+        raise
+    except Exception as error:  # each format's reader has errors of its own
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"DATASET {cfg.dataset} (--split {cfg.split}): cannot be read here or from the Hub. "
+            f"{reason}"
+        ) from None
+
+
+def _open(cfg: DataConfig, token: str | None) -> Any:
+    name, path = cfg.dataset, Path(cfg.dataset)
+    arguments: dict[str, Any] = {**parse_data_args(cfg.data_args)}
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return _slice(datasets.load_from_disk(str(path)), cfg.split)
+    files = _files(name)
+    if not files:
+        return datasets.load_dataset(
+            name, split=cfg.split, streaming=cfg.streaming, token=token, **arguments
+        )
+    reader = _reader(name, files)
+    if reader == "text":  # a file is a document
+        arguments = {"sample_by": "document", **arguments}
+    split = str(re.split(r"[\[+]", cfg.split)[0])
+    data_files = _splits(path, files) if path.is_dir() else {split: files}
+    if path.is_dir() and split not in data_files:
+        raise UsageError(
+            f"--split {cfg.split}: the files of {name} are of the splits {', '.join(data_files)}; "
+            f"name one of them"
+        )
+    return datasets.load_dataset(
+        *(reader,),
+        data_files={split: [str(file) for file in data_files[split]]},
+        split=cfg.split,
+        streaming=cfg.streaming,
+        **arguments,
+    )
+
+
+def _files(name: str) -> list[Path]:
+    """The files that a path or a glob stands for; those of a folder and the folders in it."""
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return [Path(file) for file in sorted(glob.glob(name, recursive=True))]
+    inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+    kept = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
+    files = [path / file for file in kept if file.suffix in _READERS]
+    if not files:
+        raise UsageError(
+            f"DATASET {name}: nothing here that can be read; give a folder saved by datasets, or "
+            f"{', '.join(_READERS)}, .npy or .bin files"
+        )
+    return files
+
+
+def _reader(name: str, files: list[Path]) -> str:
+    for file in files:
+        if file.suffix not in _READERS:
+            raise UsageError(
+                f"DATASET {file}: files that end in {file.suffix or 'nothing'} cannot be read; "
+                f"give {', '.join(_READERS)}, .npy or .bin files"
+            )
+        if file.stat().st_size == 0:
+            raise UsageError(f"DATASET {file}: the file is empty")
+    kinds = sorted({file.suffix for file in files})
+    if len({_READERS[kind] for kind in kinds}) > 1:
+        raise UsageError(
+            f"DATASET {name}: holds {' and '.join(kinds)} files; give a folder of one kind, or one "
+            f"file"
+        )
+    return _READERS[kinds[0]]
+
+
+def _splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Split -> files of a folder, by the names of files and folders, as `datasets` infers them.
+
+    Raises UsageError where some files name a split and others do not.
+    """
+    found = get_data_patterns(str(folder))
+    resolved = DataFilesDict.from_patterns(found, base_path=str(folder))
+    known = {Path(file).resolve() for paths in resolved.values() for file in paths}
+    splits = {
+        str(split): [file for file in files if file.resolve() in {Path(p).resolve() for p in paths}]
+        for split, paths in resolved.items()
+    }
+    if left := [file for file in files if file.resolve() not in known]:
+        raise UsageError(
+            f"DATASET {folder}: {left[0].relative_to(folder)} names no split and others of its "
+            f"files do ({', '.join(splits)}): name it so, take it out, or give files or a quoted "
+            f"glob"
+        )
+    return {split: paths for split, paths in splits.items() if paths}
+
+
+def _slice(saved: Any, split: str) -> Any:
+    """A split, or a part of one such as `train[:50%]`, of a data set saved by `datasets`."""
+    name = re.split(r"[\[+]", split)[0]
+    whole = saved if isinstance(saved, datasets.DatasetDict) else {name: saved}
+    lengths = {key: len(rows) for key, rows in whole.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    pieces = [
+        whole[part.splitname]
+        if (part.from_, part.to) in ((None, None), (0, lengths[part.splitname]))
+        else whole[part.splitname].select(range(part.from_ or 0, part.to or 0))
+        for part in parts
+    ]
+    return pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces)
+
+
+def parse_data_args(text: str) -> dict[str, str | int | float | bool | None]:
+    """`"a=b,c=1"` as keyword arguments of `datasets.load_dataset`, numbers and booleans typed."""
+    parsed: dict[str, str | int | float | bool | None] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise UsageError(f'--data_args "{text}": {item!r} is not of the form name=value')
+        parsed[name.strip()] = _literal(value.strip())
+    return parsed
+
+
+def _literal(text: str) -> str | int | float | bool | None:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,112 @@
+"""Token ids that are there already: tensors, .bin and .npy files, columns of input_ids."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+from torch import Tensor
+
+from ..flag_checks import UsageError
+from .blocks import TokenBlocks
+
+# llm.c and its relatives: 256 int32 of header, the first of which says the type of the ids.
+_LLM_C = {20240520: "uint16", 20240801: "uint32"}
+_LLM_C_BYTES = 1024
+_LOOKED_AT = 1 << 20  # ids from the start of a file, to tell the width of its ids
+
+
+def from_tensor(tokens: Tensor) -> TokenBlocks:
+    """A tensor of token ids [blocks, ctx_len] as it is."""
+    if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+        raise UsageError(
+            f"dataset: a tensor of shape {tuple(tokens.shape)} and type {tokens.dtype}; give "
+            f"integer token ids of shape [blocks, ctx_len]"
+        )
+    return TokenBlocks([tokens.cpu().contiguous().view(-1).numpy()], tokens.shape[1])
+
+
+def from_file(name: str, ctx_len: int, vocab_size: int, token_dtype: str | None) -> TokenBlocks:
+    """Blocks of `ctx_len` ids from a .bin or .npy file, which stays on disk.
+
+    Raises UsageError for a file that is not there, or whose ids are of another width.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"DATASET {name}: no such file")
+    ids = _read_npy(path) if path.suffix == ".npy" else _read_bin(path, vocab_size, token_dtype)
+    if ids.ndim == 2:
+        return TokenBlocks([ids.reshape(-1)], ids.shape[1])
+    blocks = TokenBlocks([ids], ctx_len)
+    if rest := blocks.tokens % ctx_len:
+        print(f"{name}: the last {rest} tokens do not fill a block of {ctx_len} and are left out")
+    return blocks
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"DATASET {path}: cannot be read ({error})") from None
+    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or not ids.size:
+        raise UsageError(
+            f"DATASET {path}: holds {ids.dtype} of shape {ids.shape}; give integer token ids, in a "
+            f"row or of shape [blocks, ctx_len]"
+        )
+    return ids
+
+
+def _read_bin(path: Path, vocab_size: int, token_dtype: str | None) -> np.ndarray:
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=1)
+    known = _LLM_C.get(int(header[0])) if len(header) and size > _LLM_C_BYTES else None
+    offset = _LLM_C_BYTES if known else 0
+    smallest = "uint16" if vocab_size <= 2**16 else "uint32"
+    dtype = np.dtype(token_dtype or known or smallest)
+    if size <= offset or (size - offset) % dtype.itemsize:
+        raise UsageError(
+            f"DATASET {path}: {size - offset} bytes are not whole {dtype} tokens; set "
+            f"--token_dtype to what the file holds"
+        )
+    ids = np.memmap(path, dtype=dtype, mode="r", offset=offset)
+    if token_dtype is None and known is None:
+        _check_width(path, ids)
+    return ids
+
+
+def _check_width(path: Path, ids: np.ndarray) -> None:
+    """Raise UsageError where most ids are the zeros that fill up wider ones."""
+    bits = 8 * ids.dtype.itemsize
+    for wider in (4, 2):
+        some = np.asarray(ids[: _LOOKED_AT // wider * wider])
+        if bits * wider > 64 or len(some) < 2 * wider or len(ids) % wider:
+            continue
+        parts = some[: len(some) // wider * wider].reshape(-1, wider)
+        if parts[:, 0].any() and not parts[:, wider // 2 :].any():
+            raise UsageError(
+                f"DATASET {path}: read as {ids.dtype}, its ids come with {wider - 1} zeros behind "
+                f"each: they are {bits * wider} bits wide. Set --token_dtype int{bits * wider} (or "
+                f"--token_dtype {ids.dtype} if the zeros are meant)"
+            )
+
+
+def from_rows(dataset: datasets.Dataset, name: str) -> TokenBlocks:
+    """Rows of input_ids, all of one length, as they are."""
+    kind = dataset.features["input_ids"]
+    ids = getattr(kind, "feature", None)
+    if not isinstance(ids, datasets.Value) or "int" not in ids.dtype:
+        raise UsageError(f"DATASET {name}: its input_ids are {kind}, not lists of integers")
+    if dataset._indices is not None:  # a selection or shuffle is a view until it is flattened
+        dataset = dataset.flatten_indices()
+    chunks = dataset.data.column("input_ids").chunks
+    lengths = {int(n) for chunk in chunks for n in np.unique(chunk.value_lengths().to_numpy())}
+    if len(lengths) != 1 or 0 in lengths:
+        raise UsageError(
+            f"DATASET {name}: its input_ids have lengths {sorted(lengths)[:5]}; give "
+            f"rows of one length, or a text column to be packed"
+        )
+    return TokenBlocks(flat_ids(dataset), lengths.pop())
+
+
+def flat_ids(dataset: datasets.Dataset) -> list[np.ndarray]:
+    """The tokens of all rows as arrays over the data set's memory map, without copying them."""
+    chunks = dataset.data.column("input_ids").chunks if len(dataset) else []
+    return [chunk.flatten().to_numpy() for chunk in chunks if len(chunk.flatten())]

@@ -112,4 +112,4 @@ def test_k_must_fit_the_number_of_latents() -> None:
 def test_a_config_cannot_be_changed() -> None:
     """The config of a coder is frozen."""
     with pytest.raises(AttributeError):
-        SparseCoderConfig().k = 3  # type: ignore[misc]
+        SparseCoderConfig().k = 3  # type: ignore[misc]  # that is the test

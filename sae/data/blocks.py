@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..batch import TokenBatch
 from ..flag_checks import UsageError
 
 
@@ -32,7 +33,7 @@ class TokenSource(Protocol):
 
     def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]: ...
 
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]: ...
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[TokenBatch]: ...
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ class TokenBlocks:
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(len(numbers), generator=generator) + numbers.start
 
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]:
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[TokenBatch]:
         """Batches of the blocks numbered by `order`; the last one may be smaller."""
         for numbers in order.split(batch_size):
-            yield torch.from_numpy(np.stack([self[int(i)] for i in numbers]))
+            yield TokenBatch(torch.from_numpy(np.stack([self[int(i)] for i in numbers])))
 
     @property
     def fingerprint(self) -> dict[str, int]:
@@ -117,7 +118,7 @@ class TokenStream:
         """The numbers as they come: the seed that the stream was opened with shuffled it."""
         return torch.arange(numbers.start, numbers.stop)
 
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[Int[Tensor, "B S"]]:
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[TokenBatch]:
         """Batches of the blocks whose numbers `order` gives, ascending; the last may be smaller."""
         first = int(order[0]) if len(order) else 0
         stream = enumerate(islice(self.blocks(), first, None), first)
@@ -136,7 +137,7 @@ class TokenStream:
                 rows.append(block)
             batch = np.stack(rows)
             check_ids("the stream", int(batch.min()), int(batch.max()), self.vocab_size)
-            yield torch.from_numpy(batch)
+            yield TokenBatch(torch.from_numpy(batch))
 
 
 def split_blocks(

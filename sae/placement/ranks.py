@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..batch import TokenBatch
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
 from . import liveness, signals
@@ -37,7 +38,7 @@ class Ranks:
         if self.world > 1:
             liveness.start(self.rank, self.world, timeout_minutes)
 
-    def batches(self, source: TokenSource, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, source: TokenSource, order: Tensor, batch_size: int) -> Iterator[TokenBatch]:
         """This rank's batches of an order: of every world * batch_size blocks its batch_size.
 
         Raises UsageError, on all ranks, where ranks read different data.
@@ -165,14 +166,12 @@ class Ranks:
         return values
 
 
-def _ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _ahead(batches: Iterator[TokenBatch], device: torch.device) -> Iterator[TokenBatch]:
     """The same batches, on the device: each is read and copied while the one before is at work."""
 
-    def read() -> Tensor | None:
+    def read() -> TokenBatch | None:
         tokens = next(batches, None)
-        if tokens is None or device.type == "cpu":
-            return tokens
-        return tokens.pin_memory().to(device, non_blocking=True)
+        return None if tokens is None else tokens.to(device)
 
     with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:
         coming = reader.submit(read)

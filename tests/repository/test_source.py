@@ -13,19 +13,23 @@ SOURCES = sorted([*ROOT.glob("sae/**/*.py"), ROOT / "train_sae.py"])
 ALLOWED = {
     "flag_checks": set(),
     "config": {"flag_checks"},
+    "batch": set(),
     "kernels.cpu": set(),
     "kernels.cuda": set(),
     "kernels": {"config", "flag_checks", "kernels.cpu", "kernels.cuda"},
     "formats": {"config", "flag_checks"},
     "coders": {"config", "flag_checks", "formats", "kernels"},
-    "data": {"config", "flag_checks"},
-    "lm": {"config", "flag_checks"},
-    "placement": {"config", "flag_checks", "data", "lm"},
+    "data": {"config", "flag_checks", "batch"},
+    "lm": {"config", "flag_checks", "batch"},
+    "placement": {"config", "flag_checks", "batch", "data", "lm"},
     "training": {
-        *("config", "flag_checks", "kernels", "kernels.cpu", "coders", "data", "lm", "placement")
+        *("config", "flag_checks", "batch", "kernels", "kernels.cpu", "coders", "data", "lm"),
+        "placement",
     },
     "runs": {"config", "flag_checks", "formats", "coders", "lm", "placement", "training"},
-    "judge": {*("config", "flag_checks", "coders", "data", "lm", "placement", "training", "runs")},
+    "judge": {
+        *("config", "flag_checks", "batch", "coders", "data", "lm", "placement", "training", "runs")
+    },
     "__main__": {"flag_checks", "judge", "placement"},
     "__init__": {"config", "flag_checks", "coders"},
 }

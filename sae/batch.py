@@ -1,0 +1,40 @@
+"""A batch of token sequences, and which of its tokens are read and which are rows."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids, padding, and tokens that are context alone; a mask that would hide none is None."""
+
+    ids: Int[Tensor, "B S"]
+    attended: Bool[Tensor, "B S"] | None = None
+    """False for padding, which the LM does not see."""
+    counted: Bool[Tensor, "B S"] | None = None
+    """False for tokens that the LM reads and no coder is trained on."""
+
+    @classmethod
+    def of(cls, tokens: "TokenBatch | Tensor") -> "TokenBatch":
+        """Ids without masks as a batch; a batch as it is."""
+        return tokens if isinstance(tokens, TokenBatch) else cls(tokens)
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The batch on a device; to a GPU it is copied while the GPU is at work."""
+        if device.type == self.ids.device.type:
+            return self
+        masks = (self.ids, self.attended, self.counted)
+        moved = [
+            None if t is None else t.pin_memory().to(device, non_blocking=True) for t in masks
+        ]
+        assert moved[0] is not None
+        return TokenBatch(moved[0], moved[1], moved[2])
+
+    def rows(self) -> Bool[Tensor, "B S"] | None:
+        """Which tokens may be rows: those read and counted; None for all of them."""
+        if self.attended is None or self.counted is None:
+            return self.counted if self.attended is None else self.attended
+        return self.attended & self.counted

@@ -37,6 +37,7 @@ from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture, count_rows, measure_widths
 from sae.lm.loading import find_hookpoints, load_lm, token_limits
 from sae.lm.probe import checked
+from sae.lm.rows import RowRule
 from sae.placement import launch, signals
 from sae.placement.entry import run_as_script
 from sae.placement.exchange import Exchange
@@ -45,6 +46,7 @@ from sae.runs import checkpoint
 from sae.runs.dry_run import show_plan
 from sae.runs.folder import open_run, recorded_flags, run_folder
 from sae.runs.lock import unlock
+from sae.runs.norm_limits import limit_norms
 from sae.runs.outcome import keep_best, summarize
 from sae.training.bad_steps import BadSteps, Metrics, bad_number
 from sae.training.end_to_end import EndToEnd
@@ -103,7 +105,7 @@ def train(
     capture = Capture(
         lm,
         hookpoints,
-        exclude_tokens=cfg.model.exclude_tokens,
+        RowRule(cfg.model.exclude_tokens, cfg.model.exclude_positions),
         inputs=cfg.coder.transcode,
         fast_linear=machine.kernels != "torch",
     )
@@ -125,6 +127,14 @@ def train(
     total_steps = len(trained_on) // sequences_per_step
     order = source.order(trained_on, cfg.data.shuffle_seed)[: total_steps * sequences_per_step]
 
+    # Rows too long to be trained on, by the first step's.
+    first_step_batches = partial(
+        ranks.batches, source, order[:sequences_per_step], training.batch_size
+    )
+    capture = limit_norms(
+        *(capture, cfg.model.exclude_norm, first_step_batches(), folder, has_checkpoint, ranks)
+    )
+
     # For each coder an optimizer and a record of what fires.
     optimizers = {
         name: CoderOptimizer(coder, training.optimizer, training.lr, training.adam_8bit)
@@ -144,11 +154,10 @@ def train(
     elif training.finetune is not None:
         bank.load_pretrained(training.finetune)
     else:
-        first_batches = ranks.batches(source, order[:sequences_per_step], training.batch_size)
-        bank.center_(*first_moments(capture, first_batches, ranks))
+        bank.center_(*first_moments(capture, first_step_batches(), ranks))
     end_to_end = None
     if uses_lm_loss:
-        end_to_end = EndToEnd(lm, bank, training, cfg.model.exclude_tokens)
+        end_to_end = EndToEnd(lm, bank, training, capture.rule)
     bad_steps = BadSteps(training.max_bad_steps, ranks)
 
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
@@ -169,7 +178,7 @@ def train(
                 continue
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
             pairs = capture(tokens)
-            sums.rows += count_rows(pairs)
+            sums.rows.update(count_rows(pairs))
             for hookpoint, (x, y) in exchange.to_owners(pairs).items():
                 sums.add_targets(hookpoint, y)
                 count = training.micro_acc_steps
@@ -183,7 +192,7 @@ def train(
 
         # One denominator for all rows of the step; one update, which leaves decoders unit-norm.
         exchange.sum_replicas_(*sums.tensors(), *bank.gradients())
-        rows = sum(ranks.gather(sums.rows))
+        rows = ranks.sum_counts(sums.rows)
         metrics: Metrics = ranks.traffic()
         if end_to_end is not None:
             metrics[training.loss_fn] = sums.mean_lm_loss()
@@ -196,17 +205,18 @@ def train(
         if bad is None:
             for name, optimizer in optimizers.items():
                 optimizer.step(step, total_steps, training.lr_warmup_steps)
-                firing[name].add_step_(sums.fired[name], rows)
+                count = rows[bank.hookpoint[name]]
+                firing[name].add_step_(sums.fired[name], count)
                 # EDIT: what is logged.
                 metrics[f"lr/{name}"] = optimizer.lr
-                metrics[f"l0/{name}"] = sums.fired[name].sum() / rows
+                metrics[f"l0/{name}"] = sums.fired[name].sum() / count
                 metrics[f"dead_share/{name}"] = firing[name].dead_share()
                 metrics[f"k/{name}"] = k[name]
         else:
             sequences = order[step * sequences_per_step :][:sequences_per_step]
             bad_steps.skip(bad, step + 1, sequences)
             metrics = {"skipped_steps": float(bad_steps.skipped)}
-        log.step(step + 1, metrics, rows, state)
+        log.step(step + 1, metrics, max(rows.values()), state)
         if log.histograms_are_due(step + 1):
             log.histograms(step + 1, state)
             for record in firing.values():

@@ -105,7 +105,7 @@ def main() -> None:
         coder = SparseCoder.load_from_disk(runs["auto"]["path"])
         data = DataConfig(str(folder / "text/heldout.jsonl"), ctx_len=256)
         blocks = load_tokens(data, ModelConfig(str(ROOT / "demo/lm")), limits=(4096, 512))
-        tokens = next(blocks.batches(torch.arange(8), 8))
+        tokens = next(blocks.batches(torch.arange(8), 8)).ids
     lm = AutoModel.from_pretrained(ROOT / "demo/lm", dtype=torch.float32)
     _, rows = Capture(lm, [HOOKPOINT])(tokens)[HOOKPOINT]
     result["recall"] = {f"{n} k": recall(coder, rows, n) for n in (1, 2, 3, 4)}

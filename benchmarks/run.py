@@ -182,7 +182,7 @@ def write_data(folder: Path, flags: dict[str, Any]) -> Tensor:
     # At most a tenth of the data is held out, so a short run has less.
     held = min(-(-flags["eval_tokens"] // flags["ctx_len"]), max(1, train // 9))
     chosen = found.order(range(len(found)), seed=0)[: held + train]
-    blocks = next(found.batches(chosen, held + train))
+    blocks = next(found.batches(chosen, held + train)).ids
     torch.save(blocks, folder / "blocks.pt")
     torch.save(found.order(range(held, held + train), flags["shuffle_seed"]), folder / "order.pt")
     return blocks[:held]

@@ -60,7 +60,7 @@ def labels() -> Iterator[None]:
     """Inside, waits for data, forwards of the LM and what is done in C have names in a trace."""
     batches, in_c = Ranks.batches, native._call
 
-    def waiting(*args: Any) -> Iterator[torch.Tensor]:
+    def waiting(*args: Any) -> Iterator[Any]:
         found = batches(*args)
         ask = labelled(_WAIT, lambda: next(found, None))
         while (tokens := ask()) is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids, padding, and tokens that are context alone; a mask that would hide none is None."""
+    """Token ids, padding, and tokens that are context alone; None for a mask that hides none."""
 
     ids: Int[Tensor, "B S"]
     attended: Bool[Tensor, "B S"] | None = None
@@ -27,9 +27,7 @@ class TokenBatch:
         if device.type == self.ids.device.type:
             return self
         masks = (self.ids, self.attended, self.counted)
-        moved = [
-            None if t is None else t.pin_memory().to(device, non_blocking=True) for t in masks
-        ]
+        moved = [None if t is None else t.pin_memory().to(device, non_blocking=True) for t in masks]
         assert moved[0] is not None
         return TokenBatch(moved[0], moved[1], moved[2])
 

@@ -135,13 +135,20 @@ class ModelConfig:
     model: Annotated[str, Positional, arg(metavar="MODEL")] = "HuggingFaceTB/SmolLM2-135M"
     """Hub id or folder of the language model."""
     hookpoints: tuple[str, ...] = ()
-    """Globs over the base model's module names ("layers.*.mlp"); default: residual streams."""
+    """Globs over the base model's modules ("layers.*.mlp", or "layers.*.self_attn.o_proj:input" for
+    what enters one); default: residual streams."""
     layers: tuple[int, ...] = ()
     """Layers whose residual stream to train on; default: all."""
     layer_stride: Annotated[int, AtLeast(1)] = 1
     """Train on every N-th layer."""
     exclude_tokens: tuple[int, ...] = ()
     """Token ids whose activations are left out everywhere."""
+    exclude_positions: Annotated[int, AtLeast(0)] = 0
+    """Tokens at the start of every sequence whose activations are left out everywhere."""
+    exclude_norm: Annotated[float | None, AtLeast(1)] = None
+    """Leave out activations longer than this times their hookpoint's median at the start."""
+    per_head: bool = False
+    """One coder per attention head, where a hookpoint passes [B S H D] or "o_proj:input"."""
     revision: str | None = None
     """Git revision of the model on the Hub."""
     hf_token: Annotated[str | None, SECRET] = field(default=None, repr=False)
@@ -158,6 +165,8 @@ class ModelConfig:
                 other,
                 "picks residual streams, --hookpoints names modules: give one of the two",
             )
+        if self.per_head and not self.hookpoints:
+            refuse(self, "per_head", "residual streams have no heads: name modules by --hookpoints")
         if self.layers and self.layer_stride != 1:
             refuse(
                 self, "layer_stride", "thins out the default of all layers: drop it, or --layers"
@@ -314,6 +323,14 @@ def check_together(cfg: Any) -> None:
         refuse(cfg.training, "k_decay_steps", "--activation groupmax needs a k that divides")
     if cfg.run.resume and cfg.training.adam_8bit:
         refuse(cfg.run, "resume", "the state of --adam_8bit is not kept: start a new --finetune")
+    inputs = [pattern for pattern in cfg.model.hookpoints if ":" in pattern]
+    if cfg.coder.transcode and (inputs or cfg.model.per_head):
+        refuse(
+            cfg.coder,
+            "transcode",
+            f"predicts what leaves a module from what enters it; "
+            f"{inputs[0] if inputs else '--per_head'} is for SAEs",
+        )
     if cfg.training.loss_fn != "fvu" and cfg.machine.distribute_modules:
         refuse(
             cfg.machine,

@@ -42,7 +42,7 @@ def hold(number: int, for_good: bool, marker: str) -> None:
         while for_good:
             time.sleep(0.01)
 
-    def counted(pairs: Pairs) -> int:
+    def counted(pairs: Pairs) -> dict[str, int]:
         if next(numbers) == number:
             wait_until_told()
         return count_rows(pairs)

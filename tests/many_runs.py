@@ -154,7 +154,7 @@ def do_harm(patch: pytest.MonkeyPatch, held: dict[str, Any], harm: dict[str, Any
     has_had_turn = liveness.has_had_turn
     begun, looked = (Path(f"{harm.get('prepare')}.{sign}") for sign in ("begun", "looked"))
 
-    def spoil(pairs: Pairs) -> int:
+    def spoil(pairs: Pairs) -> dict[str, int]:
         held["forwards"] += 1
         if harm.get("spoil") == RANK and held["forwards"] == 3:
             next(iter(pairs.values()))[1][0] = float("nan")

@@ -39,7 +39,7 @@ def on_training_forwards(
     """
     numbers = count()
 
-    def counted(pairs: Pairs) -> int:
+    def counted(pairs: Pairs) -> dict[str, int]:
         act(next(numbers), pairs)
         return count_rows(pairs)
 

@@ -155,4 +155,4 @@ def _d_in(width: Widths, cfg: SparseCoderConfig) -> int:
 
 
 def _key(name: str) -> str:
-    return name.replace(".", ":")  # a module's name cannot hold a dot
+    return name.replace(".", "/")  # a module's name cannot hold a dot

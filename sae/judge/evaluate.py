@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.json_files import check_target, write_json
+from ..runs.norm_limits import sinks
 from .figures import Evaluation, held_out_figures
 from .predictions import Predictions
 from .trained import CodersConfig, TrainedCoders, load_trained
+
+_LOOKED_AT = 1 << 14  # tokens, for whether few rows hold most of the variance
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ def main(cfg: EvaluateConfig) -> None:
     name = "eval.json" if trained.held_out else "eval_other_text.json"
     out = Path(cfg.out or cfg.folder / name)
     check_target("--out", out)
+    some = trained.blocks[: max(1, _LOOKED_AT // trained.source.block_len)]
+    for line in sinks(trained.capture, trained.source.batches(some, 1)):
+        print(line)
     found = evaluate_loaded(trained)
     print(table(found))
     write_json(out, as_json(trained, found))

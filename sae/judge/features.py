@@ -18,7 +18,6 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from transformers import AutoTokenizer
 
 from ..flag_checks import UsageError
-from ..lm.capture import kept_tokens
 from ..runs.json_files import check_target
 from .compare import figures_of, summary_of
 from .contexts import Contexts
@@ -58,14 +57,14 @@ def find_contexts(
     found = {n: Contexts(c.num_latents, candidates[n].to(c.device)) for n, c in bank.items()}
     for tokens in trained.source.batches(trained.blocks, 1):
         tokens = tokens.to(capture.lm.device)
-        kept = kept_tokens(tokens, capture.exclude_tokens)
-        if kept is None:
-            kept = torch.ones_like(tokens, dtype=torch.bool)
-        pairs = capture(tokens)
+        ids, rows = tokens.ids[0], capture.find(tokens)
+        if tokens.attended is not None:  # padding is not shown as context either
+            ids = ids.masked_fill(~tokens.attended[0], -1)
         for name, coder in bank.items():
-            x, y = pairs[bank.hookpoint[name]]
+            x, y, kept = rows[bank.hookpoint[name]]
+            kept = torch.ones_like(ids, dtype=torch.bool) if kept is None else kept
             latents = coder.encode(x if coder.cfg.transcode else y)
-            found[name].add_sequence(tokens[0], kept[0], latents.top_acts, latents.top_indices)
+            found[name].add_sequence(ids, kept, latents.top_acts, latents.top_indices)
     return found
 
 

@@ -128,7 +128,7 @@ def held_out_figures(
             if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
                 replace[""] = {bank.hookpoint[name]: coder for name, coder in bank.items()}
             predicted = predictions(
-                *(lm, replace, means, source, order, len(mine), capture.exclude_tokens, ranks)
+                *(lm, replace, means, source, order, len(mine), capture.rule, ranks)
             )
             figures = {
                 name: dataclasses.replace(found, predictions=predicted[name])
@@ -145,7 +145,7 @@ def _figures(hookpoint: str, seen: Moments, sums: Tensor, fired: Tensor) -> Code
     if not math.isfinite(fvu):
         raise UsageError(
             f"--eval_tokens: held-out FVU at {hookpoint} is not a number: too few tokens are held "
-            f"out (see --exclude_tokens), or the activations hold NaN or Inf"
+            f"out (see --exclude_tokens, --exclude_positions), or the activations hold NaN or Inf"
         )
     rows = float(seen.count)
     return CoderFigures(

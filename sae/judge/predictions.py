@@ -9,7 +9,15 @@ from transformers import PreTrainedModel
 
 from ..coders.sparse_coder import SparseCoder
 from ..data.blocks import TokenSource
-from ..lm.head import agreement, check_head, cross_entropy, kl_divergence, last_hidden_state
+from ..lm.head import (
+    agreement,
+    check_head,
+    cross_entropy,
+    kl_divergence,
+    last_hidden_state,
+    predictions_made,
+)
+from ..lm.rows import RowRule
 from ..lm.splice import Replacement, spliced
 from ..placement.ranks import Ranks
 
@@ -48,7 +56,7 @@ def predictions(
     source: TokenSource,
     order: Int[Tensor, " n"],
     real: int,
-    exclude_tokens: tuple[int, ...],
+    rule: RowRule,
     ranks: Ranks,
 ) -> dict[str, Predictions]:
     """What the LM predicts with each set of coders, and with zeros and means in their place.
@@ -61,17 +69,18 @@ def predictions(
     sums = {name: torch.zeros(8, dtype=torch.float64, device=ranks.device) for name in replace}
     for i, tokens in enumerate(source.batches(order, 1)):
         tokens = tokens.to(ranks.device)
-        clean = last_hidden_state(lm, tokens)
+        clean, made = last_hidden_state(lm, tokens), predictions_made(tokens)
         ce_clean = cross_entropy(lm, clean, tokens)
         for name, coders in replace.items():
             kinds = [_reconstruction(coders), _constant(coders), _constant(coders, means)]
             hidden = []
             for kind in kinds:
-                with spliced(lm, kind, tokens, exclude_tokens):
+                with spliced(lm, kind, tokens, rule):
                     hidden.append(last_hidden_state(lm, tokens))
             found = [ce_clean, *(cross_entropy(lm, state, tokens) for state in hidden)]
-            found += [kl_divergence(lm, hidden[0], clean), agreement(lm, hidden[0], clean)]
-            found += [tokens.new_tensor(tokens[:, 1:].numel()), tokens.new_tensor(tokens.numel())]
+            found += [kl_divergence(lm, hidden[0], clean, tokens)]
+            found += [agreement(lm, hidden[0], clean, tokens)]
+            found += [torch.tensor(count, device=clean.device) for count in made]
             sums[name] += torch.stack([t.double() for t in found]) * (i < real)
     ranks.sum_(sums.values())
     results = {}

@@ -21,10 +21,12 @@ from ..lm.capture import Capture, measure_widths
 from ..lm.head import has_head
 from ..lm.loading import find_hookpoints, load_lm, token_limits
 from ..lm.probe import checked
+from ..lm.rows import RowRule
 from ..placement.exchange import Exchange
 from ..placement.launch import on_cpu, working_dtype
 from ..placement.ranks import Ranks
 from ..runs.folder import checkpoints
+from ..runs.norm_limits import norm_limits_of
 from ..training.state import TrainingState
 from .provenance import data_of_run, flags_of_run, held_out_blocks, is_text_of_run
 
@@ -95,7 +97,8 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
         data = replace(data, **other)
     model = replace(
         from_flags(ModelConfig, flags),
-        **{"hookpoints": tuple(dict.fromkeys(hookpoint.values())), "layers": (), "layer_stride": 1},
+        **{"hookpoints": tuple(dict.fromkeys(hookpoint.values())), "layers": (), "layer_stride": 1}
+        | {"per_head": False},
     )
     dtype = working_dtype(from_flags(MachineConfig, flags).mixed_precision)
 
@@ -107,7 +110,8 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
         print(f"{type(lm).__name__} predicts no next token that could be judged: no CE, KL, top-1")
     _check_widths(coders, hookpoint, measure_widths(lm, names), model.model)
     bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
-    capture = checked(Capture(lm, names, model.exclude_tokens, inputs=bank.transcode), data.ctx_len)
+    rule = RowRule(model.exclude_tokens, model.exclude_positions, norm_limits_of(run))
+    capture = checked(Capture(lm, names, rule, inputs=bank.transcode), data.ctx_len)
     source = load_tokens(data, model, token_limits(lm))
     saved, blocks = data_of_run(run), torch.arange(len(source))
     if before and (held_out or saved == source.fingerprint):  # the rest was trained on

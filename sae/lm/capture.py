@@ -2,18 +2,21 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
+from ..batch import TokenBatch
 from ..config import Widths
 from ..flag_checks import UsageError
+from .hookpoints import attention_heads, parse
 from .linear import fast_linear_layers
+from .rows import Found, RowRule, at_hookpoint, split_heads
 
 Pairs = dict[str, tuple[Float[Tensor, "N D"], Float[Tensor, "N D_out"]]]
 """Hookpoint -> (input rows, output rows); where inputs are not wanted, both are the output."""
@@ -29,39 +32,41 @@ class Capture:
 
     lm: PreTrainedModel
     hookpoints: list[str]
-    exclude_tokens: tuple[int, ...] = ()
-    """Token ids whose rows are left out."""
+    rule: RowRule = field(default_factory=RowRule)
+    """Which tokens are rows."""
     inputs: bool = True
     """Whether what enters a module is wanted too."""
     fast_linear: bool = True
     """Whether float32 linear layers may run in another library than PyTorch's choice."""
-    sequence_first: frozenset[tuple[str, str]] = frozenset()
-    """(hookpoint, "input" or "output") of tensors [S B D]: positions come before sequences."""
 
-    def __call__(self, tokens: Int[Tensor, "B S"]) -> Pairs:
+    def __call__(self, tokens: TokenBatch | Int[Tensor, "B S"]) -> Pairs:
         """One forward of the LM; the rows of every hookpoint, one row per token that is kept.
 
-        Hooks copy what they see, since some LMs go on to write into it; they change nothing. The
-        forward stops once the last hookpoint has run, unless the LM is sharded. Raises UsageError
-        for a hookpoint that does not run on text or does not give one row per token.
+        Raises UsageError for a hookpoint that does not run on text or does not give one row per
+        token.
         """
+        return {name: (found.x, found.y) for name, found in self.find(tokens).items()}
+
+    def find(self, tokens: TokenBatch | Int[Tensor, "B S"]) -> dict[str, Found]:
+        """The rows of every hookpoint, and the tokens that they belong to.
+
+        Hooks copy what they see, since some LMs go on to write into it; they change nothing. The
+        forward stops once the last hookpoint has run, unless the LM is sharded.
+        """
+        batch = TokenBatch.of(tokens)
         modules = dict(self.lm.base_model.named_modules())
-        kept = kept_tokens(tokens, self.exclude_tokens)
-        seen: Pairs = {}
+        kept = self.rule.kept(batch)
+        seen: dict[str, Found] = {}
         sharded = is_sharded(self.lm)
 
         def store(name: str, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            y = first_tensor(output)
+            x, y = at_hookpoint(name, (args, kwargs), output)
             if y is None:
-                kind = type(modules[name]).__name__
-                raise UsageError(f"hookpoint {name}: {kind} returns no tensor")
+                kind = type(modules[parse(name).module]).__name__
+                raise UsageError(f"hookpoint {name}: {kind} passes no tensor")
             if name in seen:
                 raise UsageError(f"hookpoint {name} runs several times in a forward: take it out")
-            out = into = self._rows(name, "output", y, tokens, kept)
-            if self.inputs:
-                x = first_tensor((args, kwargs))  # an embedding takes token ids: no activations
-                into = self._rows(name, "input", y[..., :0] if x is None else x, tokens, kept)
-            seen[name] = (into, out)
+            seen[name] = self.rule.find(name, x, y, batch, kept, self.inputs)
             # A forward cut short would leave shards gathered.
             if len(seen) == len(self.hookpoints) and not sharded:
                 raise _LastHookpoint
@@ -69,7 +74,7 @@ class Capture:
         fast = fast_linear_layers() if self.fast_linear else nullcontext()
         stops = suppress(_LastHookpoint)
         with _hooks(modules, self.hookpoints, store), torch.no_grad(), stops, fast:
-            self.lm.base_model(input_ids=tokens)
+            self.lm.base_model(**lm_inputs(batch))
         if absent := [name for name in self.hookpoints if name not in seen]:
             raise UsageError(
                 f"hookpoint {absent[0]} does not run when {type(self.lm).__name__} reads text: "
@@ -77,23 +82,17 @@ class Capture:
             )
         return {name: seen[name] for name in self.hookpoints}
 
-    def _rows(
-        self, name: str, part: str, tensor: Tensor, tokens: Tensor, kept: Tensor | None
-    ) -> Float[Tensor, "N D"]:
-        if (name, part) in self.sequence_first:
-            tensor = tensor.transpose(0, 1)
-        if tensor.ndim < 2 or tensor.shape[:-1].numel() != tokens.numel():
-            raise UsageError(
-                f"hookpoint {name} passes a tensor of shape {tuple(tensor.shape)}, which is not "
-                f"one row per token ({tuple(tokens.shape)}): take it out of --hookpoints"
-            )
-        rows = tensor.detach().reshape(tokens.numel(), tensor.shape[-1])
-        return rows.clone() if kept is None else rows[kept.flatten()]
+
+def lm_inputs(batch: TokenBatch) -> dict[str, Tensor]:
+    """What the LM is given: ids, and a mask where there is padding."""
+    if batch.attended is None:
+        return {"input_ids": batch.ids}
+    return {"input_ids": batch.ids, "attention_mask": batch.attended.long()}
 
 
-def count_rows(pairs: Pairs) -> int:
-    """Rows of each hookpoint, which all have as many."""
-    return len(next(output for _, output in pairs.values()))
+def count_rows(pairs: Pairs) -> dict[str, int]:
+    """Rows of each hookpoint."""
+    return {name: len(y) for name, (_, y) in pairs.items()}
 
 
 def measure_widths(
@@ -108,15 +107,21 @@ def measure_widths(
     modules, names = dict(lm.base_model.named_modules()), list(hookpoints)
     widths: dict[str, Widths] = {}
 
+    heads = attention_heads(lm)
+
     def store(name: str, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        x, y = first_tensor((args, kwargs)), first_tensor(output)
+        x, y = at_hookpoint(name, (args, kwargs), output)
         if y is None or not y.ndim:
             return
+        head = parse(name).head
+        if head is not None:
+            y = split_heads(name, y, heads)[..., head, :]
         # Of one sequence only its positions may be left; some LMs pad it.
         if len([size for size in y.shape[:-1] if size != 1]) > 1:
             raise UsageError(
                 f"hookpoint {name} passes a tensor of shape {tuple(y.shape)}, which is not one row "
                 f"per token ({tuple(tokens.shape)}): take it out of --hookpoints"
+                + ("" if y.ndim < 4 else ", or train on each of its heads by --per_head")
             )
         widths[name] = Widths(x.shape[-1] if x is not None and x.ndim else 0, y.shape[-1])
 
@@ -128,6 +133,34 @@ def measure_widths(
             f"no tensor: take it out of --hookpoints"
         )
     return {name: widths[name] for name in names}
+
+
+def by_head(lm: PreTrainedModel, hookpoints: list[str]) -> list[str]:
+    """A hookpoint for every head of each of the hookpoints, by one forward.
+
+    Raises UsageError for one whose module does not pass [B S H D], nor the input of one width that
+    is made of the LM's heads.
+    """
+    tokens = torch.arange(11, device=lm.device).unsqueeze(0)  # as many as an LM has of no heads
+    on_shapes = FakeTensorMode(allow_non_fake_inputs=True) if tokens.is_meta else nullcontext()
+    modules, heads = dict(lm.base_model.named_modules()), attention_heads(lm)
+    found: dict[str, int] = {}
+
+    def store(name: str, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        _, y = at_hookpoint(name, (args, kwargs), output)
+        if y is None:
+            return
+        split = split_heads(name, y, heads)
+        if split.shape[:-2].numel() != tokens.numel():
+            raise UsageError(
+                f"--per_head: {name} passes a tensor of shape {tuple(y.shape)} for "
+                f"{tokens.numel()} tokens, which is not [B S H D]: take it out of --hookpoints"
+            )
+        found[name] = split.shape[-2]
+
+    with on_shapes, reading_text(lm), _hooks(modules, hookpoints, store), torch.no_grad():
+        lm.base_model(input_ids=tokens)
+    return [f"{name}:head{i}" for name in hookpoints for i in range(found.get(name, 0))]
 
 
 @contextmanager
@@ -145,13 +178,6 @@ def is_sharded(lm: PreTrainedModel) -> bool:
     return hasattr(next(lm.parameters()), "ds_id")
 
 
-def kept_tokens(
-    tokens: Int[Tensor, "B S"], exclude_tokens: tuple[int, ...]
-) -> Bool[Tensor, "B S"] | None:
-    """Which tokens have rows; None where nothing is excluded."""
-    return ~torch.isin(tokens, tokens.new_tensor(exclude_tokens)) if exclude_tokens else None
-
-
 @contextmanager
 def _hooks(modules: dict[str, nn.Module], names: list[str], store: Any) -> Iterator[None]:
     """Inside, `store(name, args, kwargs, output)` is called after each named module."""
@@ -161,20 +187,6 @@ def _hooks(modules: dict[str, nn.Module], names: list[str], store: Any) -> Itera
             def hook(module: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
                 store(name, args, kwargs, output)
 
-            handle = modules[name].register_forward_hook(hook, with_kwargs=True)
+            handle = modules[parse(name).module].register_forward_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor in a module's arguments or outputs."""
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            found = first_tensor(item)
-            if found is not None:
-                return found
-    return None

@@ -16,34 +16,65 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..batch import TokenBatch
 from ..flag_checks import UsageError
-from .capture import first_tensor
+from .capture import lm_inputs
+from .rows import first_tensor
 from .splice import computing, with_first_tensor
 
 _BODIES: WeakKeyDictionary[nn.Module, tuple[nn.Module, Any]] = WeakKeyDictionary()
 _LOGITS = 1 << 26  # elements of a chunk of logits: 256 MiB in float32
 
 
-def last_hidden_state(lm: PreTrainedModel, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+def last_hidden_state(
+    lm: PreTrainedModel, tokens: TokenBatch | Int[Tensor, "B S"]
+) -> Float[Tensor, "B S D"]:
     """What the LM's head reads."""
-    return lm.base_model(input_ids=tokens).last_hidden_state
+    return lm.base_model(**lm_inputs(TokenBatch.of(tokens))).last_hidden_state
+
+
+def predictions_made(tokens: TokenBatch | Int[Tensor, "B S"]) -> tuple[int, int]:
+    """How many tokens are predicted, and how many positions predict: padding does neither."""
+    batch = TokenBatch.of(tokens)
+    if batch.attended is None:
+        return batch.ids[:, 1:].numel(), batch.ids.numel()
+    return int(_predicted(batch).sum()), int(batch.attended.sum())
+
+
+def _predicted(batch: TokenBatch) -> Tensor:
+    assert batch.attended is not None
+    return batch.attended[:, :-1] & batch.attended[:, 1:]
+
+
+def _read(hidden: Float[Tensor, "B S D"], batch: TokenBatch) -> Float[Tensor, "N D"]:
+    """The hidden states of tokens that are no padding."""
+    return hidden.flatten(0, 1) if batch.attended is None else hidden[batch.attended]
 
 
 def cross_entropy(
-    lm: PreTrainedModel, hidden: Float[Tensor, "B S D"], tokens: Int[Tensor, "B S"]
+    lm: PreTrainedModel, hidden: Float[Tensor, "B S D"], tokens: TokenBatch | Int[Tensor, "B S"]
 ) -> Float[Tensor, ""]:
     """Sum over positions of -log p(next token); the last position of a sequence predicts none."""
+    batch = TokenBatch.of(tokens)
 
     def loss(rows: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits(lm, rows), targets, reduction="sum")
 
-    return _over_chunks(lm, loss, hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    rows, targets = hidden[:, :-1], batch.ids[:, 1:]
+    if batch.attended is None:
+        return _over_chunks(lm, loss, rows.flatten(0, 1), targets.flatten())
+    predicted = _predicted(batch)
+    return _over_chunks(lm, loss, rows[predicted], targets[predicted])
 
 
 def kl_divergence(
-    lm: PreTrainedModel, hidden: Float[Tensor, "B S D"], clean: Float[Tensor, "B S D"]
+    lm: PreTrainedModel,
+    hidden: Float[Tensor, "B S D"],
+    clean: Float[Tensor, "B S D"],
+    tokens: TokenBatch | Int[Tensor, "B S"],
 ) -> Float[Tensor, ""]:
     """Sum over positions of KL(p_clean || p) = sum_v p_clean (log p_clean - log p), 0 if equal."""
+    batch = TokenBatch.of(tokens)
 
     def loss(rows: Tensor, clean_rows: Tensor) -> Tensor:
         with torch.no_grad():
@@ -51,18 +82,22 @@ def kl_divergence(
         log_p = logits(lm, rows).log_softmax(1)
         return F.kl_div(log_p, expected, reduction="sum", log_target=True)
 
-    return _over_chunks(lm, loss, hidden.flatten(0, 1), clean.detach().flatten(0, 1))
+    return _over_chunks(lm, loss, _read(hidden, batch), _read(clean.detach(), batch))
 
 
 def agreement(
-    lm: PreTrainedModel, hidden: Float[Tensor, "B S D"], clean: Float[Tensor, "B S D"]
+    lm: PreTrainedModel,
+    hidden: Float[Tensor, "B S D"],
+    clean: Float[Tensor, "B S D"],
+    tokens: TokenBatch | Int[Tensor, "B S"],
 ) -> Int[Tensor, ""]:
     """Positions at which the most likely next token is the clean LM's."""
+    batch = TokenBatch.of(tokens)
 
     def equal(rows: Tensor, clean_rows: Tensor) -> Tensor:
         return (logits(lm, rows).argmax(1) == logits(lm, clean_rows).argmax(1)).sum()
 
-    return _over_chunks(lm, equal, hidden.flatten(0, 1), clean.flatten(0, 1))
+    return _over_chunks(lm, equal, _read(hidden, batch), _read(clean, batch))
 
 
 def _over_chunks(

@@ -3,13 +3,38 @@
 import difflib
 import re
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from natsort import natsorted
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..flag_checks import UsageError
+
+
+class Place(NamedTuple):
+    """Where in the LM a hookpoint is: `module[:input][:headN]`."""
+
+    module: str
+    enters: bool = False
+    """What enters the module, instead of what leaves it."""
+    head: int | None = None
+    """One head of it."""
+
+
+def parse(hookpoint: str) -> Place:
+    """The place that the name of a hookpoint stands for."""
+    module, *parts = hookpoint.split(":")
+    head = next((part.removeprefix("head") for part in parts if part.startswith("head")), None)
+    return Place(module, "input" in parts, None if head is None else int(head))
+
+
+def attention_heads(lm: PreTrainedModel) -> int:
+    """The LM's number of attention heads."""
+    return getattr(text_config(lm.config), "num_attention_heads", None) or 1
+
+
+_WHERE = re.compile(r"(:input)?(:head\d+)?")
 
 
 def choose_hookpoints(
@@ -20,16 +45,22 @@ def choose_hookpoints(
 ) -> list[str]:
     """Module names of the base model that match the globs, in natural order.
 
-    Without globs: the residual stream after every layer in `layers`, or after every
-    `layer_stride`-th one.
+    A glob that ends in `:input` stands for what enters its modules. Without globs: the residual
+    stream after every layer in `layers`, or after every `layer_stride`-th one.
     """
     names = [name for name, _ in lm.base_model.named_modules() if name]
     if patterns:
         chosen: set[str] = set()
         for pattern in patterns:
-            found = [name for name in names if fnmatchcase(name, pattern)]
+            glob, colon, rest = pattern.partition(":")
+            if not _WHERE.fullmatch(colon + rest):
+                raise UsageError(
+                    f"--hookpoints {pattern}: behind the colon there can be input, for what enters "
+                    f"the module"
+                )
+            found = [name + colon + rest for name in names if fnmatchcase(name, glob)]
             if not found:
-                near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
+                near = difflib.get_close_matches(glob, names, n=5, cutoff=0.4) or names[:5]
                 raise UsageError(
                     f"--hookpoints {pattern}: no module of {type(lm).__name__} has such a name; "
                     f"the nearest are {', '.join(natsorted(near))}"

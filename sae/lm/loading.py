@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import ModelConfig
 from ..flag_checks import UsageError
-from .capture import is_sharded
+from .capture import by_head, is_sharded
 from .hookpoints import choose_hookpoints, text_config, text_layers
 from .trace import check_calls, layers_needed, trace_forward
 
@@ -39,7 +39,7 @@ def find_hookpoints(
         if head == "needed" and lm.get_output_embeddings() is None:
             kind = type(lm).__name__
             raise UsageError(f"--loss_fn: {kind} has no head; load it by AutoModelForCausalLM")
-        return freeze(lm), choose_hookpoints(lm, cfg.hookpoints, cfg.layers, cfg.layer_stride)
+        return freeze(lm), _names(cfg, lm)
     config = _load_config(cfg)
     with_head = head != "no" and _predicts_next_token(config)
     if head == "needed" and not with_head:
@@ -56,7 +56,7 @@ def find_hookpoints(
             f"MODEL {cfg.model}: transformers {transformers_version} cannot build it from its "
             f"config. {_in_short(error)}"
         ) from None
-    names = choose_hookpoints(skeleton, cfg.hookpoints, cfg.layers, cfg.layer_stride)
+    names = _names(cfg, skeleton)
     try:
         trace = trace_forward(skeleton)
     except UsageError:  # some LMs only run with weights: they are loaded whole, and checked then
@@ -66,6 +66,11 @@ def find_hookpoints(
     if needed is not None:
         drop_layers_(skeleton, needed)
     return freeze(skeleton), names
+
+
+def _names(cfg: ModelConfig, lm: PreTrainedModel) -> list[str]:
+    names = choose_hookpoints(lm, cfg.hookpoints, cfg.layers, cfg.layer_stride)
+    return by_head(lm, names) if cfg.per_head else names
 
 
 def _load_config(cfg: ModelConfig) -> PretrainedConfig:

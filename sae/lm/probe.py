@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..flag_checks import UsageError
 from .capture import Capture
+from .hookpoints import attention_heads
+from .rows import RowRule
 from .trace import check_calls, trace_forward
 
 _SEQUENCES, _LENGTH = 3, 5
@@ -25,14 +27,16 @@ def checked(capture: Capture, ctx_len: int) -> Capture:
     brought into order. A forward of `ctx_len` tokens must work. Raises UsageError else.
     """
     lm = capture.lm
+    capture = replace(capture, rule=replace(capture.rule, heads=attention_heads(lm)))
     check_calls(lm, capture.hookpoints, trace_forward(lm))
     _check_length(capture, ctx_len)
-    of_all_tokens = replace(capture, exclude_tokens=())
+    whole_rule = RowRule(heads=capture.rule.heads)
+    of_all_tokens = replace(capture, rule=whole_rule)
     try:
         sequence_first = _find_sequence_first(of_all_tokens, _LENGTH)
     except UsageError:  # some LMs pad what is shorter than a window
         sequence_first = _find_sequence_first(of_all_tokens, ctx_len)
-    return replace(capture, sequence_first=sequence_first)
+    return replace(capture, rule=replace(capture.rule, sequence_first=sequence_first))
 
 
 def _find_sequence_first(capture: Capture, length: int) -> frozenset[tuple[str, str]]:

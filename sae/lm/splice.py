@@ -1,7 +1,9 @@
 """The LM with something else in place of its activations."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .capture import first_tensor, kept_tokens
+from ..batch import TokenBatch
+from .hookpoints import Place, parse
+from .rows import RowRule, first_tensor
 
 _OUTPUTS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
@@ -22,52 +26,75 @@ Replacement = Callable[[Float[Tensor, "N D"], Float[Tensor, "N D_out"] | None], 
 def spliced(
     lm: PreTrainedModel,
     replace: dict[str, Replacement],
-    tokens: Int[Tensor, "B S"],
-    exclude_tokens: tuple[int, ...] = (),
+    tokens: TokenBatch | Int[Tensor, "B S"],
+    rule: RowRule | None = None,
     *,
     run_modules: bool = True,
 ) -> Iterator[None]:
-    """Inside, the LM reads `tokens` with the output of every named module replaced.
+    """Inside, the LM reads `tokens` with the rows of every hookpoint replaced.
 
-    Rows of excluded tokens stay what they are. Without `run_modules` a module does not run at all
-    and gets no output rows, unless excluded tokens need them. Afterwards the LM is whole again.
+    Tokens that `rule` counts out keep what they have. Without `run_modules` a module does not run
+    at all and gets no output rows, unless such tokens need them. Afterwards the LM is whole again.
     """
-    kept = kept_tokens(tokens, exclude_tokens)
-    if kept is not None and bool(kept.all()):
-        kept = None
+    batch, rule = TokenBatch.of(tokens), rule or RowRule()
+    kept = rule.kept(batch)
+    kept = None if kept is None or bool(kept.all()) else kept.flatten()
     modules = dict(lm.base_model.named_modules())
+    samples: dict[str, Any] = {}  # made before anything is replaced
+    for name in () if run_modules or kept is not None else replace:
+        if parse(name) == Place(name) and name not in rule.norm_limits:
+            samples[name] = _whole_output(lm, modules[name], batch)
     with ExitStack() as stack:
         for name, function in replace.items():
-            module = modules[name]
-            whole = _whole_output(lm, module, tokens) if not run_modules and kept is None else None
-            stack.enter_context(computing(module, _replaced(module, function, kept, whole)))
+            place = parse(name)
+            new = partial(_with_new_rows, rule, name, function, batch, kept)
+            forward = _replaced(modules[place.module], place.enters, new, samples.get(name))
+            stack.enter_context(computing(modules[place.module], forward))
         yield
 
 
+def _with_new_rows(
+    rule: RowRule,
+    name: str,
+    function: Replacement,
+    batch: TokenBatch,
+    kept: Tensor | None,
+    x: Tensor | None,
+    y: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What a hookpoint passes on, with its rows replaced; `y` is None of a module that waits."""
+    rows = None if y is None else rule.flat(name, "output", y, batch)
+    x_rows = rows if x is None else rule.flat(name, "input", x, batch)
+    like = x if y is None else y
+    assert x_rows is not None and like is not None, "a module that does not run has an input"
+    mask = kept if rows is None else rule.fitting(name, rows, kept)
+    if mask is None:
+        return rule.put(name, like, function(x_rows, rows).to(dtype), batch)
+    assert rows is not None, "tokens that are no rows keep what they have"
+    new = function(x_rows[mask], rows[mask]).to(dtype)
+    return rule.put(name, like, rows.masked_scatter(mask.unsqueeze(1), new), batch)
+
+
 def _replaced(
-    module: nn.Module, function: Replacement, kept: Tensor | None, whole: Any
+    module: nn.Module, enters: bool, new: Callable[..., Tensor], whole: Any
 ) -> Callable[..., Any]:
-    """A forward of `module` with its output replaced; `whole` is a sample where it need not run."""
+    """A forward of `module` with what it reads or returns replaced.
+
+    `whole` is a sample of what it returns where it need not run.
+    """
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        x = first_tensor((args, kwargs))
+        if enters:
+            assert x is not None, "a hookpoint passes a tensor"
+            args, kwargs = with_first_tensor((args, kwargs), new(x, x, x.dtype))
+            return original(*args, **kwargs)
         output = original(*args, **kwargs) if whole is None else whole
         y = first_tensor(output)
-        x = first_tensor((args, kwargs))
-        assert y is not None, "a hookpoint returns a tensor"
-        rows = None if whole is not None else y.reshape(-1, y.shape[-1])
-        x_rows = rows if x is None else x.reshape(-1, x.shape[-1])
-        assert x_rows is not None, "a module that does not run has an input"
-        shape = (*(y if x is None else x).shape[:-1], y.shape[-1])
-        if kept is None:
-            out = function(x_rows, rows).to(y.dtype)
-        else:
-            assert rows is not None
-            mask = kept.flatten()
-            out = rows.masked_scatter(
-                mask.unsqueeze(1), function(x_rows[mask], rows[mask]).to(y.dtype)
-            )
-        return with_first_tensor(output, out.view(shape))
+        assert y is not None, "a hookpoint passes a tensor"
+        return with_first_tensor(output, new(x, None if whole is not None else y, y.dtype))
 
     return forward
 
@@ -75,32 +102,37 @@ def _replaced(
 @contextmanager
 def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, the module computes `forward`."""
+    before = vars(module).get("forward")  # compiled, or replaced at another hookpoint of it
     module.forward = forward  # type: ignore[method-assign]  # for one call
     try:
         yield
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
-def _whole_output(lm: PreTrainedModel, module: nn.Module, tokens: Tensor) -> Any:
+def _whole_output(lm: PreTrainedModel, module: nn.Module, batch: TokenBatch) -> Any:
     """What a module returns, for its structure: a tensor alone, or among others."""
     if module not in _OUTPUTS:
         seen: list[Any] = []
         handle = module.register_forward_hook(lambda m, a, output: seen.append(output))
         with torch.no_grad():
-            lm.base_model(input_ids=tokens[:1, :2])
+            lm.base_model(input_ids=batch.ids[:1, :2])
         handle.remove()
         _OUTPUTS[module] = seen[0]
     return _OUTPUTS[module]
 
 
-def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """A module's output with another tensor in place of its first one."""
-    if isinstance(output, Tensor):
+def with_first_tensor(value: Any, tensor: Tensor) -> Any:
+    """A module's arguments or outputs with another tensor in place of the first one."""
+    if isinstance(value, Tensor):
         return tensor
-    if isinstance(output, dict):
-        first = next(key for key, value in output.items() if isinstance(value, Tensor))
-        output[first] = tensor
-        return output
-    first = next(i for i, value in enumerate(output) if isinstance(value, Tensor))
-    return type(output)((*output[:first], tensor, *output[first + 1 :]))
+    if isinstance(value, dict):
+        found = copy.copy(value)
+        key = next(key for key, item in value.items() if first_tensor(item) is not None)
+        found[key] = with_first_tensor(value[key], tensor)
+        return found
+    at = next(i for i, item in enumerate(value) if first_tensor(item) is not None)
+    return type(value)((*value[:at], with_first_tensor(value[at], tensor), *value[at + 1 :]))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..flag_checks import UsageError
 from .capture import reading_text
-from .hookpoints import text_layers
+from .hookpoints import parse, text_layers
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Trace:
 
     def until(self, hookpoints: Iterable[str]) -> list[tuple[str, bool]]:
         """The events up to the first end of the last of the hookpoints."""
-        missing = set(hookpoints)
+        missing = {parse(name).module for name in hookpoints}
         for i, (name, ended) in enumerate(self.events):
             if ended:
                 missing.discard(name)
@@ -69,7 +69,8 @@ def layers_needed(lm: PreTrainedModel, hookpoints: Iterable[str], trace: Trace) 
         return None
     layer = re.compile(rf"{re.escape(prefix)}\.(\d+)$")
     events = trace.until(hookpoints)
-    if not set(hookpoints) <= {name for name, ended in events if ended}:
+    modules = {parse(name).module for name in hookpoints}
+    if not modules <= {name for name, ended in events if ended}:
         return None
     numbers = [int(found[1]) for name, _ in events if (found := layer.match(name))]
     needed = max(numbers, default=0) + 1
@@ -80,13 +81,14 @@ def check_calls(lm: PreTrainedModel, hookpoints: Iterable[str], trace: Trace) ->
     """Raise UsageError for a hookpoint that does not run exactly once in a forward."""
     calls, kind = trace.calls(), type(lm).__name__
     for name in hookpoints:
-        if calls[name] == 0:
+        times = calls[parse(name).module]
+        if times == 0:
             raise UsageError(
                 f"hookpoint {name} does not run when {kind} reads text: take it out of --hookpoints"
             )
-        if calls[name] > 1:
+        if times > 1:
             raise UsageError(
-                f"hookpoint {name} runs {calls[name]} times when {kind} reads text once, so it "
+                f"hookpoint {name} runs {times} times when {kind} reads text once, so it "
                 f"has no one row per token: one module serves several places of the LM. Take a "
                 f"module around it, or one that enters or leaves it, for --hookpoints"
             )

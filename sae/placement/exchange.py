@@ -67,35 +67,38 @@ class Exchange:
             parts[self.owner[hookpoint]] += [t.to(dtype) for t in _distinct(pair)]
         mine, parts[me] = parts[me], []  # what stays here does not travel
         sent = torch.cat([t.flatten() for part in parts for t in part] or [_nothing(mine)])
-        width = sum(t.shape[1] for t in mine)
-        sizes = [0 if rank == me else n * width for rank, n in enumerate(counts)]
+        owned = {name: _distinct(pair) for name, pair in pairs.items() if self.owns(name)}
+        shapes = [[(n[name], t.shape[1]) for name, ts in owned.items() for t in ts] for n in counts]
+        sizes = [sum(n * width for n, width in shape) for shape in shapes]
+        sizes[me] = 0
         received = sent.new_empty(sum(sizes))
         dist.all_to_all_single(received, sent, sizes, [sum(t.numel() for t in p) for p in parts])
         ranks.count_bytes(sent.nbytes, received.nbytes)
 
         arrived: list[list[Tensor]] = []
-        for rank, (n, chunk) in enumerate(zip(counts, received.split(sizes), strict=True)):
+        for rank, (shape, chunk) in enumerate(zip(shapes, received.split(sizes), strict=True)):
             if rank == me:
                 arrived.append(mine)
                 continue
-            widths = [t.shape[1] for t in mine]
-            blocks = chunk.split([n * width for width in widths])
-            arrived.append([b.view(n, w) for b, w in zip(blocks, widths, strict=True)])
+            blocks = chunk.split([n * width for n, width in shape])
+            arrived.append([b.view(size) for b, size in zip(blocks, shape, strict=True)])
         whole: Iterator[Tensor] = (torch.cat(rows) for rows in zip(*arrived, strict=True))
-        owned: Pairs = {}
-        for hookpoint in filter(self.owns, pairs):
-            tensors = [next(whole) for _ in _distinct(pairs[hookpoint])]
-            owned[hookpoint] = (tensors[0], tensors[-1])
-        return owned
+        found: Pairs = {}
+        for hookpoint, pair in owned.items():
+            tensors = [next(whole) for _ in pair]
+            found[hookpoint] = (tensors[0], tensors[-1])
+        return found
 
-    def _row_counts(self, pairs: Pairs) -> list[int]:
-        """Rows on every rank, which must mean the same tensors: gloo would mix them in silence."""
+    def _row_counts(self, pairs: Pairs) -> list[dict[str, int]]:
+        """Rows of each hookpoint on every rank.
+
+        Ranks must mean the same tensors: gloo would mix them in silence.
+        """
         layout = [(name, *(t.shape[1] for t in _distinct(pair))) for name, pair in pairs.items()]
         digest = zlib.crc32(repr(layout).encode())
-        packed = (count_rows(pairs) << 32) + digest
-        found = [divmod(n, 1 << 32) for n in self.ranks.gather(packed)]
-        assert all(theirs == digest for _, theirs in found), "ranks captured different tensors"
-        return [n for n, _ in found]
+        found = self.ranks.gather_all([digest, *count_rows(pairs).values()])
+        assert all(theirs == digest for theirs, *_ in found), "ranks captured different tensors"
+        return [dict(zip(pairs, counts, strict=True)) for _, *counts in found]
 
 
 def no_rows(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -71,22 +71,32 @@ class Ranks:
 
     def gather(self, value: int) -> list[int]:
         """The value of every rank, in rank order."""
+        return [found for (found,) in self.gather_all([value])]
+
+    def gather_all(self, values: list[int]) -> list[list[int]]:
+        """The values of every rank, as many on each, in rank order."""
         if self.world == 1:
-            return [value]
-        values = [torch.zeros((), dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(values, torch.tensor(int(value)), group=self._cpu)
-        return [int(v) for v in values]
+            return [values]
+        found = [torch.zeros(len(values), dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(found, torch.tensor(list(map(int, values))), group=self._cpu)
+        return [part.tolist() for part in found]
+
+    def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
+        """Counts by name, the names the same on every rank, added up over the ranks."""
+        names = sorted(counts)
+        found = self.gather_all([counts[name] for name in names])
+        return {name: sum(part[i] for part in found) for i, name in enumerate(names)}
 
     def merge(self, part: dict[str, T]) -> dict[str, T]:
         """The union of what all ranks know; where two know the same key, they know the same."""
         whole: dict[str, T] = {}
-        for found in self._everyones(part):
+        for found in self.everyones(part):
             whole.update(found)
         return whole
 
     def same(self, what: dict[str, Any]) -> None:
         """Raise UsageError, on all ranks, for the first key whose value is not the same on all."""
-        ours, *others = self._everyones(what)
+        ours, *others = self.everyones(what)
         for rank, theirs in enumerate(others, start=1):
             for key in {**ours, **theirs}:
                 if ours.get(key) != theirs.get(key):
@@ -107,7 +117,7 @@ class Ranks:
             message = str(error)
         if not any(self.gather(message is not None)):
             return
-        said = {rank: text for rank, text in enumerate(self._everyones(message)) if text}
+        said = {rank: text for rank, text in enumerate(self.everyones(message)) if text}
         rank, text = next(iter(said.items()))
         raise UsageError(text if len(said) == self.world else f"rank {rank}: {text}")
 
@@ -116,7 +126,7 @@ class Ranks:
         reason = signals.stop_reason()
         if self.world == 1 or not any(self.gather(reason is not None)):
             return reason
-        return next(filter(None, self._everyones(reason)))
+        return next(filter(None, self.everyones(reason)))
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -158,7 +168,8 @@ class Ranks:
         moved = 2 * (self.world - 1) * tensor.nbytes // self.world
         self.count_bytes(moved, moved)
 
-    def _everyones(self, value: Any) -> list[Any]:
+    def everyones(self, value: Any) -> list[Any]:
+        """The value of every rank, of any kind, in rank order."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world

@@ -3,13 +3,14 @@
 from functools import partial
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..batch import TokenBatch
 from ..coders.bank import CoderBank
 from ..config import TrainingConfig
-from ..lm.head import check_head, cross_entropy, kl_divergence, last_hidden_state
+from ..lm.head import check_head, cross_entropy, kl_divergence, last_hidden_state, predictions_made
+from ..lm.rows import RowRule
 from ..lm.splice import spliced
 from .losses import auxiliary_loss
 from .step_sums import StepSums
@@ -27,34 +28,26 @@ class EndToEnd:
     """
 
     def __init__(
-        self,
-        lm: PreTrainedModel,
-        bank: CoderBank,
-        cfg: TrainingConfig,
-        exclude_tokens: tuple[int, ...] = (),
+        self, lm: PreTrainedModel, bank: CoderBank, cfg: TrainingConfig, rule: RowRule | None = None
     ) -> None:
         self.lm, self.bank, self.cfg = lm, bank, cfg
-        self.exclude_tokens = exclude_tokens
+        self.rule = rule
         self.has_auxiliary_losses = bool(cfg.auxk_alpha or bank.multi_topk)
         """Whether there are losses beside the LM's own."""
         self.run_modules = self.has_auxiliary_losses or not bank.transcode
         check_head(lm)
 
     def backward(
-        self,
-        tokens: Int[Tensor, "B S"],
-        sums: StepSums,
-        dead: dict[str, Tensor | None],
-        k: dict[str, int],
+        self, tokens: TokenBatch, sums: StepSums, dead: dict[str, Tensor | None], k: dict[str, int]
     ) -> None:
         """One forward of the LM with all coders spliced in, and its gradients."""
         for name, coder in self.bank.items() if self.has_auxiliary_losses else ():
             sums.gradients_apart.setdefault(name, [torch.zeros_like(p) for p in coder.parameters()])
-        seen: list[int] = []
+        seen: dict[str, int] = {}
 
         def reconstruct(name: str, x: Tensor, y: Tensor | None) -> Tensor:
             coder = self.bank[name]
-            seen.append(len(x))
+            seen[self.bank.hookpoint[name]] = len(x)
             if y is not None and not coder.cfg.transcode:
                 x = y
             # Of a module that did not run the target is unknown, and no error is asked for.
@@ -79,14 +72,14 @@ class EndToEnd:
             with torch.no_grad():
                 clean = last_hidden_state(self.lm, tokens)
         replace = {name: partial(reconstruct, name) for name in self.bank.hookpoint}
-        excluded, run = self.exclude_tokens, self.run_modules
-        with spliced(self.lm, replace, tokens, excluded, run_modules=run):
+        with spliced(self.lm, replace, tokens, self.rule, run_modules=self.run_modules):
             hidden = last_hidden_state(self.lm, tokens)
-        sums.rows += seen[0]
+        sums.rows.update(seen)
+        targets, read = predictions_made(tokens)
         if clean is None:
-            loss, positions = cross_entropy(self.lm, hidden, tokens), tokens[:, 1:].numel()
+            loss, positions = cross_entropy(self.lm, hidden, tokens), targets
         else:
-            loss, positions = kl_divergence(self.lm, hidden, clean), tokens.numel()
+            loss, positions = kl_divergence(self.lm, hidden, clean, tokens), read
         loss.backward()
         found = torch.stack([loss.detach(), loss.new_tensor(positions)]).double()
         sums.lm_loss = found if sums.lm_loss is None else sums.lm_loss + found

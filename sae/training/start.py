@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable
 
-from jaxtyping import Int
-from torch import Tensor
-
+from ..batch import TokenBatch
 from ..coders.functional import Moments, accumulate
 from ..flag_checks import UsageError
 from ..lm.capture import Capture
@@ -12,7 +10,7 @@ from ..placement.ranks import Ranks
 
 
 def first_moments(
-    capture: Capture, batches: Iterable[Int[Tensor, "B S"]], ranks: Ranks
+    capture: Capture, batches: Iterable[TokenBatch], ranks: Ranks
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """Moments of every hookpoint's inputs and of its outputs over all rows of all ranks' batches.
 
@@ -32,8 +30,9 @@ def first_moments(
                     f"already: try --mixed_precision no, or another hookpoint"
                 )
     if not all(moments.count for moments in outputs.values()):
-        some = " ".join(map(str, capture.exclude_tokens[:9]))
+        some = " ".join(map(str, capture.rule.exclude_tokens[:9]))
         raise UsageError(
-            f"--exclude_tokens {some}: leaves no token of the first step; exclude fewer"
+            f"--exclude_tokens {some}, --exclude_positions {capture.rule.exclude_positions}, and "
+            f"what the data mask, leaves no token of the first step; exclude fewer"
         )
     return inputs, outputs

@@ -1,5 +1,7 @@
 """What one optimizer step adds up: over pieces, forwards and ranks, to divide only once."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ class StepSums:
     def __init__(self, bank: CoderBank) -> None:
         coders = dict(bank.items())
         device = next((coder.device for coder in coders.values()), "cpu")
-        self.rows = 0
+        self.rows: Counter[str] = Counter()
         """Rows of each hookpoint on this rank, trained here or sent to their owner."""
         self.fired = {
             name: torch.zeros(coder.num_latents, dtype=torch.int64, device=device)

@@ -35,7 +35,7 @@ def test_arrays_are_joined_without_a_seam() -> None:
     """A block that lies across several arrays reads as if they were one."""
     whole = np.arange(100)
     source = TokenBlocks([whole[:3], whole[3:4], whole[4:4], whole[4:50], whole[50:]], 7)
-    blocks = torch.cat(list(source.batches(torch.arange(len(source)), 7)))
+    blocks = torch.cat([batch.ids for batch in source.batches(torch.arange(len(source)), 7)])
     assert blocks.flatten().tolist() == list(range(98))
 
 
@@ -50,7 +50,7 @@ def test_a_stream_is_read_once_from_the_first_block_asked_for() -> None:
 
     stream = TokenStream(blocks, 20, 4, vocab_size=20)
     batches = list(stream.batches(torch.tensor([3, 4, 9]), 2))
-    assert [b[:, 0].tolist() for b in batches] == [[3, 4], [9]]
+    assert [b.ids[:, 0].tolist() for b in batches] == [[3, 4], [9]]
     assert read == list(range(10))
     assert list(stream.batches(torch.tensor([], dtype=torch.int64), 2)) == []
 

@@ -49,7 +49,7 @@ def load(
 
 def stacked(source: TokenSource) -> torch.Tensor:
     """All blocks in order."""
-    return torch.cat(list(source.batches(torch.arange(len(source)), 7)))
+    return torch.cat([batch.ids for batch in source.batches(torch.arange(len(source)), 7)])
 
 
 def joined(texts: list[str]) -> list[int]:
@@ -86,7 +86,7 @@ def test_a_stream_gives_the_packed_blocks_in_an_order_of_its_own(tmp_path: Path)
     assert len(source) == 60
     blocks = stacked(source)
     again = load(jsonl(tmp_path), streaming=True, max_examples=59, shuffle_seed=3)
-    late = torch.cat(list(again.batches(torch.arange(17, 60), 4)))
+    late = torch.cat([batch.ids for batch in again.batches(torch.arange(17, 60), 4)])
     assert torch.equal(late, blocks[17:])
     saved = datasets.Dataset.from_dict({"text": documents()})
     assert stacked(load(saved, streaming=True, max_examples=59)).shape == blocks.shape

@@ -24,6 +24,7 @@ from sae.judge.evaluate import EvaluateConfig, evaluate, table
 from sae.judge.figures import Evaluation, held_out_figures
 from sae.judge.trained import CodersConfig, load_trained
 from sae.lm.capture import Capture
+from sae.lm.rows import RowRule
 from sae.placement.exchange import Exchange
 from sae.placement.ranks import Ranks
 from sae.training.state import TrainingState
@@ -138,7 +139,7 @@ def test_hookpoints_are_judged_apart_and_all_at_once(
     """Several hookpoints are judged apart and spliced together; the table has a line for each."""
     torch.manual_seed(0)
     coders = {f"layers.{i}": SparseCoder(32, SaeConfig(num_latents=64, k=4)) for i in range(3)}
-    found = judge(causal_lm, coders, tokens[:6], exclude_tokens=(5,))
+    found = judge(causal_lm, coders, tokens[:6], rule=RowRule((5,)))
     assert found.together is not None and list(found.coders) == list(coders)
     kls = [f.predictions.kl for f in found.coders.values() if f.predictions]
     assert len(kls) == 3 and found.together.kl != pytest.approx(max(kls))

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from transformers import AutoModel, PreTrainedModel
 
 from sae import UsageError
 from sae.config import ModelConfig
-from sae.lm.capture import Capture, first_tensor
+from sae.lm.capture import Capture
 from sae.lm.loading import find_hookpoints, freeze, load_lm
 from sae.lm.probe import checked
+from sae.lm.rows import first_tensor
 
 TOKENS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(1))
 
@@ -171,9 +173,7 @@ def test_positions_before_sequences_are_brought_into_order(tmp_path: Path) -> No
     cut, capture = load(tmp_path, "layer.1")
     torch.testing.assert_close(capture(TOKENS)["layer.1"][1], expected.reshape(16, -1))
     unwanted = int(TOKENS[0, 3])
-    without = Capture(
-        cut, ["layer.1"], exclude_tokens=(unwanted,), sequence_first=capture.sequence_first
-    )
+    without = Capture(cut, ["layer.1"], replace(capture.rule, exclude_tokens=(unwanted,)))
     kept = (unwanted != TOKENS).flatten()
     torch.testing.assert_close(without(TOKENS)["layer.1"][1], expected.reshape(16, -1)[kept])
 
@@ -186,6 +186,6 @@ def test_a_length_that_the_lm_cannot_read_is_one_line() -> None:
     )
     lm = freeze(AutoModel.from_config(config))
     capture = Capture(lm, ["encoder.layer.1"])
-    assert checked(capture, 16) == capture
+    assert checked(capture, 16).rule.sequence_first == frozenset()
     with pytest.raises(UsageError, match="--ctx_len 18: RobertaModel fails on sequences of that"):
         checked(capture, 18)

@@ -13,6 +13,7 @@ from sae.config import ModelConfig, Widths
 from sae.lm.capture import Capture, measure_widths
 from sae.lm.hookpoints import choose_hookpoints
 from sae.lm.loading import find_hookpoints, freeze
+from sae.lm.rows import RowRule
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +80,7 @@ def test_excluded_tokens_leave_no_row(tmp_path: Path) -> None:
     """Rows of excluded ids are gone, the others are the same."""
     lm = make(LLAMA, tmp_path)
     every = Capture(lm, ["layers.0"])(TOKENS)["layers.0"]
-    some = Capture(lm, ["layers.0"], exclude_tokens=(3, 9))(TOKENS)["layers.0"]
+    some = Capture(lm, ["layers.0"], RowRule((3, 9)))(TOKENS)["layers.0"]
     keep = ~torch.isin(TOKENS.flatten(), torch.tensor([3, 9]))
     assert 0 < keep.sum() < keep.numel()
     for a, b in zip(every, some, strict=True):

@@ -49,13 +49,13 @@ def test_losses_in_chunks_equal_those_of_all_logits(
     expected = [torch.autograd.grad(x, hidden, retain_graph=True)[0] for x in (ce, kl)]
     for size in (1 << 26, 64 * 4, 64 * 5):
         monkeypatch.setattr(head, "_LOGITS", size)
-        ours = cross_entropy(lm, hidden, TOKENS), kl_divergence(lm, hidden, clean)
+        ours = cross_entropy(lm, hidden, TOKENS), kl_divergence(lm, hidden, clean, TOKENS)
         for loss, of_all, gradient in zip(ours, (ce, kl), expected, strict=True):
             torch.testing.assert_close(loss, of_all, rtol=1e-5, atol=1e-5)
             found = torch.autograd.grad(loss, hidden)[0]
             torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
-        assert agreement(lm, hidden, clean) == same
-        assert kl_divergence(lm, clean, clean).abs() < 1e-5
+        assert agreement(lm, hidden, clean, TOKENS) == same
+        assert kl_divergence(lm, clean, clean, TOKENS).abs() < 1e-5
 
 
 @pytest.mark.parametrize("family", HEADS)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from sae.lm.capture import Capture
 from sae.lm.head import last_hidden_state
+from sae.lm.rows import RowRule
 from sae.lm.splice import spliced
 
 
@@ -45,7 +46,7 @@ def test_rows_of_excluded_tokens_stay_as_they_are(causal_lm: PreTrainedModel) ->
         given.append(y)
         return torch.zeros_like(y)
 
-    with spliced(causal_lm, {"layers.1": zero}, TOKENS, excluded):
+    with spliced(causal_lm, {"layers.1": zero}, TOKENS, RowRule(excluded)):
         _, after = capture(TOKENS)["layers.1"]
     assert torch.equal(given[0], y[keep]) and not keep.all()
     assert torch.equal(after[~keep], y[~keep]) and not after[keep].any()

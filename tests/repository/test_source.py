@@ -26,7 +26,7 @@ ALLOWED = {
         *("config", "flag_checks", "batch", "kernels", "kernels.cpu", "coders", "data", "lm"),
         "placement",
     },
-    "runs": {"config", "flag_checks", "formats", "coders", "lm", "placement", "training"},
+    "runs": {"config", "flag_checks", "batch", "formats", "coders", "lm", "placement", "training"},
     "judge": {
         *("config", "flag_checks", "batch", "coders", "data", "lm", "placement", "training", "runs")
     },

@@ -175,7 +175,8 @@ def test_a_document_of_ten_megabytes_is_packed_whole(tmp_path: Path) -> None:
     file = tmp_path / "long.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = load_tokens(DataConfig(str(file), ctx_len=64), DEMO, limits=(4096, None))
-    ids = torch.cat(list(source.batches(torch.arange(len(source)), 512))).flatten().tolist()
+    batches = source.batches(torch.arange(len(source)), 512)
+    ids = torch.cat([batch.ids for batch in batches]).flatten().tolist()
     expected = []
     for text in filter(None, texts):
         expected += [*tokenizer(text, verbose=False).input_ids, tokenizer.eos_token_id]

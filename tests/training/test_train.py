@@ -26,8 +26,10 @@ from transformers import PreTrainedModel
 
 import train_sae
 from sae import SparseCoder, UsageError, load_many
+from sae.batch import TokenBatch
 from sae.data.blocks import TokenBlocks
 from sae.lm.capture import Capture, Pairs
+from sae.lm.rows import RowRule
 
 
 def test_coders_start_from_the_means_of_the_first_step(
@@ -48,7 +50,7 @@ def test_coders_start_from_the_means_of_the_first_step(
     flags = {"grad_acc_steps": 2, "hookpoints": ("layers.0.mlp", "layers.1.mlp.down_proj")}
     with pytest.raises(Killed):
         run(lm, tokens, settings, run_name="t", transcode=True, exclude_tokens=(1, 2), **flags)
-    capture = Capture(lm, list(flags["hookpoints"]), exclude_tokens=(1, 2))
+    capture = Capture(lm, list(flags["hookpoints"]), RowRule((1, 2)))
     for hookpoint, (x, y) in capture(first_batches(tokens, 16)).items():
         p = started[hookpoint]
         torch.testing.assert_close(p["b_dec"], y.mean(0))
@@ -149,7 +151,7 @@ def test_held_out_figures_are_those_of_the_saved_coder(
     """The FVU in the summary is what the saved files give on the held-out blocks."""
     summary = run(lm, tokens, settings, run_name="r", exclude_tokens=(0,))
     for name, figures in summary["hookpoints"].items():
-        _, y = Capture(lm, [name], exclude_tokens=(0,))(tokens[:16])[name]
+        _, y = Capture(lm, [name], RowRule((0,)))(tokens[:16])[name]
         coder = SparseCoder.load_from_disk(figures["path"])
         assert figures["fvu"] == pytest.approx(coder(y).fvu.item(), rel=1e-5)
         l0 = (coder.encode(y).top_acts > 0).sum(1).float().mean().item()
@@ -302,7 +304,7 @@ def test_kernels_torch_leaves_linear_layers_to_pytorch(
     capture = Capture.__call__
 
     def noted(self: Capture, tokens: Tensor) -> Pairs:
-        if tokens.shape == (8, 16):
+        if TokenBatch.of(tokens).ids.shape == (8, 16):
             used.add(self.fast_linear)
         return capture(self, tokens)
 

@@ -1,0 +1,165 @@
+"""Rows: which tokens have one at a hookpoint, and how they lie in what its module passes on."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..batch import TokenBatch
+from ..flag_checks import UsageError
+from .hookpoints import parse
+
+
+class Found(NamedTuple):
+    """The rows of a hookpoint in one forward."""
+
+    x: Float[Tensor, "N D"]
+    """What enters; where that is not wanted, what leaves."""
+
+    y: Float[Tensor, "N D_out"]
+    """What leaves, or, of a `:input` hookpoint, what enters."""
+
+    kept: Bool[Tensor, " B*S"] | None
+    """Of all tokens those that have a row; None: all of them."""
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """Which tokens are rows, here and wherever the rows are put back into the LM."""
+
+    exclude_tokens: tuple[int, ...] = ()
+    """Token ids without rows."""
+    exclude_positions: int = 0
+    """Tokens at the start of every sequence without rows."""
+    norm_limits: Mapping[str, float] = field(default_factory=dict)
+    """Hookpoint -> the length above which a row is left out."""
+    sequence_first: frozenset[tuple[str, str]] = frozenset()
+    """(hookpoint, "input" or "output") of tensors [S B D]: positions come before sequences."""
+    heads: int = 1
+    """Attention heads that a width is made of where a module does not show them."""
+
+    def kept(self, batch: TokenBatch) -> Bool[Tensor, "B S"] | None:
+        """Which tokens have rows, but for those too long; None for all of them."""
+        kept = batch.rows()
+        if self.exclude_tokens:
+            excluded = torch.isin(batch.ids, batch.ids.new_tensor(self.exclude_tokens))
+            kept = ~excluded if kept is None else kept & ~excluded
+        if self.exclude_positions:
+            later = self._later(batch)
+            kept = later if kept is None else kept & later
+        return kept
+
+    def _later(self, batch: TokenBatch) -> Bool[Tensor, "B S"]:
+        """Tokens behind the first `exclude_positions` of their sequence; padding has no place."""
+        read = torch.ones_like(batch.ids) if batch.attended is None else batch.attended.long()
+        return read.cumsum(1) > self.exclude_positions
+
+    def find(
+        self,
+        hookpoint: str,
+        entering: Tensor | None,
+        leaving: Tensor,
+        batch: TokenBatch,
+        kept: Tensor | None,
+        inputs: bool,
+    ) -> Found:
+        """The rows of a hookpoint among what its module reads and returns.
+
+        `kept` is that of the batch. Raises UsageError for what is not one row per token.
+        """
+        y = self.flat(hookpoint, "output", leaving, batch)
+        x = y
+        if inputs:  # an embedding takes token ids: no activations
+            x = leaving[..., :0] if entering is None else entering
+            x = self.flat(hookpoint, "input", x, batch)
+        chosen = self.fitting(hookpoint, y, None if kept is None else kept.flatten())
+        y_rows = y.clone() if chosen is None else y[chosen]
+        if not inputs:
+            return Found(y_rows, y_rows, chosen)
+        return Found(x.clone() if chosen is None else x[chosen], y_rows, chosen)
+
+    def fitting(self, hookpoint: str, y: Tensor, kept: Tensor | None) -> Tensor | None:
+        """Of the kept tokens those whose row is not too long, [B*S]."""
+        if hookpoint not in self.norm_limits:
+            return kept
+        fits = torch.linalg.vector_norm(y.float(), dim=1) <= self.norm_limits[hookpoint]
+        return fits if kept is None else kept & fits
+
+    def flat(
+        self, hookpoint: str, part: str, tensor: Tensor, batch: TokenBatch
+    ) -> Float[Tensor, "B*S D"]:
+        """A module's tensor as one row per token, in the order of tokens."""
+        head, tokens = parse(hookpoint).head, batch.ids
+        if part == "output" and head is not None:
+            tensor = split_heads(hookpoint, tensor, self.heads)[..., head, :]
+        if (hookpoint, part) in self.sequence_first:
+            tensor = tensor.transpose(0, 1)
+        if tensor.ndim < 2 or tensor.shape[:-1].numel() != tokens.numel():
+            raise UsageError(
+                f"hookpoint {hookpoint} passes a tensor of shape {tuple(tensor.shape)}, which is "
+                f"not one row per token ({tuple(tokens.shape)}): take it out of --hookpoints"
+                + ("" if tensor.ndim < 4 else ", or train on each of its heads by --per_head")
+            )
+        return tensor.reshape(tokens.numel(), tensor.shape[-1])
+
+    def put(
+        self, hookpoint: str, tensor: Tensor, rows: Float[Tensor, "B*S D"], batch: TokenBatch
+    ) -> Tensor:
+        """The tensor of a hookpoint with other rows in it, the reverse of `flat`."""
+        head = parse(hookpoint).head
+        if head is not None:
+            heads = split_heads(hookpoint, tensor, self.heads)
+            parts = list(heads.unbind(-2))
+            parts[head] = self._in_place(hookpoint, parts[head], rows, batch)
+            return torch.stack(parts, -2).view(tensor.shape)
+        return self._in_place(hookpoint, tensor, rows, batch)
+
+    def _in_place(self, hookpoint: str, tensor: Tensor, rows: Tensor, batch: TokenBatch) -> Tensor:
+        if (hookpoint, "output") in self.sequence_first:
+            return rows.view(*batch.ids.shape, -1).transpose(0, 1)
+        return rows.view(*tensor.shape[:-1], -1)
+
+
+def split_heads(hookpoint: str, tensor: Tensor, heads: int) -> Float[Tensor, "*B_S H D"]:
+    """A tensor by heads, as its module gives it or, in one width, by the LM's number of heads."""
+    if tensor.ndim >= 4:
+        return tensor
+    if not parse(hookpoint).enters or tensor.shape[-1] % heads or heads == 1:
+        raise UsageError(
+            f"--per_head: {hookpoint} passes a tensor of shape {tuple(tensor.shape)}, which is not "
+            f"made of heads; name the input of the module behind the heads, as o_proj:input"
+        )
+    return tensor.unflatten(-1, (heads, -1))
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first floating-point tensor in a module's arguments or outputs."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            found = first_tensor(item)
+            if found is not None:
+                return found
+    return None
+
+
+def at_hookpoint(
+    hookpoint: str, arguments: Any, output: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """What enters and what leaves; of a `:input` hookpoint what enters counts as leaving."""
+    entering = first_tensor(arguments)
+    return entering, entering if parse(hookpoint).enters else first_tensor(output)
+
+
+def far_share(y: Float[Tensor, "N D"]) -> float:
+    """Share of sum ||y - y_mean||^2 that the 1 % of rows farthest from the mean hold."""
+    distance = (y.float() - y.float().mean(0)).square().sum(1).double()
+    top = distance.topk(math.ceil(len(y) / 100)).values.sum()
+    return float(top / distance.sum()) if len(y) and distance.sum() > 0 else 0.0

@@ -50,6 +50,7 @@ from sae.runs.norm_limits import limit_norms
 from sae.runs.outcome import keep_best, summarize
 from sae.training.bad_steps import BadSteps, Metrics, bad_number
 from sae.training.end_to_end import EndToEnd
+from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
@@ -77,12 +78,15 @@ class TrainConfig:
 
 
 def train(
-    cfg: TrainConfig, lm: PreTrainedModel | None = None, dataset: Dataset | Tensor | None = None
+    cfg: TrainConfig,
+    lm: PreTrainedModel | None = None,
+    dataset: Dataset | Tensor | None = None,
+    activations: Activations | None = None,
 ) -> dict[str, Any]:
     """Run the training that `cfg` describes; return what `summary.json` says.
 
-    `lm`, which is frozen, and `dataset` (with `input_ids` or text, or a tensor of token blocks)
-    replace the names in `cfg`. Raises UsageError for anything the user can mend.
+    `lm` and `dataset` (with `input_ids` or text, or a tensor of token blocks) replace the names in
+    `cfg`; `activations` ({hookpoint: rows} items) both. Raises UsageError for what users can mend.
     """
     training, machine, folder = cfg.training, cfg.machine, run_folder(cfg)
     uses_lm_loss = training.loss_fn != "fvu"
@@ -90,50 +94,48 @@ def train(
     # The launch. Ranks that were not started alike, or do not know each other, end here.
     dtype = launch.working_dtype(machine.mixed_precision)
     head = "needed" if uses_lm_loss else "wanted" if cfg.run.eval_every else "no"
-    skeleton, hookpoints = find_hookpoints(cfg.model, lm, head)
+    given = None if activations is None else GivenRows.of(activations, cfg)
+    if given is None:
+        skeleton, hookpoints = find_hookpoints(cfg.model, lm, head)
     accelerator = Accelerator(**launch.arguments(folder, cfg.run.log_with, dtype, machine.timeout))
     ranks = launch.connect(accelerator, machine.timeout)
     kernels = Kernels(machine.kernels)
     kernels_description = kernels.describe(ranks.device)
     sequences_per_step = training.batch_size * training.grad_acc_steps * ranks.world
-    flags = recorded_flags(cfg, lm, dataset, sequences_per_step)
-    has_checkpoint = open_run(folder, flags, cfg, ranks)
+    flags = recorded_flags(cfg, given or lm, given or dataset, sequences_per_step)
+    resumes = open_run(folder, flags, cfg, ranks)
 
-    # The language model, frozen, and no more of it than the hookpoints need.
-    lm = lm or load_lm(cfg.model, skeleton, hookpoints, dtype, ranks.device)
-    lm = launch.shard(accelerator, lm, hookpoints, machine.compile)
-    capture = Capture(
-        lm,
-        hookpoints,
-        RowRule(cfg.model.exclude_tokens, cfg.model.exclude_positions),
-        inputs=cfg.coder.transcode,
-        fast_linear=machine.kernels != "torch",
-    )
-    capture = checked(capture, cfg.data.ctx_len)
+    # The frozen language model, no more of it than the hookpoints need; or rows made elsewhere.
+    if given is None:
+        lm = lm or load_lm(cfg.model, skeleton, hookpoints, dtype, ranks.device)
+        lm = launch.shard(accelerator, lm, hookpoints, machine.compile)
+        widths = measure_widths(lm, hookpoints, ranks.device)
+        rule = RowRule(cfg.model.exclude_tokens, cfg.model.exclude_positions)
+        capture = Capture(lm, hookpoints, rule, cfg.coder.transcode, machine.kernels != "torch")
+        capture = checked(capture, cfg.data.ctx_len)
+        about_lm = token_limits(lm), lm.name_or_path
+        tokens_of_lm = partial(load_tokens, cfg.data, cfg.model, *about_lm, dataset)
+    else:
+        capture, widths = given, given.widths
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
-    widths, seeds = measure_widths(lm, hookpoints, ranks.device), training.init_seeds
-    cost = costs(widths, cfg.coder, seeds)
+    seeds, cost = training.init_seeds, costs(widths, cfg.coder, training.init_seeds)
     exchange = Exchange(ranks, cost, machine.distribute_modules, machine.layer_to_rank)
     widths_here = exchange.trained_here(widths)
     bank = CoderBank(widths_here, cfg.coder, seeds, ranks.device, dtype, kernels)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     with ranks.main_first():
-        source = load_tokens(cfg.data, cfg.model, token_limits(lm), lm.name_or_path, dataset)
+        source = given or tokens_of_lm()
     held_out, trained_on = split_blocks(
         source, cfg.data.eval_tokens, cfg.data.max_examples, sequences_per_step
     )
     total_steps = len(trained_on) // sequences_per_step
     order = source.order(trained_on, cfg.data.shuffle_seed)[: total_steps * sequences_per_step]
 
-    # Rows too long to be trained on, by the first step's.
-    first_step_batches = partial(
-        ranks.batches, source, order[:sequences_per_step], training.batch_size
-    )
-    capture = limit_norms(
-        *(capture, cfg.model.exclude_norm, first_step_batches(), folder, has_checkpoint, ranks)
-    )
+    # Rows too long to be trained on, by those of the first step.
+    first_batches = partial(ranks.batches, source, order[:sequences_per_step], training.batch_size)
+    capture = limit_norms(capture, cfg.model.exclude_norm, first_batches(), folder, resumes, ranks)
 
     # For each coder an optimizer and a record of what fires.
     optimizers = {
@@ -149,15 +151,13 @@ def train(
 
     # The start: the last checkpoint, trained coders, or the means of the first step's rows.
     first_step, seconds = 0, 0.0
-    if has_checkpoint:
+    if resumes:
         first_step, seconds = checkpoint.restore(folder, source.fingerprint, state)
     elif training.finetune is not None:
         bank.load_pretrained(training.finetune)
     else:
-        bank.center_(*first_moments(capture, first_step_batches(), ranks))
-    end_to_end = None
-    if uses_lm_loss:
-        end_to_end = EndToEnd(lm, bank, training, capture.rule)
+        bank.center_(*first_moments(capture, first_batches(), ranks))
+    end_to_end = EndToEnd(capture, bank, training) if uses_lm_loss else None
     bad_steps = BadSteps(training.max_bad_steps, ranks)
 
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)

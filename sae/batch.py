@@ -36,3 +36,14 @@ class TokenBatch:
         if self.attended is None or self.counted is None:
             return self.counted if self.attended is None else self.attended
         return self.attended & self.counted
+
+    def padding_last(self) -> "TokenBatch":
+        """The same sequences with padding behind what is read.
+
+        An LM then gives each token the position that it has without padding.
+        """
+        if self.attended is None:
+            return self
+        order = self.attended.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        counted = None if self.counted is None else self.counted.gather(1, order)
+        return TokenBatch(self.ids.gather(1, order), self.attended.gather(1, order), counted)

@@ -21,11 +21,13 @@ ROOT = Path(__file__).parent.parent
 HOOKPOINTS = ["layers.0", "layers.1", "layers.1.mlp", "layers.2"]
 STEPS, SAVED = 12, 6
 
-# Losses that couple rows, rows that differ in number between ranks, an optimizer without a sign.
+# Losses that couple rows, rows that differ in number between ranks and hookpoints, an optimizer
+# without a sign.
 FLAGS = (
     "--hookpoints layers.? layers.1.mlp --ctx_len 16 --max_examples 144 --eval_tokens 176 --k 4 "
     "--expansion_factor 4 --optimizer adam --lr 1e-3 --lr_warmup_steps 5 --auxk_alpha 0.03125 "
-    f"--dead_feature_threshold 300 --multi_topk --exclude_tokens 5 9 11 --save_every {SAVED}"
+    f"--dead_feature_threshold 300 --multi_topk --exclude_tokens 5 9 11 --save_every {SAVED} "
+    "--exclude_positions 1 --exclude_norm 1.1"
 ).split()
 
 # Every one of these is the run "one", placed otherwise.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..coders.functional import Moments, accumulate
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
-from ..lm.capture import Capture
+from ..lm.capture import RowReader
 from ..lm.head import has_head
 from ..placement.exchange import no_rows
 from ..training.state import TrainingState
@@ -82,7 +82,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def held_out_figures(
-    capture: Capture, state: TrainingState, source: TokenSource, blocks: Int[Tensor, " held"]
+    capture: RowReader, state: TrainingState, source: TokenSource, blocks: Int[Tensor, " held"]
 ) -> Evaluation:
     """Figures of every coder as it would be saved, over all rows of the held-out `blocks` at once.
 
@@ -122,7 +122,7 @@ def held_out_figures(
                 found = (moments[hookpoint], sums[name], fired[name])
                 figures[name] = _figures(hookpoint, *found)
         together = None
-        if not exchange.distributed and has_head(lm):
+        if lm is not None and not exchange.distributed and has_head(lm):
             means = {name: seen.mean for name, seen in moments.items()}
             replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
             if len(set(bank.hookpoint.values())) == len(bank.hookpoint):

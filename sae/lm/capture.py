@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,23 @@ from .rows import Found, RowRule, at_hookpoint, split_heads
 
 Pairs = dict[str, tuple[Float[Tensor, "N D"], Float[Tensor, "N D_out"]]]
 """Hookpoint -> (input rows, output rows); where inputs are not wanted, both are the output."""
+
+
+class RowReader(Protocol):
+    """What turns a batch into rows: the LM, or a place where they lie already."""
+
+    @property
+    def lm(self) -> PreTrainedModel | None: ...
+
+    @property
+    def hookpoints(self) -> list[str]: ...
+
+    @property
+    def rule(self) -> RowRule: ...
+
+    def __call__(self, batch: TokenBatch, /) -> Pairs: ...
+
+    def with_rule(self, rule: RowRule) -> "RowReader": ...
 
 
 class _LastHookpoint(Exception):
@@ -46,6 +63,10 @@ class Capture:
         token.
         """
         return {name: (found.x, found.y) for name, found in self.find(tokens).items()}
+
+    def with_rule(self, rule: RowRule) -> "Capture":
+        """The same rows under another rule."""
+        return replace(self, rule=rule)
 
     def find(self, tokens: TokenBatch | Int[Tensor, "B S"]) -> dict[str, Found]:
         """The rows of every hookpoint, and the tokens that they belong to.

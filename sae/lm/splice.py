@@ -65,7 +65,8 @@ def _with_new_rows(
 ) -> Tensor:
     """What a hookpoint passes on, with its rows replaced; `y` is None of a module that waits."""
     rows = None if y is None else rule.flat(name, "output", y, batch)
-    x_rows = rows if x is None else rule.flat(name, "input", x, batch)
+    is_whole_module = parse(name) == Place(name)
+    x_rows = rows if x is None or not is_whole_module else rule.flat(name, "input", x, batch)
     like = x if y is None else y
     assert x_rows is not None and like is not None, "a module that does not run has an input"
     mask = kept if rows is None else rule.fitting(name, rows, kept)

@@ -30,10 +30,11 @@ def recorded_flags(cfg: Any, lm: Any, dataset: Any, sequences_per_step: int) -> 
     """The flags of a run as they are written down, without the token.
 
     What was passed from Python has no name by which it could be found again, but an LM may know it.
+    Rows that were given stand for both.
     """
     flags = {**flags_of(cfg), "sequences_per_step": sequences_per_step}
     if lm is not None:
-        flags["model"] = lm.name_or_path or None
+        flags["model"] = getattr(lm, "name_or_path", None) or None
     if dataset is not None:
         flags["dataset"] = None
     return flags

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..batch import TokenBatch
 from ..flag_checks import UsageError
-from ..lm.capture import Capture
+from ..lm.capture import RowReader
 from ..lm.rows import far_share
 from ..placement.ranks import Ranks
 from .json_files import read_json, write_json
@@ -23,13 +23,13 @@ _MUCH = 0.5  # of the variance, in one row of a hundred
 
 
 def limit_norms(
-    capture: Capture,
+    capture: RowReader,
     factor: float | None,
     batches: Iterable[TokenBatch],
     run: Path,
     resumes: bool,
     ranks: Ranks,
-) -> Capture:
+) -> RowReader:
     """The capture, leaving out rows longer than `factor` times the median norm of their hookpoint.
 
     The median is over all rows of all ranks' `batches`, those of the first step; a run that
@@ -38,7 +38,7 @@ def limit_norms(
     batches = list(batches)
     if factor is not None:
         limits = norm_limits_of(run) if resumes else _measure(capture, factor, batches, ranks)
-        capture = replace(capture, rule=replace(capture.rule, norm_limits=limits))
+        capture = capture.with_rule(replace(capture.rule, norm_limits=limits))
         if ranks.main and not resumes:
             write_json(run / _FILE, limits)
     found = sinks(capture, batches[:1])  # on all ranks, since the LM may be sharded
@@ -48,7 +48,7 @@ def limit_norms(
 
 
 def _measure(
-    capture: Capture, factor: float, batches: list[TokenBatch], ranks: Ranks
+    capture: RowReader, factor: float, batches: list[TokenBatch], ranks: Ranks
 ) -> dict[str, float]:
     lengths: dict[str, list[Tensor]] = {name: [] for name in capture.hookpoints}
     for batch in batches:
@@ -72,7 +72,7 @@ def norm_limits_of(run: Path) -> dict[str, float]:
     return read_json(found[0]) if found else {}
 
 
-def sinks(capture: Capture, batches: Iterable[TokenBatch]) -> list[str]:
+def sinks(capture: RowReader, batches: Iterable[TokenBatch]) -> list[str]:
     """A line for each hookpoint where 1 % of the batches' rows hold most of the variance."""
     rows: dict[str, list[Tensor]] = {name: [] for name in capture.hookpoints}
     for batch in batches:

@@ -4,13 +4,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..batch import TokenBatch
 from ..coders.bank import CoderBank
 from ..config import TrainingConfig
+from ..lm.capture import RowReader
 from ..lm.head import check_head, cross_entropy, kl_divergence, last_hidden_state, predictions_made
-from ..lm.rows import RowRule
 from ..lm.splice import spliced
 from .losses import auxiliary_loss
 from .step_sums import StepSums
@@ -27,15 +26,13 @@ class EndToEnd:
     transcoder's module runs if one of them is asked for, and only then.
     """
 
-    def __init__(
-        self, lm: PreTrainedModel, bank: CoderBank, cfg: TrainingConfig, rule: RowRule | None = None
-    ) -> None:
-        self.lm, self.bank, self.cfg = lm, bank, cfg
-        self.rule = rule
+    def __init__(self, capture: RowReader, bank: CoderBank, cfg: TrainingConfig) -> None:
+        assert capture.lm is not None, "rows made elsewhere have no loss of an LM"
+        self.lm, self.rule, self.bank, self.cfg = capture.lm, capture.rule, bank, cfg
         self.has_auxiliary_losses = bool(cfg.auxk_alpha or bank.multi_topk)
         """Whether there are losses beside the LM's own."""
         self.run_modules = self.has_auxiliary_losses or not bank.transcode
-        check_head(lm)
+        check_head(self.lm)
 
     def backward(
         self, tokens: TokenBatch, sums: StepSums, dead: dict[str, Tensor | None], k: dict[str, int]

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from ..batch import TokenBatch
 from ..coders.functional import Moments, accumulate
 from ..flag_checks import UsageError
-from ..lm.capture import Capture
+from ..lm.capture import RowReader
 from ..placement.ranks import Ranks
 
 
 def first_moments(
-    capture: Capture, batches: Iterable[TokenBatch], ranks: Ranks
+    capture: RowReader, batches: Iterable[TokenBatch], ranks: Ranks
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """Moments of every hookpoint's inputs and of its outputs over all rows of all ranks' batches.
 

@@ -1,0 +1,198 @@
+"""Rows that were made elsewhere, in place of a language model and text."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..batch import TokenBatch
+from ..config import Widths
+from ..flag_checks import UsageError
+from ..lm.capture import Pairs
+from ..lm.rows import RowRule
+
+Rows = Float[Tensor, "*rows D"] | tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D_out"]]
+"""What a coder is trained on, or what a transcoder reads and what it predicts."""
+
+
+class Activations(Protocol):
+    """Items of rows by hookpoint, which can be gone through again; `fingerprint` is any JSON.
+
+    Where items can be had by number, as those of a list, they are trained on in shuffled order.
+    """
+
+    @property
+    def fingerprint(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Mapping[str, Rows]]: ...
+
+
+@dataclass(frozen=True)
+class GivenBatch(TokenBatch):
+    """The rows of some items; their `ids` are the items' numbers, [B 1]."""
+
+    pairs: Pairs | None = None
+
+    def to(self, device: torch.device) -> "GivenBatch":
+        """The batch on a device."""
+        assert self.pairs is not None
+        moved: Pairs = {}
+        for name, (x, y) in self.pairs.items():
+            there = y.to(device)
+            moved[name] = (there if x is y else x.to(device), there)
+        return GivenBatch(self.ids.to(device), pairs=moved)
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """Both the blocks that a run reads, of which an item is one, and the rows in them."""
+
+    activations: Activations
+    rule: RowRule
+    inputs: bool
+    """Whether items are pairs of what a transcoder reads and predicts."""
+    lm = None
+
+    @classmethod
+    def of(cls, activations: Any, cfg: Any) -> "GivenRows":
+        """The rows for the script's `TrainConfig`. Raises UsageError for what cannot be used."""
+        if not hasattr(activations, "__len__") or not hasattr(activations, "fingerprint"):
+            raise UsageError(
+                f"activations: {type(activations).__name__} needs a length, the number of its "
+                f"items, and a fingerprint, which tells a resumed run that they are the same"
+            )
+        if iter(activations) is activations:
+            raise UsageError(
+                "activations: can be gone through only once; a run does it several times: give an "
+                "object whose __iter__ begins anew"
+            )
+        if not len(activations):
+            raise UsageError("activations: hold no item")
+        if cfg.training.loss_fn != "fvu":
+            raise UsageError(
+                f"--loss_fn {cfg.training.loss_fn}: is a loss of an LM, and activations have none"
+            )
+        if cfg.model.exclude_tokens or cfg.model.exclude_positions:
+            raise UsageError(
+                "--exclude_tokens, --exclude_positions: activations have no tokens; leave out the "
+                "rows themselves"
+            )
+        return cls(activations, RowRule(), cfg.coder.transcode)
+
+    def with_rule(self, rule: RowRule) -> "GivenRows":
+        """The same rows under another rule."""
+        return replace(self, rule=rule)
+
+    @cached_property
+    def _first(self) -> Pairs:
+        return self._pairs(next(iter(self.activations)))
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """The names of the first item's rows, which all items have."""
+        return list(self._first)
+
+    @property
+    def widths(self) -> dict[str, Widths]:
+        """The widths of the first item's rows, which are those of all items."""
+        return {name: Widths(x.shape[1], y.shape[1]) for name, (x, y) in self._first.items()}
+
+    @property
+    def block_len(self) -> int:
+        """Rows in the first item."""
+        return len(next(iter(self._first.values()))[1])
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a run to be resumed."""
+        return {
+            "blocks": len(self),
+            "block_len": self.block_len,
+            "of": self.activations.fingerprint,
+        }
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+    def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]:
+        """The numbers in an order that depends on the seed alone, or as the items come."""
+        if not hasattr(self.activations, "__getitem__"):
+            return torch.arange(numbers.start, numbers.stop)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(numbers), generator=generator) + numbers.start
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[GivenBatch]:
+        """Batches of the items numbered by `order`; the last one may be smaller."""
+        items = self._items(order.tolist())
+        for numbers in order.split(batch_size) if len(order) else ():
+            found = [self._pairs(item) for item in islice(items, len(numbers))]
+            if len(found) < len(numbers):
+                raise UsageError(
+                    f"activations: ended before item {int(numbers[len(found)])} of {len(self)}"
+                )
+            pairs: Pairs = {}
+            for name in self.hookpoints:
+                y = torch.cat([item[name][1] for item in found])
+                pairs[name] = (torch.cat([i[name][0] for i in found]) if self.inputs else y, y)
+            yield GivenBatch(numbers.unsqueeze(1), pairs=pairs)
+
+    def __call__(self, batch: TokenBatch) -> Pairs:
+        """The rows of a batch that the rule keeps."""
+        assert isinstance(batch, GivenBatch) and batch.pairs is not None
+        kept: Pairs = {}
+        for name, (x, y) in batch.pairs.items():
+            fits = self.rule.fitting(name, y, None)
+            y_rows = y if fits is None else y[fits]
+            x_rows = x if fits is None else x[fits]
+            kept[name] = (x_rows if self.inputs else y_rows, y_rows)
+        return kept
+
+    def _items(self, numbers: list[int]) -> Iterator[Mapping[str, Rows]]:
+        """The items of these numbers, which ascend where items cannot be had by number."""
+        by_number: Any = getattr(self.activations, "__getitem__", None)
+        if by_number is not None:
+            yield from map(by_number, numbers)
+            return
+        left = iter(numbers)
+        wanted = next(left, None)
+        for number, item in enumerate(self.activations):
+            while number == wanted:  # the last block is read twice where ranks wait for each other
+                yield item
+                wanted = next(left, None)
+            if wanted is None:
+                return
+
+    def _pairs(self, item: Mapping[str, Rows]) -> Pairs:
+        """An item's rows, [N D] each. Raises UsageError for what is no item."""
+        known = self.__dict__.get("_first")
+        if known is not None and item.keys() != known.keys():
+            raise UsageError(
+                f"activations: an item has rows of {', '.join(item)}, and the first one of "
+                f"{', '.join(known)}"
+            )
+        found: Pairs = {}
+        for name, rows in item.items():
+            x, y = rows if isinstance(rows, tuple) else (rows, rows)
+            if isinstance(rows, tuple) != self.inputs:
+                raise UsageError(
+                    f"activations: {name} has {'a pair of' if not self.inputs else 'no pair of'} "
+                    f"rows; transcoders (--transcode) take pairs of input and output, SAEs do not"
+                )
+            shapes = [tuple(x.shape), tuple(y.shape)]
+            widths = [t.shape[-1] for pair in [(known or {}).get(name, ())] for t in pair]
+            same = x.shape[:-1] == y.shape[:-1] and widths in ([], [x.shape[-1], y.shape[-1]])
+            if y.ndim < 2 or not same or not y.is_floating_point() or not x.is_floating_point():
+                raise UsageError(
+                    f"activations: {name} has rows of shapes {shapes[0]} and {shapes[1]}, "
+                    f"{y.dtype}; give floating-point rows [N D] of one width in all items"
+                )
+            flat = y.reshape(-1, y.shape[-1])
+            found[name] = (flat if x is y else x.reshape(-1, x.shape[-1]), flat)
+        return found

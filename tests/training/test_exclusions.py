@@ -1,0 +1,166 @@
+"""Rows that a run leaves out are left out of all of it, and of what judges it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_runs import call
+from conftest import tiny_lm
+from datasets import Dataset
+from torch import Tensor
+from training_runs import first_batches, run
+from transformers import PreTrainedModel
+
+import train_sae
+from sae import SparseCoder, UsageError
+from sae.flag_checks import from_flags
+
+HOOKPOINT = "layers.1"
+
+
+@pytest.fixture(scope="module")
+def with_sinks() -> PreTrainedModel:
+    """An LM that gives the first position, and token 3 anywhere, rows far longer than others."""
+    lm = tiny_lm()
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[3] *= 300
+    return lm
+
+
+def rows_of(lm: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The rows of the hookpoint by a plain hook, [B S D]."""
+    seen: list[Any] = []
+    handle = lm.base_model.get_submodule(HOOKPOINT).register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
+    with torch.no_grad():
+        lm.base_model(input_ids=tokens)
+    handle.remove()
+    return seen[0] if isinstance(seen[0], Tensor) else seen[0][0]
+
+
+def fvu(coder: SparseCoder, y: Tensor) -> float:
+    with torch.no_grad():
+        error = (coder(y).sae_out - y).double().square().sum()
+    return float(error / (y - y.mean(0)).double().square().sum())
+
+
+def test_long_rows_are_no_rows_in_training_and_evaluation(
+    with_sinks: PreTrainedModel, tokens: Tensor, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The limit is the factor times the first step's median norm; longer rows count nowhere."""
+    flags = {**settings, "hookpoints": (HOOKPOINT,), "exclude_norm": 3.0, "exclude_positions": 2}
+    summary = run(with_sinks, tokens, flags, run_name="r")
+    first = rows_of(with_sinks, first_batches(tokens, 8))[:, 2:].flatten(0, 1).norm(dim=1)
+    limit = 3.0 * float(first.median())
+    saved = json.loads((tmp_path / "runs/r/norm_limits.json").read_text())
+    assert saved == {HOOKPOINT: pytest.approx(limit, rel=1e-5)}
+    held_out = rows_of(with_sinks, tokens[:16])[:, 2:].flatten(0, 1)
+    kept = held_out[held_out.norm(dim=1) <= limit]
+    assert 0.5 * len(held_out) < len(kept) < len(held_out)
+    found = summary["hookpoints"][HOOKPOINT]
+    coder = SparseCoder.load_from_disk(found["path"])
+    assert found["fvu"] == pytest.approx(fvu(coder, kept), rel=1e-4)
+    trained_on = rows_of(with_sinks, tokens[16:176])[:, 2:].flatten(0, 1)
+    assert summary["tokens"] == int((trained_on.norm(dim=1) <= limit).sum())
+
+
+def test_a_resumed_run_keeps_its_limit(
+    with_sinks: PreTrainedModel, tokens: Tensor, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The median is that of the start, not of what the resumed run sees first."""
+    flags = {**settings, "hookpoints": (HOOKPOINT,), "exclude_norm": 2.0, "run_name": "r"}
+    run(with_sinks, tokens, flags)
+    file = tmp_path / "runs/r/norm_limits.json"
+    file.write_text(json.dumps({HOOKPOINT: 1e9}))
+    resumed = run(with_sinks, tokens, flags, resume=True)
+    assert json.loads(file.read_text()) == {HOOKPOINT: 1e9}
+    held_out = rows_of(with_sinks, tokens[:16]).flatten(0, 1)
+    found = resumed["hookpoints"][HOOKPOINT]
+    expected = fvu(SparseCoder.load_from_disk(found["path"]), held_out)  # all of them
+    assert found["fvu"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_few_rows_with_most_of_the_variance_are_named(
+    with_sinks: PreTrainedModel,
+    tokens: Tensor,
+    settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line at the start says that FVU is of 1 % of the rows; without them there is none."""
+    rare = torch.where(tokens == 3, 4, tokens)
+    rare[:, 5] = torch.where(torch.arange(len(rare)) % 8 == 0, 3, rare[:, 5])  # one row in 128
+    flags = {**settings, "hookpoints": (HOOKPOINT,), "max_examples": 16}
+    run(with_sinks, rare, flags, run_name="a")
+    assert f"{HOOKPOINT}: 1 % of its rows hold " in capsys.readouterr().out
+    run(with_sinks, rare, flags, run_name="b", exclude_norm=5.0)
+    run(with_sinks, rare, flags, run_name="c", exclude_tokens=(3,))
+    assert "of its rows hold" not in capsys.readouterr().out
+
+
+def test_the_command_leaves_out_what_the_run_left_out(
+    with_sinks: PreTrainedModel,
+    tokens: Tensor,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`evaluate` gives the run's own FVU; of a run without limits it names the sinks."""
+    folder = tmp_path / "lm"
+    with_sinks.save_pretrained(folder)
+    Dataset.from_dict({"input_ids": tokens.tolist()}).save_to_disk(tmp_path / "data")
+    flags = {**settings, "model": str(folder), "dataset": str(tmp_path / "data")}
+    flags |= {"hookpoints": (HOOKPOINT,), "max_examples": 16, "exclude_positions": 1}
+    for name, more in (("limited", {"exclude_norm": 3.0}), ("plain", {})):
+        cfg = from_flags(train_sae.TrainConfig, {**flags, **more, "run_name": name})
+        summary = train_sae.train(cfg)
+        assert call(monkeypatch, "evaluate", str(tmp_path / "runs" / name)) == 0
+        found = json.loads((tmp_path / "runs" / name / "eval.json").read_text())
+        theirs = summary["hookpoints"][HOOKPOINT]["fvu"]
+        assert found["coders"][HOOKPOINT]["fvu"] == pytest.approx(theirs, rel=1e-5)
+    capsys.readouterr()
+
+
+def test_heads_and_inputs_are_trained_on_and_judged(
+    lm: PreTrainedModel,
+    tokens: Tensor,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One coder per head of what enters a module; the commands find the same places again."""
+    lm.save_pretrained(tmp_path / "lm")
+    Dataset.from_dict({"input_ids": tokens.tolist()}).save_to_disk(tmp_path / "data")
+    flags = {**settings, "model": str(tmp_path / "lm"), "dataset": str(tmp_path / "data")}
+    flags |= {"hookpoints": ("layers.1.self_attn.o_proj:input",), "max_examples": 16, "k": 2}
+    for name, per_head, widths in (("heads", True, [8] * 4), ("whole", False, [32])):
+        cfg = from_flags(train_sae.TrainConfig, {**flags, "per_head": per_head, "run_name": name})
+        summary = train_sae.train(cfg)
+        coders = SparseCoder.load_many(tmp_path / "runs" / name)
+        assert [coder.d_in for coder in coders.values()] == widths
+        assert call(monkeypatch, "evaluate", str(tmp_path / "runs" / name)) == 0
+        found = json.loads((tmp_path / "runs" / name / "eval.json").read_text())["coders"]
+        for coder, figures in summary["hookpoints"].items():
+            assert found[coder]["fvu"] == pytest.approx(figures["fvu"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"hookpoints": ("layers.1.mlp:input",), "transcode": True}, "--transcode True: .*:input"),
+        ({"hookpoints": ("layers.1.mlp:output",)}, "behind the colon"),
+        ({"per_head": True}, "--per_head True: residual streams have no heads"),
+        ({"hookpoints": ("layers.1.mlp",), "per_head": True}, "--per_head: layers.1.mlp passes"),
+        ({"exclude_norm": 0.5}, "--exclude_norm 0.5: must be at least 1"),
+        ({"exclude_positions": 16}, "--exclude_positions 16.*leaves no token"),
+    ],
+)
+def test_what_leaves_nothing_is_refused(
+    lm: PreTrainedModel, tokens: Tensor, settings: dict[str, Any], flags: dict[str, Any], said: str
+) -> None:
+    """Places and exclusions that mean nothing end in a line that names the flag."""
+    with pytest.raises(UsageError, match=said):
+        run(lm, tokens, settings, run_name="r", **flags)

@@ -84,9 +84,9 @@ class RunLog:
         if step % self._flags["log_every"] and step != self._total_steps:
             return
         known: dict[str, float] = as_numbers(metrics)
-        for record in state.firing.values():
-            known["tokens"] = record.tokens
+        seen = max((record.tokens for record in state.firing.values()), default=0)
         numbers = self._exchange.ranks.merge(known)
+        numbers["tokens"] = max(self._exchange.ranks.gather(seen))
         if not self._exchange.ranks.main:
             return
         now = time.monotonic()

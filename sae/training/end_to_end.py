@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank
 from ..config import TrainingConfig
+from ..flag_checks import UsageError
 from ..lm.head import check_head, cross_entropy, kl_divergence, last_hidden_state
 from ..lm.splice import spliced
 from .losses import auxiliary_loss
@@ -38,7 +39,10 @@ class EndToEnd:
         self.has_auxiliary_losses = bool(cfg.auxk_alpha or bank.multi_topk)
         """Whether there are losses beside the LM's own."""
         self.run_modules = self.has_auxiliary_losses or not bank.transcode
-        check_head(lm)
+        try:
+            check_head(lm)
+        except UsageError as error:
+            raise UsageError(f"--loss_fn {cfg.loss_fn}: {error}; use fvu") from None
 
     def backward(
         self,

@@ -119,8 +119,9 @@ class SparseCoderConfig:
             raise UsageError(f"{path} describes no coder: {error}") from None
 
     def to_json(self, path: Path, d_in: int, d_out: int) -> None:
-        """Write `cfg.json`: this config and the widths."""
-        text = json.dumps({**asdict(self), "d_in": d_in, "d_out": d_out}, indent=2)
+        """Write `cfg.json`: this config, with the number of latents itself, and the widths."""
+        sizes = {"num_latents": self.latents(d_in), "d_in": d_in, "d_out": d_out}
+        text = json.dumps({**asdict(self), **sizes}, indent=2)
         path.write_text(text + "\n", encoding="utf-8")
 
 

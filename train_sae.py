@@ -51,7 +51,7 @@ from sae.training.end_to_end import EndToEnd
 from sae.training.logs import RunLog, show_summary
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
-from sae.training.schedules import k_at
+from sae.training.schedules import check_warmup, k_at
 from sae.training.start import first_moments
 from sae.training.state import TrainingState
 from sae.training.step_sums import StepSums
@@ -123,6 +123,8 @@ def train(
         source, cfg.data.eval_tokens, cfg.data.max_examples, sequences_per_step
     )
     total_steps = len(trained_on) // sequences_per_step
+    if not has_checkpoint:
+        check_warmup(training, total_steps)
     order = source.order(trained_on, cfg.data.shuffle_seed)[: total_steps * sequences_per_step]
 
     # For each coder an optimizer and a record of what fires.
@@ -233,7 +235,7 @@ def train(
     log.close()
     unlock(folder)
     if ranks.main:
-        show_summary(folder, summary)
+        show_summary(folder, summary, cfg.run.log_with)
     return summary
 
 

@@ -54,7 +54,7 @@ from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
-from sae.training.schedules import k_at
+from sae.training.schedules import check_warmup, k_at
 from sae.training.start import first_moments
 from sae.training.state import TrainingState
 from sae.training.step_sums import StepSums
@@ -121,8 +121,7 @@ def train(
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
     seeds, cost = training.init_seeds, costs(widths, cfg.coder, training.init_seeds)
     exchange = Exchange(ranks, cost, machine.distribute_modules, machine.layer_to_rank)
-    widths_here = exchange.trained_here(widths)
-    bank = CoderBank(widths_here, cfg.coder, seeds, ranks.device, dtype, kernels)
+    bank = CoderBank(exchange.trained_here(widths), cfg.coder, seeds, ranks.device, dtype, kernels)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     with ranks.main_first():
@@ -131,6 +130,8 @@ def train(
         source, cfg.data.eval_tokens, cfg.data.max_examples, sequences_per_step
     )
     total_steps = len(trained_on) // sequences_per_step
+    if not resumes:
+        check_warmup(training, total_steps)
     order = source.order(trained_on, cfg.data.shuffle_seed)[: total_steps * sequences_per_step]
 
     # Rows too long to be trained on, by those of the first step.
@@ -243,7 +244,7 @@ def train(
     log.close()
     unlock(folder)
     if ranks.main:
-        show_summary(folder, summary)
+        show_summary(folder, summary, cfg.run.log_with)
     return summary
 
 

@@ -119,8 +119,9 @@ class SparseCoderConfig:
             raise UsageError(f"{path} describes no coder: {error}") from None
 
     def to_json(self, path: Path, d_in: int, d_out: int) -> None:
-        """Write `cfg.json`: this config and the widths."""
-        text = json.dumps({**asdict(self), "d_in": d_in, "d_out": d_out}, indent=2)
+        """Write `cfg.json`: this config, with the number of latents itself, and the widths."""
+        sizes = {"num_latents": self.latents(d_in), "d_in": d_in, "d_out": d_out}
+        text = json.dumps({**asdict(self), **sizes}, indent=2)
         path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -306,12 +307,16 @@ class RunConfig:
     """Optimizer steps between log entries."""
     log_with: Annotated[Tracker, MAY_CHANGE] = "tensorboard"
     """Tracker that accelerate writes to."""
+    project: Annotated[str | None, MAY_CHANGE] = None
+    """Project in the tracker; default: that of its own variable, such as WANDB_PROJECT, or sae."""
 
     def __post_init__(self) -> None:
         check_values(self)
         name = self.run_name
         if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
             refuse(self, "run_name", "names one folder below --save_dir: use a plain name")
+        if self.project is not None and not self.project.strip():
+            refuse(self, "project", "a project has a name; leave it out for the default")
 
 
 def check_together(cfg: Any) -> None:

@@ -1,12 +1,15 @@
 """Data sets by name: the Hub, folders saved by datasets, files and folders of files."""
 
 import glob
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.fingerprint import Hasher
 
 from ..config import DataConfig
 from ..flag_checks import UsageError
@@ -60,6 +63,19 @@ def _open(cfg: DataConfig, token: str | None) -> Any:
         streaming=cfg.streaming,
         **arguments,
     )
+
+
+def cache_file(data: Any, function: Any) -> str | None:
+    """Where `map` keeps what `function` makes of a data set; None: beside the data, as usual.
+
+    A set saved by `datasets` may lie where nothing can be written: then in its cache, under a name
+    that changes with the data and the function.
+    """
+    where = [Path(file["filename"]).parent for file in data.cache_files]
+    if not where or os.access(where[0], os.W_OK):
+        return None
+    digest = Hasher.hash((data._fingerprint, function))
+    return str(Path(HF_DATASETS_CACHE) / f"cache-{digest}.arrow")
 
 
 def _files(name: str) -> list[Path]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import DataConfig, ModelConfig
 from ..flag_checks import UsageError
 from .blocks import TokenBlocks, TokenSource, TokenStream, check_ids
-from .files import open_dataset
+from .files import cache_file, open_dataset
 from .ids import flat_ids, from_file, from_rows, from_tensor
 from .tokenizing import (
     DOCUMENTS_PER_CALL,
@@ -79,6 +79,7 @@ def load_tokens(
             features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
             num_proc=processes,
             desc="Tokenizing",
+            cache_file_name=cache_file(data, encode),
         )
     return _checked(TokenBlocks(flat_ids(ids), cfg.ctx_len - len(prefix), prefix), name, limits)
 

@@ -160,6 +160,4 @@ def check_head(lm: PreTrainedModel) -> tuple[nn.Module, Any]:
                 return _BODIES[lm]
             del _BODIES[lm]
             break
-    raise UsageError(
-        f"--loss_fn: the head of {type(lm).__name__} cannot be run on hidden states alone: use fvu"
-    )
+    raise UsageError(f"the head of {type(lm).__name__} cannot be run on hidden states alone")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import is_deepspeed_available
 from datasets import disable_progress_bars
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -16,6 +17,16 @@ from ..flag_checks import UsageError
 from ..lm.capture import is_sharded
 from ..lm.loading import compile_blocks
 from .ranks import Ranks
+
+# What mpirun (of MPICH, Open MPI, MVAPICH) and srun call the variables of torch.
+_MPI = {
+    "WORLD_SIZE": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "RANK": ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "LOCAL_RANK": (
+        *("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+        "SLURM_LOCALID",
+    ),
+}
 
 
 def on_cpu() -> bool:
@@ -26,6 +37,29 @@ def on_cpu() -> bool:
 def sharded() -> bool:
     """Whether the launch file asks for DeepSpeed, which shards the LM over the ranks."""
     return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def read_mpi() -> None:
+    """Give this process torch's variables where mpirun or srun started it, and said its rank.
+
+    Raises UsageError where it is one of several that cannot find each other, and so would each
+    train alone.
+    """
+    size = next((name for name in _MPI["WORLD_SIZE"] if name in os.environ), None)
+    if "WORLD_SIZE" in os.environ or size is None or int(os.environ[size]) <= 1:
+        return
+    found = {n: os.environ.get(n) or _first_set(others) for n, others in _MPI.items()}
+    if on_cpu():  # each takes its cores from the launcher
+        found["LOCAL_RANK"] = found["LOCAL_RANK"] or "0"
+    needed = {**found, **{name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}}
+    if missing := [name for name, value in needed.items() if not value]:
+        raise UsageError(
+            f"{size} is {os.environ[size]}: MPI or Slurm started that many processes, but they "
+            f"cannot find each other without {', '.join(missing)}: export the first host as "
+            f"MASTER_ADDR and a free port as MASTER_PORT, or launch by torchrun; for one process "
+            f"alone, unset {size}"
+        )
+    os.environ.update({name: value for name, value in found.items() if value})
 
 
 def working_dtype(mixed_precision: str) -> torch.dtype:
@@ -43,6 +77,7 @@ def arguments(
     Without these, ranks on a CPU each believe to be alone, DeepSpeed decides the LM's dtype, and a
     lost rank keeps the others waiting for as long as the backend likes.
     """
+    read_mpi()
     if log_with not in {*map(str, get_available_trackers()), "none"}:
         raise UsageError(f"--log_with {log_with}: is not installed; pip install it, or use none")
     found: dict[str, Any] = {"project_dir": run}
@@ -53,11 +88,17 @@ def arguments(
         found["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)]
     if not sharded():
         return {**found, "cpu": on_cpu()}
+    if not is_deepspeed_available():
+        raise UsageError(
+            "the launch file asks for DeepSpeed, which is not installed: pip install "
+            "'deepspeed>=0.19,<0.20', or take a launch file without zero3 in its name"
+        )
     plugin = DeepSpeedPlugin()
     if plugin.zero_stage != 3:
         raise UsageError(
             f"the launch file asks for ZeRO stage {plugin.zero_stage}, which does not shard a "
-            f"frozen LM: set stage 3, as accelerate_configs/zero3.json does, or drop DeepSpeed"
+            f"frozen LM: set zero_stage: 3, as accelerate_configs/8gpu_zero3.yaml does, or drop "
+            f"DeepSpeed"
         )
     plugin.deepspeed_config.update(
         bf16={"enabled": dtype == torch.bfloat16},
@@ -107,6 +148,10 @@ def shard(
         raise UsageError("--compile: does not work on a sharded LM; leave it out")
     # Its module is called, never the engine, which would take part in the coders' backward.
     return accelerator.prepare(lm).module
+
+
+def _first_set(names: tuple[str, ...]) -> str | None:
+    return next((os.environ[name] for name in names if name in os.environ), None)
 
 
 def _is_set(name: str) -> bool:

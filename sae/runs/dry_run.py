@@ -9,7 +9,7 @@ from ..coders.bank import CoderBank, costs
 from ..config import Widths
 from ..lm.capture import measure_widths
 from ..lm.loading import find_hookpoints
-from ..placement.launch import sharded, working_dtype
+from ..placement.launch import read_mpi, sharded, working_dtype
 from ..placement.owners import plan_owners, read_owners
 from ..training.optim import state_bytes
 
@@ -34,6 +34,7 @@ def show_plan(cfg: Any) -> None:
     `cfg` is the script's `TrainConfig`. Raises UsageError where the run itself would, as far as
     the LM's config can tell.
     """
+    read_mpi()
     if int(os.environ.get("RANK", "0")):
         return
     world = int(os.environ.get("WORLD_SIZE", "1"))

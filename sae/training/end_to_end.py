@@ -8,6 +8,7 @@ from torch import Tensor
 from ..batch import TokenBatch
 from ..coders.bank import CoderBank
 from ..config import TrainingConfig
+from ..flag_checks import UsageError
 from ..lm.capture import RowReader
 from ..lm.head import check_head, cross_entropy, kl_divergence, last_hidden_state, predictions_made
 from ..lm.splice import spliced
@@ -32,7 +33,10 @@ class EndToEnd:
         self.has_auxiliary_losses = bool(cfg.auxk_alpha or bank.multi_topk)
         """Whether there are losses beside the LM's own."""
         self.run_modules = self.has_auxiliary_losses or not bank.transcode
-        check_head(self.lm)
+        try:
+            check_head(self.lm)
+        except UsageError as error:
+            raise UsageError(f"--loss_fn {cfg.loss_fn}: {error}; use fvu") from None
 
     def backward(
         self, tokens: TokenBatch, sums: StepSums, dead: dict[str, Tensor | None], k: dict[str, int]

@@ -1,4 +1,4 @@
-"""What a run shows: progress bar, tracker, final table."""
+"""What a run shows: progress bar, metrics, final table."""
 
 import json
 import sys
@@ -10,9 +10,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from ..config import Tracker
 from ..placement.exchange import Exchange
 from .bad_steps import Metrics, as_numbers
 from .state import TrainingState
+from .trackers import open_tracker, show_histogram
 
 _HISTOGRAM_STEPS = 100
 
@@ -57,11 +59,8 @@ class RunLog:
             does = "trains and saves" if exchange.distributed else "saves"
             for rank, owned in enumerate(table) if ranks.world > 1 else ():
                 print(f"rank {rank} {does} {owned}")
-        if self._accelerator.log_with:
-            plain = {n: v if isinstance(v, (int, float, str)) else str(v) for n, v in flags.items()}
-            # On resume, points that a killed run logged after its last checkpoint are dropped.
-            purge = {"purge_step": self._first_step + 1} if self._first_step else {}
-            self._accelerator.init_trackers("tensorboard", plain, {"tensorboard": purge})
+        if self._accelerator.log_with and ranks.main:
+            open_tracker(self._accelerator, flags, self._first_step)
         if writer := self._writer():
             rows = "\n".join(f"| {n} | {json.dumps(v)} |" for n, v in flags.items())
             writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}", self._first_step)
@@ -113,8 +112,8 @@ class RunLog:
             norms = torch.linalg.vector_norm(decoder.detach(), dim=1)
             found[f"decoder_norm/{name}"] = norms.float().cpu()
         for name, values in self._exchange.merge(found).items():
-            if (writer := self._writer()) and len(values):
-                writer.add_histogram(name, values, step)
+            if len(values):
+                show_histogram(self._accelerator, name, values, step)
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Show held-out figures, by `figure/coder`, after step number `step`."""
@@ -135,7 +134,7 @@ class RunLog:
         return next((t.tracker for t in named), None)
 
 
-def show_summary(run: Path, summary: dict[str, Any]) -> None:
+def show_summary(run: Path, summary: dict[str, Any], tracker: Tracker) -> None:
     """Print the main figures of a finished run, and where everything is."""
     found = summary["hookpoints"]
     width = max(9, *(len(name) for name in found))
@@ -143,6 +142,7 @@ def show_summary(run: Path, summary: dict[str, Any]) -> None:
     for name, figures in found.items():
         print(f"{name:{width}}  {figures['fvu']:12.4f}  {figures['dead_share']:10.2%}")
     print(f"run          {run.resolve()}")
-    print(f"TensorBoard  tensorboard --logdir {(run / 'tensorboard').resolve()}")
+    if tracker == "tensorboard":
+        print(f"TensorBoard  tensorboard --logdir {(run / 'tensorboard').resolve()}")
     print(f"coders       {Path(next(iter(found.values()))['path']).parent}")
     print(f"summary      {(run / 'summary.json').resolve()}")

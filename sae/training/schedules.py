@@ -3,7 +3,8 @@
 import math
 
 from ..coders.sparse_coder import SparseCoder
-from ..config import OptimizerName
+from ..config import OptimizerName, TrainingConfig
+from ..flag_checks import refuse
 
 
 def default_lr(name: OptimizerName, num_latents: int) -> float:
@@ -23,6 +24,17 @@ def lr_scale(name: OptimizerName, step: int, total_steps: int, warmup_steps: int
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+def check_warmup(cfg: TrainingConfig, total_steps: int) -> None:
+    """Raise UsageError for a warm-up after which nothing of the run is left."""
+    if cfg.optimizer != "signum" and cfg.lr_warmup_steps >= total_steps:
+        refuse(
+            cfg,
+            "lr_warmup_steps",
+            f"the run has {total_steps} steps, so the learning rate of --optimizer "
+            f"{cfg.optimizer} would not come to its peak: give fewer, a tenth say",
+        )
 
 
 def k_at(step: int, k_decay_steps: int, coder: SparseCoder) -> int:

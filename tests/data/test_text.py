@@ -1,6 +1,7 @@
 """No token of a text is lost or seen twice, whatever it is read from."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,35 @@ def test_all_kinds_of_files_give_the_same_blocks(tmp_path: Path) -> None:
     for source in ("docs.parquet", "saved", "folder"):
         assert torch.equal(stacked(load(str(tmp_path / source))), expected), source
     assert torch.equal(stacked(load(data)), expected)
+
+
+def test_a_saved_data_set_may_lie_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are then kept in the cache of `datasets`, by data and column; else beside the data."""
+    data = datasets.Dataset.from_dict({"text": documents(), "other": documents()[::-1]})
+    data.save_to_disk(str(tmp_path / "saved"))
+    data.select(range(100)).save_to_disk(str(tmp_path / "part"))
+    cache, access = tmp_path / "cache", os.access
+    monkeypatch.setattr("sae.data.files.HF_DATASETS_CACHE", cache)
+
+    def read_only(path: Path, mode: int) -> bool:
+        inside = Path(path).is_relative_to(tmp_path) and not Path(path).is_relative_to(cache)
+        return not (inside and mode == os.W_OK) and access(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", read_only)
+        given = [("saved", "text"), ("saved", "other"), ("part", "text"), ("saved", "text")]
+        found = [stacked(load(str(tmp_path / n), text_column=c)) for n, c in given]
+        patch.setattr("sae.data.text.DOCUMENTS_PER_CALL", 50)
+        three = load(str(tmp_path / "saved"), data_preprocessing_num_proc=3)
+        assert torch.equal(stacked(three), found[0])
+    assert not list(tmp_path.glob("[ps]a*/cache-*"))  # in saved/ and part/
+    assert len({file.name[:22] for file in cache.glob("cache-*.arrow")}) == 3
+    assert torch.equal(found[0], stacked(load(jsonl(tmp_path)))) and torch.equal(found[0], found[3])
+    assert not torch.equal(found[0], found[1]) and len(found[2]) < len(found[0])
+    load(str(tmp_path / "saved"), text_column="other")
+    assert len(list((tmp_path / "saved").glob("cache-*.arrow"))) == 1
 
 
 def test_a_text_file_is_a_document(tmp_path: Path) -> None:

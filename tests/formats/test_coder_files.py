@@ -1,6 +1,8 @@
 """Files of coders have the reference's names, shapes and numbers; what is no coder is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from sae import Sae, SaeConfig, SparseCoder, UsageError, load_many
 
+# Modules of Python that Windows lacks.
+POSIX = ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog", "readline")
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 
 
@@ -51,6 +55,33 @@ def test_loading_examples_of_the_reference_work(tmp_path: Path) -> None:
     out = coder(x)
     torch.testing.assert_close(coder.decode(*latents), out.sae_out)
     assert out.sae_out.shape == x.shape and out.top_acts.shape == (3, 5, 2)
+
+
+def test_cfg_json_says_how_many_latents_there_are(tmp_path: Path) -> None:
+    """num_latents is written as it is, however it was given, and expansion_factor as given."""
+    coder = SparseCoder(8, SaeConfig(expansion_factor=4, k=2))
+    coder.save_to_disk(tmp_path / "new")
+    written = json.loads((tmp_path / "new/cfg.json").read_text())
+    assert (written["num_latents"], written["expansion_factor"]) == (32, 4)
+    coder.save_to_disk(tmp_path / "old")  # as it was written before, and by the reference
+    (tmp_path / "old/cfg.json").write_text(json.dumps({**written, "num_latents": 0}))
+    for name in ("new", "old"):
+        loaded = Sae.load_from_disk(tmp_path / name)
+        assert loaded.num_latents == 32
+        assert torch.equal(loaded.encoder.weight, coder.encoder.weight)
+
+
+def test_loading_a_coder_needs_no_posix() -> None:
+    """`from sae import SparseCoder` loads and encodes where Python lacks the modules of POSIX."""
+    code = (
+        f"import sys\nfor name in {POSIX!r}:\n    sys.modules[name] = None\n"
+        f"import torch\nfrom sae import SparseCoder\n"
+        f"coder = SparseCoder.load_from_disk({str(REFERENCE / 'sae')!r})\n"
+        f"print(*coder.encode(torch.ones(2, 10)).top_acts.shape)\n"
+    )
+    root = REFERENCE.parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "2 3\n", done.stderr
 
 
 def test_the_decoder_can_be_left_out() -> None:

@@ -21,12 +21,27 @@ from training_runs import (
 )
 from transformers import PreTrainedModel
 
+import train_sae
 from sae import UsageError
 from sae.flag_checks import from_flags
 from sae.runs.folder import checkpoints
 from train_sae import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_run_of_before_warm_ups_were_checked_is_resumed(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm-up longer than the run is refused at the start, and not in the middle."""
+    flags = {"optimizer": "adam", "lr_warmup_steps": 20, "layers": (1,), "save_every": 10}
+    with pytest.raises(UsageError, match="--lr_warmup_steps 20: the run has 20 steps"):
+        run(lm, tokens, settings, run_name="r", **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sae, "check_warmup", lambda *_: None)
+        run(lm, tokens, settings, run_name="r", **flags)
+    shutil.rmtree(Path(settings["save_dir"]) / "r/step_20")
+    assert run(lm, tokens, settings, run_name="r", resume=True, **flags)["step"] == 20
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "muon"])

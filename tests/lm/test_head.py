@@ -9,7 +9,8 @@ import transformers as hf
 from tiny_lms import PLAIN, TOKENS, WITH_HEAD, make_with_head
 from torch import Tensor
 
-from sae import UsageError
+from sae import SparseCoderConfig, TrainingConfig, UsageError
+from sae.coders.bank import CoderBank
 from sae.lm import head
 from sae.lm.head import (
     agreement,
@@ -19,6 +20,7 @@ from sae.lm.head import (
     last_hidden_state,
     logits,
 )
+from sae.training.end_to_end import EndToEnd
 
 HEADS = {
     "opt": hf.OPTConfig(**PLAIN, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32),
@@ -79,5 +81,9 @@ def test_a_head_that_reads_something_else_is_refused() -> None:
         return output
 
     lm.forward = biased
-    with pytest.raises(UsageError, match="cannot be run on hidden states alone"):
+    with pytest.raises(UsageError, match="cannot be run on hidden states alone") as caught:
         check_head(lm)
+    assert "--" not in str(caught.value)  # commands without such a flag check heads too
+    bank = CoderBank({}, SparseCoderConfig(), (0,), "cpu")
+    with pytest.raises(UsageError, match=r"^--loss_fn ce: .*hidden states alone; use fvu"):
+        EndToEnd(lm, bank, TrainingConfig(loss_fn="ce"))

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from sae.placement import launch
+from sae.runs.dry_run import _live_parameters
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = {
@@ -66,8 +73,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 STUB = f"""#!{sys.executable}
 import sys, yaml
 config = yaml.safe_load(open(sys.argv[sys.argv.index("--config_file") + 1]))
-shards = config.get("deepspeed_config", {{}}).get("deepspeed_config_file", "")
-print(config["num_processes"], shards, *sys.argv[sys.argv.index("train_sae.py") + 1:], sep="\\n")
+stage = config.get("deepspeed_config", {{}}).get("zero_stage", "")
+print(config["num_processes"], stage, *sys.argv[sys.argv.index("train_sae.py") + 1:], sep="\\n")
 """
 
 
@@ -84,9 +91,32 @@ def test_launch_files_are_small_and_accelerate_reads_them(name: str) -> None:
     assert config.use_cpu == name.startswith("cpu")
     assert (config.distributed_type == "DEEPSPEED") == name.endswith("zero3")
     if name.endswith("zero3"):
-        file = ROOT / config.deepspeed_config["deepspeed_config_file"]
-        assert json.loads(file.read_text())["zero_optimization"]["stage"] == 3
-    assert {p.stem for p in path.parent.glob("*.yaml")} == PROCESSES.keys()
+        assert config.deepspeed_config["zero_stage"] == 3
+    assert {p.name for p in path.parent.iterdir()} == {f"{name}.yaml" for name in PROCESSES}
+
+
+@pytest.mark.parametrize("name", [name for name in PROCESSES if name.endswith("zero3")])
+def test_sharding_needs_no_other_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any folder, what accelerate hands on of a launch file is ZeRO-3 with a sharded load."""
+    file = str(ROOT / f"accelerate_configs/{name}.yaml")
+    monkeypatch.chdir(tmp_path)
+    parser = launch_command_parser()
+    args = parser.parse_args(["--config_file", file, "--main_process_port", "0", "train_sae.py"])
+    launched: list[Any] = []
+    monkeypatch.setattr("accelerate.commands.launch.deepspeed_launcher", launched.append)
+    launch_command(args)
+    _, environment = prepare_deepspeed_cmd_env(launched[0])
+    for variable, value in environment.items():
+        if variable.startswith("ACCELERATE_"):
+            monkeypatch.setenv(variable, value)
+    plugin = launch.arguments(tmp_path, "none", torch.float32, 1.0)["deepspeed_plugin"]
+    assert plugin.zero_stage == 3 and plugin.zero3_init_flag
+    assert plugin.deepspeed_config["zero_optimization"]["stage"] == 3
+    # DeepSpeed's own defaults, which a dry run takes for the memory of what is gathered.
+    live = DeepSpeedZeroConfig(**plugin.deepspeed_config["zero_optimization"]).max_live_parameters
+    assert live == _live_parameters() == 10**9
 
 
 def hub_cache(folder: Path) -> None:
@@ -112,15 +142,15 @@ def test_every_script_resolves_without_weights(tmp_path: Path) -> None:
     for name in MODELS:
         command = ["bash", str(ROOT / f"scripts/{name}.sh"), "--dry_run"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        world, zero3, *line = done.stdout.splitlines()
+        world, stage, *line = done.stdout.splitlines()
         assert line[-1] == "--dry_run"
-        launched[name] = (line, world, zero3)
+        launched[name] = (line, world, stage)
     # One process resolves them all: most of the time is spent on imports.
     runner = (
         "import os, sys, train_sae\n"
-        f"for name, (line, world, zero3) in {launched!r}.items():\n"
-        "    os.environ.update(WORLD_SIZE=world, ACCELERATE_DEEPSPEED_CONFIG_FILE=zero3)\n"
-        "    os.environ['ACCELERATE_USE_DEEPSPEED'] = str(bool(zero3)).lower()\n"
+        f"for name, (line, world, stage) in {launched!r}.items():\n"
+        "    os.environ.update(WORLD_SIZE=world, ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)\n"
+        "    os.environ['ACCELERATE_USE_DEEPSPEED'] = str(stage == '3').lower()\n"
         "    sys.argv = ['train_sae.py', *line]\n"
         "    print('SCRIPT', name)\n"
         "    train_sae.main()\n"

@@ -115,6 +115,10 @@ MISTAKES = {
     ),
     "batch above the data": (f"{LM} TEXT --batch_size 5000 --ctx_len 64", "--batch_size"),
     "more than positions": (f"{LM} TEXT --ctx_len 600 --batch_size 1", "--ctx_len 600"),
+    "warm-up above the run": (
+        f"{LM} TEXT --optimizer adam --ctx_len 64 --batch_size 2",
+        "--lr_warmup_steps 1000: the run has ",
+    ),
     "bad flag": (f"{LM} TEXT --batch_size 0", "--batch_size 0"),
     "unwritable": (f"{LM} TEXT --save_dir FILE/x", "--save_dir"),
     "missing tracker": (f"{LM} TEXT --log_with wandb", "--log_with wandb"),

@@ -6,10 +6,10 @@ import pytest
 import schedulefree
 import torch
 
-from sae import SaeConfig, SparseCoder, TranscoderConfig
+from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
 from sae.training.losses import divide_gradients_
 from sae.training.optim import CoderOptimizer, ScheduleFreeSignum
-from sae.training.schedules import default_lr
+from sae.training.schedules import check_warmup, default_lr, lr_scale
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -95,6 +95,20 @@ def test_gradients_are_divided_and_lose_the_part_along_unit_rows(normalize: bool
     torch.testing.assert_close(grads["W_dec"], (raw["W_dec"] - along) / 4)
     square = sum(g.square().sum() for g in grads.values())  # type: ignore[union-attr]
     torch.testing.assert_close(norm, torch.as_tensor(square).sqrt())
+
+
+def test_a_warm_up_that_the_run_does_not_outlast_is_refused() -> None:
+    """Where an optimizer warms up, both numbers are named; a longer run comes to its peak."""
+    for name in ("adam", "muon"):
+        for total in (3, 1000):
+            message = f"--lr_warmup_steps 1000: the run has {total} steps, .*--optimizer {name}"
+            with pytest.raises(UsageError, match=message):
+                check_warmup(TrainingConfig(optimizer=name), total)
+            with pytest.raises(UsageError, match="--lr_warmup_steps"):
+                check_warmup(TrainingConfig(optimizer=name, lr_warmup_steps=total), total)
+        check_warmup(TrainingConfig(optimizer=name), 1001)
+        assert max(lr_scale(name, step, 1001, 1000) for step in range(1001)) == 1
+    check_warmup(TrainingConfig(optimizer="signum"), 3)
 
 
 @pytest.mark.parametrize("name", ["signum", "adam", "muon"])

@@ -1,0 +1,112 @@
+"""A machine without DeepSpeed, and processes that mpirun or srun starts."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from starts import ROOT, Starter, folder, starter
+
+from sae import UsageError
+from sae.placement import launch
+
+__all__ = ["folder", "starter"]  # fixtures
+FLAGS = [
+    *("--layers", "1", "--ctx_len", "16", "--num_latents", "64", "--k", "4", "--batch_size", "4"),
+    *("--eval_tokens", "256", "--max_examples", "32", "--log_with", "none", "--run_name"),
+]
+
+# In front of the script: DeepSpeed is neither found nor imported.
+WITHOUT_DEEPSPEED = """
+import importlib.util, os, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "deepspeed":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: name != "deepspeed" and find(name, *args) or None
+sys.meta_path.insert(0, Absent())
+import train_sae
+argv = sys.argv[1:]
+for name, sharded in (("plain", "false"), ("sharded", "true")):
+    os.environ.update(ACCELERATE_USE_DEEPSPEED=sharded, ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
+    sys.argv = ["train_sae.py", *argv, name]
+    train_sae.main()
+"""
+
+
+def test_without_deepspeed_all_but_sharding_works(folder: Path) -> None:
+    """A run trains to its end; a launch that asks for DeepSpeed ends in one line."""
+    files = [str(folder / "lm"), str(folder / "ids.bin"), "--save_dir", str(folder / "runs")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEEPSPEED, *files, *FLAGS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (folder / "runs/plain/summary.json").exists(), done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "asks for DeepSpeed, which is not installed: pip install" in line
+
+
+ALONE = {"PMI_SIZE": "1", "PMI_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+LOST = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+
+
+def test_one_process_of_mpi_is_one_process(starter: Starter) -> None:
+    """Where mpirun or srun started one process, it trains alone; one of two that are lost ends."""
+    files = [str(starter.folder / "lm"), str(starter.folder / "ids.bin")]
+    save = ["--save_dir", str(starter.folder / "runs")]
+    for name, environment, code in (("alone", ALONE, 0), ("lost", LOST, 2)):
+        argv, log = [*files, *save, *FLAGS, name], starter.folder / name
+        (pid,) = starter.server.start("train_sae", argv, log, env=environment)
+        assert starter.wait(pid) == code, starter.log(name)
+    said = starter.log("lost")
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: OMPI_COMM_WORLD_SIZE is 2: ") and "Traceback" not in said
+    assert "MASTER_ADDR, MASTER_PORT" in line and "unset OMPI_COMM_WORLD_SIZE" in line
+
+
+def test_processes_of_mpi_that_can_find_each_other_are_ranks(starter: Starter) -> None:
+    """With MASTER_ADDR and MASTER_PORT, two processes of mpirun train as one run."""
+    files = [str(starter.folder / "lm"), str(starter.folder / "ids.bin")]
+    argv = [*files, "--save_dir", str(starter.folder / "runs"), *FLAGS, "ranks"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in "01":
+        given = {**meet, "PMI_SIZE": "2", "PMI_RANK": rank}
+        log = starter.folder / f"ranks.{rank}"
+        started += starter.server.start("train_sae", argv, log, env=given)
+    codes = [starter.wait(pid) for pid in started]
+    said = [starter.log(f"ranks.{rank}") for rank in "01"]
+    assert codes == [0, 0], said
+    assert "2 processes; 4 steps" in said[0] and "2 processes" not in said[1]
+
+
+def test_torchs_own_variables_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun inside srun, the ranks are torchrun's; on GPUs, MPI's need a local rank."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setenv("PMI_RANK", "3")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        launch.read_mpi()
+        assert os.environ["WORLD_SIZE"] == "2" and "RANK" not in os.environ
+    monkeypatch.setattr(launch, "on_cpu", lambda: False)
+    monkeypatch.setenv("MASTER_ADDR", "host")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UsageError, match="PMI_SIZE is 4: .* without LOCAL_RANK:"):
+        launch.read_mpi()
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # so that they are put back after the test
+        monkeypatch.delenv(name)
+    launch.read_mpi()
+    assert [os.environ[n] for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK")] == ["4", "3", "1"]

@@ -184,8 +184,18 @@ class DataConfig:
     """Tokens per sequence."""
     split: str = "train"
     """Split of the data set."""
-    text_column: str = "text"
-    """Column that holds text."""
+    text_column: str | None = None
+    """Column that holds text; default: input_ids, text, messages or conversations."""
+    chat_roles: tuple[str, ...] = ()
+    """Of chats, the roles whose tokens are trained on; the rest is context. Default: all."""
+    pack: bool = True
+    """Join documents and cut them into sequences; else one document, padded, per sequence."""
+    bos_per_document: bool = False
+    """Put what the tokenizer puts first before every document, and not before every sequence."""
+    eos_token: str | None = None
+    """Token, or its number, that ends a document; default: the tokenizer's own."""
+    skip_bad_rows: Annotated[bool, OF_ONE_DATA_SET] = False
+    """Leave out lines of json files that cannot be read, and say how many."""
     max_examples: Annotated[int | None, AtLeast(1), OF_ONE_DATA_SET] = None
     """Sequences to train on; default: all."""
     streaming: Annotated[bool, OF_ONE_DATA_SET] = False
@@ -207,6 +217,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.bos_per_document and not self.pack:
+            refuse(self, "bos_per_document", "without --pack every document begins so anyway")
         if self.streaming and self.max_examples is None:
             refuse(self, "streaming", "a stream has no length: give --max_examples to say how much")
 

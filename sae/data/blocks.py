@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,16 +36,45 @@ class TokenSource(Protocol):
     def batches(self, order: Tensor, batch_size: int) -> Iterator[TokenBatch]: ...
 
 
+class Block(NamedTuple):
+    """One sequence of tokens, [S]; a mask that hides nothing is None."""
+
+    ids: np.ndarray
+    attended: np.ndarray | None = None
+    """False for padding."""
+    counted: np.ndarray | None = None
+    """False for tokens that are context alone."""
+
+
+def batch_of(blocks: list[Block]) -> TokenBatch:
+    """Blocks of one length as a batch, with padding behind what is read."""
+
+    def stacked(masks: list[np.ndarray | None]) -> Tensor | None:
+        if all(mask is None or mask.all() for mask in masks):
+            return None
+        rows = [np.ones(len(blocks[0].ids), dtype=bool) if mask is None else mask for mask in masks]
+        return torch.from_numpy(np.stack(rows))
+
+    ids = torch.from_numpy(np.stack([block.ids for block in blocks]).astype(np.int64))
+    attended = stacked([block.attended for block in blocks])
+    counted = stacked([block.counted for block in blocks])
+    return TokenBatch(ids, attended, counted).padding_last()
+
+
 @dataclass(frozen=True)
 class TokenBlocks:
     """Blocks of tokens cut from arrays that may stay on disk, as if the arrays were joined.
 
-    A block is `prefix` (none, or the token that the LM expects at the start) and `stride` tokens.
+    A block is `prefix` (none, or the tokens that the LM expects at the start) and `stride` tokens.
     """
 
     arrays: list[np.ndarray]
     stride: int
     prefix: tuple[int, ...] = ()
+    attended: list[np.ndarray] | None = None
+    """0 for padding; arrays of the same lengths."""
+    counted: list[np.ndarray] | None = None
+    """0 for tokens that are context alone."""
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -64,16 +93,25 @@ class TokenBlocks:
     def __len__(self) -> int:
         return self.tokens // self.stride
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Block number `index`, [S] int64."""
+    def __getitem__(self, index: int) -> Block:
+        """Block number `index`, of int64 ids."""
+        ids = self._cut(self.arrays, index, np.asarray(self.prefix, dtype=np.int64))
+        read = np.ones(len(self.prefix), dtype=bool)
+        attended = None if self.attended is None else self._cut(self.attended, index, read)
+        # What the LM expects at the start was said by nobody.
+        counted = None if self.counted is None else self._cut(self.counted, index, ~read)
+        return Block(ids, attended, counted)
+
+    def _cut(self, arrays: list[np.ndarray], index: int, prefix: np.ndarray) -> np.ndarray:
+        """Block number `index` of arrays that lie as the ids do, in the type of its prefix."""
         begin, missing = index * self.stride, self.stride
-        pieces = [np.asarray(self.prefix, dtype=np.int64)]
+        pieces = [prefix]
         which = int(np.searchsorted(self._ends, begin, side="right"))
         while missing:
-            offset = begin - (self._ends[which] - len(self.arrays[which]))
-            pieces.append(self.arrays[which][offset : offset + missing])
+            offset = begin - (self._ends[which] - len(arrays[which]))
+            pieces.append(arrays[which][offset : offset + missing])
             begin, missing, which = begin + len(pieces[-1]), missing - len(pieces[-1]), which + 1
-        return np.concatenate(pieces).astype(np.int64)
+        return np.concatenate(pieces).astype(prefix.dtype)
 
     def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]:
         """The numbers in an order that depends on the seed alone."""
@@ -83,12 +121,13 @@ class TokenBlocks:
     def batches(self, order: Tensor, batch_size: int) -> Iterator[TokenBatch]:
         """Batches of the blocks numbered by `order`; the last one may be smaller."""
         for numbers in order.split(batch_size):
-            yield TokenBatch(torch.from_numpy(np.stack([self[int(i)] for i in numbers])))
+            yield batch_of([self[int(i)] for i in numbers])
 
     @property
     def fingerprint(self) -> dict[str, int]:
         """What must be equal for a run to be resumed: sizes, and the first and last block."""
-        ends = zlib.crc32(self[0].tobytes() + self[len(self) - 1].tobytes())
+        arrays = [a for block in (self[0], self[len(self) - 1]) for a in block if a is not None]
+        ends = zlib.crc32(b"".join(a.tobytes() for a in arrays))
         return {"blocks": len(self), "block_len": self.block_len, "ends": ends}
 
     def token_range(self) -> tuple[int, int]:
@@ -101,7 +140,7 @@ class TokenBlocks:
 class TokenStream:
     """Blocks read in the order of a stream; asking for a block means reading all before it."""
 
-    blocks: Callable[[], Iterator[np.ndarray]]
+    blocks: Callable[[], Iterator[Block]]
     length: int
     block_len: int
     vocab_size: int
@@ -122,7 +161,7 @@ class TokenStream:
         """Batches of the blocks whose numbers `order` gives, ascending; the last may be smaller."""
         first = int(order[0]) if len(order) else 0
         stream = enumerate(islice(self.blocks(), first, None), first)
-        number, block = -1, np.empty(0)
+        number, block = -1, Block(np.empty(0))
         for numbers in order.split(batch_size) if len(order) else ():
             rows = []
             for wanted in numbers.tolist():
@@ -135,9 +174,10 @@ class TokenStream:
                             f"--max_examples"
                         )
                 rows.append(block)
-            batch = np.stack(rows)
-            check_ids("the stream", int(batch.min()), int(batch.max()), self.vocab_size)
-            yield TokenBatch(torch.from_numpy(batch))
+            batch = batch_of(rows)
+            smallest, largest = int(batch.ids.min()), int(batch.ids.max())
+            check_ids("the stream", smallest, largest, self.vocab_size)
+            yield batch
 
 
 def split_blocks(

@@ -1,8 +1,12 @@
 """Data sets by name: the Hub, folders saved by datasets, files and folders of files."""
 
 import glob
+import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,9 @@ from ..config import DataConfig
 from ..flag_checks import UsageError
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_READERS |= {".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_PACKED = (".gz", ".zst", ".bz2", ".xz")
+"""Ends of compressed files, which `datasets` unpacks."""
 
 
 def open_dataset(cfg: DataConfig, token: str | None) -> Any:
@@ -24,16 +31,41 @@ def open_dataset(cfg: DataConfig, token: str | None) -> Any:
     that a glob matches, all rows are one split of any name. Raises UsageError for what is not there
     or cannot be read.
     """
-    try:
+    with reading(cfg):
         return _open(cfg, token)
+
+
+@contextmanager
+def reading(cfg: DataConfig) -> Iterator[None]:
+    """Inside, rows are read, which is when files are found to be damaged, or no text."""
+    try:
+        yield
     except UsageError:
         raise
-    except Exception as error:  # each format's reader has errors of its own
-        reason = " ".join(str(error).split())[:300]
+    except UnicodeDecodeError as error:
         raise UsageError(
-            f"DATASET {cfg.dataset} (--split {cfg.split}): cannot be read here or from the Hub. "
-            f"{reason}"
+            f"--text_column {cfg.text_column or 'text'}: a document is not UTF-8 ({error.reason} "
+            f"at byte {error.start} of it); convert the files, for example with iconv"
         ) from None
+    except Exception as error:  # each format's reader has errors of its own
+        raise unreadable(cfg, error) from None
+
+
+def unreadable(cfg: DataConfig, error: Exception) -> UsageError:
+    """What to say of data whose reader failed: the file and line, if it is one of JSON."""
+    for file in _files(cfg.dataset, quiet=True):
+        if _kind(file) != ".jsonl" or file.suffix in _PACKED:
+            continue
+        for number, line in _bad_lines(file):
+            return UsageError(
+                f"DATASET {file}: line {number} is no JSON object ({line[:80]!r}); mend it, or "
+                f"leave such lines out by --skip_bad_rows"
+            )
+    reason = " ".join(str(error).split())[:300]
+    return UsageError(
+        f"DATASET {cfg.dataset} (--split {cfg.split}): cannot be read here or from the Hub. "
+        f"{reason}"
+    )
 
 
 def _open(cfg: DataConfig, token: str | None) -> Any:
@@ -49,6 +81,8 @@ def _open(cfg: DataConfig, token: str | None) -> Any:
     reader = _reader(name, files)
     if reader == "text":  # a file is a document
         arguments = {"sample_by": "document", **arguments}
+    if any(_kind(file) == ".tsv" for file in files):
+        arguments = {"sep": "\t", **arguments}
     split = str(re.split(r"[\[+]", cfg.split)[0])
     data_files = _splits(path, files) if path.is_dir() else {split: files}
     if path.is_dir() and split not in data_files:
@@ -56,6 +90,8 @@ def _open(cfg: DataConfig, token: str | None) -> Any:
             f"--split {cfg.split}: the files of {name} are of the splits {', '.join(data_files)}; "
             f"name one of them"
         )
+    if cfg.skip_bad_rows:
+        return _good_rows(cfg, data_files[split])
     return datasets.load_dataset(
         *(reader,),
         data_files={split: [str(file) for file in data_files[split]]},
@@ -78,7 +114,55 @@ def cache_file(data: Any, function: Any) -> str | None:
     return str(Path(HF_DATASETS_CACHE) / f"cache-{digest}.arrow")
 
 
-def _files(name: str) -> list[Path]:
+def _kind(file: Path) -> str:
+    """What a file's name ends in, compressed or not."""
+    return Path(file.stem).suffix if file.suffix in _PACKED else file.suffix
+
+
+def _bad_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines of a file that are no JSON objects, empty ones aside."""
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and _object(line) is None:
+                yield number, line
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _good_rows(cfg: DataConfig, files: list[Path]) -> Any:
+    """The lines of .jsonl files that are JSON objects; says how many are not.
+
+    Raises UsageError for files of another kind, and where --split wants a part of them.
+    """
+    if any(file.suffix != ".jsonl" for file in files) or "[" in cfg.split:
+        raise UsageError(
+            "--skip_bad_rows: is for plain .jsonl files, not for a part of a split; leave it out"
+        )
+    bad = {str(file): [number for number, _ in _bad_lines(file)] for file in files}
+    for file, numbers in bad.items():
+        if numbers:
+            first = ", ".join(map(str, numbers[:5]))
+            print(f"{file}: {len(numbers)} lines that are no JSON objects left out: {first} ...")
+    # `datasets` caches what a generator gives by its arguments: the files' times are among them.
+    of_files = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    if cfg.streaming:
+        return datasets.IterableDataset.from_generator(_objects, gen_kwargs={"files": of_files})
+    return datasets.Dataset.from_generator(_objects, gen_kwargs={"files": of_files})
+
+
+def _objects(files: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+    for name, _, _ in files:
+        with open(name, encoding="utf-8", errors="replace") as lines:
+            yield from filter(None, map(_object, lines))
+
+
+def _files(name: str, quiet: bool = False) -> list[Path]:
     """The files that a path or a glob stands for; those of a folder and the folders in it."""
     path = Path(name)
     if path.is_file():
@@ -87,8 +171,8 @@ def _files(name: str) -> list[Path]:
         return [Path(file) for file in sorted(glob.glob(name, recursive=True))]
     inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
     kept = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
-    files = [path / file for file in kept if file.suffix in _READERS]
-    if not files:
+    files = [path / file for file in kept if _kind(file) in _READERS]
+    if not files and not quiet:
         raise UsageError(
             f"DATASET {name}: nothing here that can be read; give a folder saved by datasets, or "
             f"{', '.join(_READERS)}, .npy or .bin files"
@@ -98,14 +182,16 @@ def _files(name: str) -> list[Path]:
 
 def _reader(name: str, files: list[Path]) -> str:
     for file in files:
-        if file.suffix not in _READERS:
+        if _kind(file) not in _READERS:
             raise UsageError(
-                f"DATASET {file}: files that end in {file.suffix or 'nothing'} cannot be read; "
+                f"DATASET {file}: files that end in {_kind(file) or 'nothing'} cannot be read; "
                 f"give {', '.join(_READERS)}, .npy or .bin files"
             )
         if file.stat().st_size == 0:
             raise UsageError(f"DATASET {file}: the file is empty")
-    kinds = sorted({file.suffix for file in files})
+    if any(file.suffix == ".zst" for file in files) and find_spec("zstandard") is None:
+        raise UsageError(f"DATASET {name}: .zst files need zstandard: pip install zstandard")
+    kinds = sorted({_kind(file) for file in files})
     if len({_READERS[kind] for kind in kinds}) > 1:
         raise UsageError(
             f"DATASET {name}: holds {' and '.join(kinds)} files; give a folder of one kind, or one "

@@ -88,22 +88,56 @@ def _check_width(path: Path, ids: np.ndarray) -> None:
             )
 
 
-def from_rows(dataset: datasets.Dataset, name: str) -> TokenBlocks:
-    """Rows of input_ids, all of one length, as they are."""
+def from_rows(dataset: datasets.Dataset, name: str, ctx_len: int) -> TokenBlocks:
+    """Rows of input_ids as they are; those of unlike lengths joined, and cut into `ctx_len`.
+
+    Where an `attention_mask` says what is padding, it is no token. Null rows are left out.
+    """
     kind = dataset.features["input_ids"]
     ids = getattr(kind, "feature", None)
     if not isinstance(ids, datasets.Value) or "int" not in ids.dtype:
         raise UsageError(f"DATASET {name}: its input_ids are {kind}, not lists of integers")
+    if nulls := dataset.data.column("input_ids").null_count:
+        print(f"DATASET {name}: {nulls} of its {len(dataset)} rows have no input_ids: left out")
+        dataset = dataset.filter(lambda row: row["input_ids"] is not None)
     if dataset._indices is not None:  # a selection or shuffle is a view until it is flattened
         dataset = dataset.flatten_indices()
     chunks = dataset.data.column("input_ids").chunks
+    if any(chunk.flatten().null_count for chunk in chunks):
+        raise UsageError(f"DATASET {name}: a row of its input_ids holds null instead of an id")
     lengths = {int(n) for chunk in chunks for n in np.unique(chunk.value_lengths().to_numpy())}
-    if len(lengths) != 1 or 0 in lengths:
-        raise UsageError(
-            f"DATASET {name}: its input_ids have lengths {sorted(lengths)[:5]}; give "
-            f"rows of one length, or a text column to be packed"
-        )
-    return TokenBlocks(flat_ids(dataset), lengths.pop())
+    flat, masks = flat_ids(dataset), _masks(dataset, name)
+    if len(lengths) == 1 and 0 not in lengths:
+        return TokenBlocks(flat, lengths.pop(), (), masks["attention_mask"], masks["counted"])
+    attended, counted = masks["attention_mask"], masks["counted"]
+    if attended is not None:  # joined rows need no padding
+        read = [np.asarray(mask, dtype=bool) for mask in attended]
+        flat = [a[mask] for a, mask in zip(flat, read, strict=True)]
+        if counted is not None:
+            counted = [a[mask] for a, mask in zip(counted, read, strict=True)]
+    return TokenBlocks(flat, ctx_len, (), counted=counted)
+
+
+def _masks(dataset: datasets.Dataset, name: str) -> dict[str, list[np.ndarray] | None]:
+    """The masks beside input_ids, token by token; None for one that is not there or hides none."""
+    found: dict[str, list[np.ndarray] | None] = {"attention_mask": None, "counted": None}
+    for column in found.keys() & set(dataset.column_names):
+        masks = flat_masks(dataset, column)
+        sizes = [len(mask) for mask in masks], [len(ids) for ids in flat_ids(dataset)]
+        if sizes[0] != sizes[1]:
+            raise UsageError(
+                f"DATASET {name}: its {column} is not as long as its input_ids: give one number "
+                f"per token, or take the column out"
+            )
+        found[column] = None if all(mask.all() for mask in masks) else masks
+    return found
+
+
+def flat_masks(dataset: datasets.Dataset, column: str) -> list[np.ndarray]:
+    """A mask's values for all tokens, as arrays that lie as those of `flat_ids`."""
+    chunks = dataset.data.column(column).chunks if len(dataset) else []
+    flat = [chunk.flatten() for chunk in chunks if len(chunk.flatten())]
+    return [np.asarray(part.to_numpy(zero_copy_only=False), dtype=bool) for part in flat]
 
 
 def flat_ids(dataset: datasets.Dataset) -> list[np.ndarray]:

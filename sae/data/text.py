@@ -1,23 +1,24 @@
 """Text or token ids to blocks, checked against the LM."""
 
-from functools import partial
 from typing import Any
 
 import datasets
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig, ModelConfig
 from ..flag_checks import UsageError
 from .blocks import TokenBlocks, TokenSource, TokenStream, check_ids
-from .files import cache_file, open_dataset
-from .ids import flat_ids, from_file, from_rows, from_tensor
+from .files import cache_file, open_dataset, reading
+from .ids import flat_ids, flat_masks, from_file, from_rows, from_tensor
+from .streams import blocks_of_stream
 from .tokenizing import (
+    CHAT_COLUMNS,
     DOCUMENTS_PER_CALL,
+    Encoder,
+    end_token,
     leading_tokens,
     load_tokenizer,
-    pack,
-    reading_utf8,
-    tokenize,
 )
 
 
@@ -31,11 +32,11 @@ def load_tokens(
     """Blocks of `ctx_len` tokens from the Hub, a folder or file here, a `Dataset` or a tensor.
 
     Text is joined with the end-of-document token between documents and cut into blocks; no token
-    is lost but those of the last partial block. A set with `input_ids` is used as it is.
-    `limits` are the LM's vocabulary size and positions; `tokenizer` (default: the model's) and
-    `dataset` take the place of names in the configs. A stream has the blocks that `eval_tokens` and
-    `max_examples` take. Raises UsageError where the data cannot be found, read, or do not fit the
-    LM.
+    is lost but those of the last partial block. Token ids are used as they are, or joined where
+    they are of unlike lengths. `limits` are the LM's vocabulary size and positions; `tokenizer`
+    (default: the model's) and `dataset` take the place of names in the configs. A stream has the
+    blocks that `eval_tokens` and `max_examples` take. Raises UsageError where the data cannot be
+    found, read, or do not fit the LM.
     """
     if isinstance(dataset, Tensor):
         return _checked(from_tensor(dataset), "dataset", limits)
@@ -43,45 +44,92 @@ def load_tokens(
     if dataset is None and name.endswith((".bin", ".npy")):
         return _checked(from_file(name, cfg.ctx_len, limits[0], cfg.token_dtype), name, limits)
     data: Any = open_dataset(cfg, model.hf_token) if dataset is None else dataset
-    with reading_utf8(cfg.text_column):
-        columns = data.column_names or list(next(iter(data), {}))
-    if "input_ids" in columns and not cfg.streaming:
-        return _checked(from_rows(data, name), name, limits)
-    if "input_ids" not in columns and cfg.text_column not in columns:
-        raise UsageError(
-            f"--text_column {cfg.text_column}: DATASET {name} has the columns "
-            f"{', '.join(columns)}; name the one that holds text"
-        )
+    if cfg.streaming and isinstance(data, datasets.Dataset):
+        data = data.to_iterable_dataset()
+    column = _column(cfg, name, data)
+    if column == "input_ids" and not cfg.streaming:
+        return _checked(from_rows(data, name, cfg.ctx_len), name, limits)
     _check_length(cfg.ctx_len, limits[1])  # before hours of tokenizing
-    words = load_tokenizer(tokenizer or model.model, model)
-    # The reference lets the tokenizer start every block (with BOS, say); LMs trained so need it.
-    prefix = leading_tokens(words)
-    if cfg.ctx_len <= len(prefix):
-        raise UsageError(f"--ctx_len {cfg.ctx_len}: what the tokenizer puts first fills a sequence")
-    encode = partial(tokenize, tokenizer=words, column=cfg.text_column)
+    encode, prefix = None, ()
+    if column != "input_ids":
+        encode, prefix = _encoder(cfg, load_tokenizer(tokenizer or model.model, model), column)
     if cfg.streaming:
-        stream_blocks = -(-cfg.eval_tokens // cfg.ctx_len) + (cfg.max_examples or 0)
-        if isinstance(data, datasets.Dataset):
-            data = data.to_iterable_dataset()
+        count = -(-cfg.eval_tokens // cfg.ctx_len) + (cfg.max_examples or 0)
         mixed = data.shuffle(seed=cfg.shuffle_seed, buffer_size=10_000)
         return TokenStream(
-            lambda: pack(mixed, encode, cfg.ctx_len, prefix),
-            *(stream_blocks, cfg.ctx_len, limits[0]),
+            lambda: blocks_of_stream(mixed, encode, cfg, prefix), count, cfg.ctx_len, limits[0]
         )
-    # `datasets` caches the result under a fingerprint of the text, the tokenizer and the column.
+    assert encode is not None
+    ids = _tokenized(cfg, data, encode)
+    if not cfg.pack:
+        return _checked(from_rows(ids, name, cfg.ctx_len), name, limits)
+    counted = flat_masks(ids, "counted") if "counted" in encode.masks else None
+    blocks = TokenBlocks(flat_ids(ids), cfg.ctx_len - len(prefix), prefix, counted=counted)
+    return _checked(blocks, name, limits)
+
+
+def _column(cfg: DataConfig, name: str, data: Any) -> str:
+    """The column to read: the one asked for, else the first of those that are known."""
+    with reading(cfg):
+        columns = data.column_names or list(next(iter(data), {}))
+    wanted = (cfg.text_column,) if cfg.text_column else ("input_ids", "text", *CHAT_COLUMNS)
+    found = next((column for column in wanted if column in columns), None)
+    if found is None:
+        raise UsageError(
+            f"--text_column {cfg.text_column or 'text'}: DATASET {name} has the columns "
+            f"{', '.join(columns)}; name the one that holds text"
+        )
+    if cfg.chat_roles and found not in CHAT_COLUMNS:
+        raise UsageError(
+            f"--chat_roles {' '.join(cfg.chat_roles)}: column {found} of DATASET {name} holds no "
+            f"chats; they are in columns called {' or '.join(CHAT_COLUMNS)}"
+        )
+    return found
+
+
+def _encoder(
+    cfg: DataConfig, words: PreTrainedTokenizerBase, column: str
+) -> tuple[Encoder, tuple[int, ...]]:
+    """How documents become ids, and what comes before every block.
+
+    The reference lets the tokenizer start every block (with BOS, say); LMs trained so need it.
+    """
+    lead = leading_tokens(words)
+    if cfg.ctx_len <= len(lead):
+        raise UsageError(f"--ctx_len {cfg.ctx_len}: what the tokenizer puts first fills a sequence")
+    if cfg.chat_roles and not words.is_fast:
+        raise UsageError(
+            f"--chat_roles {' '.join(cfg.chat_roles)}: {type(words).__name__} does not say which "
+            f"characters a token stands for; leave the flag out"
+        )
+    by_document = cfg.bos_per_document or not cfg.pack
+    encode = Encoder(
+        words,
+        column,
+        end_token(words, cfg),
+        lead if by_document else (),
+        cfg.chat_roles,
+        None if cfg.pack else cfg.ctx_len,
+    )
+    return encode, () if by_document else lead
+
+
+def _tokenized(cfg: DataConfig, data: datasets.Dataset, encode: Encoder) -> datasets.Dataset:
+    """Documents as token ids; `datasets` caches them by a fingerprint of text and encoder."""
     processes = min(cfg.data_preprocessing_num_proc, max(1, len(data) // DOCUMENTS_PER_CALL))
-    with reading_utf8(cfg.text_column):
-        ids = data.map(
+    kinds = {name: datasets.List(datasets.Value("bool")) for name in encode.masks}
+    kinds["input_ids"] = datasets.List(datasets.Value("int32"))
+    with reading(cfg):
+        return data.map(
             encode,
             batched=True,
             batch_size=DOCUMENTS_PER_CALL,
-            remove_columns=columns,
-            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+            remove_columns=data.column_names,
+            features=datasets.Features(kinds),
             num_proc=processes,
             desc="Tokenizing",
             cache_file_name=cache_file(data, encode),
         )
-    return _checked(TokenBlocks(flat_ids(ids), cfg.ctx_len - len(prefix), prefix), name, limits)
 
 
 def _check_length(length: int, positions: int | None) -> None:

@@ -113,6 +113,8 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
             f"the run started: choose the two so that it is the same on this many ranks"
         )
     free = {*flags_marked(cfg, MAY_CHANGE), "sequences_per_step"}
+    if before["text_column"] == "text" and flags["text_column"] is None:
+        free.add("text_column")  # what the default was once
     for name, value in json.loads(json.dumps(flags)).items():
         from_python = name in ("model", "dataset") and value is None
         if name in free or from_python:

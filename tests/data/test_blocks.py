@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae import UsageError
-from sae.data.blocks import TokenBlocks, TokenStream, split_blocks
+from sae.data.blocks import Block, TokenBlocks, TokenStream, split_blocks
 
 
 def test_order_is_a_permutation_by_seed() -> None:
@@ -43,10 +43,10 @@ def test_a_stream_is_read_once_from_the_first_block_asked_for() -> None:
     """Blocks before are passed over, those between as well, and the rest of the stream stays."""
     read: list[int] = []
 
-    def blocks() -> Iterator[np.ndarray]:
+    def blocks() -> Iterator[Block]:
         for i in range(20):
             read.append(i)
-            yield np.full(4, i)
+            yield Block(np.full(4, i))
 
     stream = TokenStream(blocks, 20, 4, vocab_size=20)
     batches = list(stream.batches(torch.tensor([3, 4, 9]), 2))

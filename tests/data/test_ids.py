@@ -19,7 +19,7 @@ def test_every_width_is_read_where_it_is_named(dtype: str, tmp_path: Path) -> No
     source = load_tokens(
         DataConfig(str(tmp_path / "ids.bin"), ctx_len=16, token_dtype=dtype), ModelConfig(), LIMITS
     )
-    assert np.array_equal(source[3], IDS[48:64])
+    assert np.array_equal(source[3].ids, IDS[48:64])
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("uint32", 32), ("int32", 32), ("int64", 64)])
@@ -43,7 +43,7 @@ def test_files_that_say_their_width_need_no_flag(tmp_path: Path) -> None:
         config = DataConfig(str(tmp_path / name), ctx_len=16)
         source = load_tokens(config, ModelConfig(), LIMITS)
         assert source.block_len == length and len(source) == 4000 // length
-        assert np.array_equal(source[1], IDS[length : 2 * length])
+        assert np.array_equal(source[1].ids, IDS[length : 2 * length])
 
 
 def test_npy_files_of_objects_are_refused(tmp_path: Path) -> None:

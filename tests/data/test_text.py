@@ -1,15 +1,14 @@
 """No token of a text is lost or seen twice, whatever it is read from."""
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from token_data import LM, VOCAB, documents, jsonl, load
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -17,35 +16,6 @@ from sae import DataConfig, ModelConfig, UsageError
 from sae.data.blocks import TokenSource
 from sae.data.files import parse_data_args
 from sae.data.text import load_tokens
-
-LM = Path(__file__).parents[2] / "demo" / "lm"
-VOCAB = 4096
-
-
-def documents() -> list[str]:
-    """Texts with everything that text can hold: nothing, emoji, right-to-left, null bytes."""
-    odd = ["", "\x00\x00", "😀 emoji", "עברית ושלום", "<|endoftext|>", "tab\tend", " "]
-    return odd + [f"def f_{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(300)]
-
-
-def jsonl(folder: Path, texts: list[str] | None = None, column: str = "text") -> str:
-    path = folder / "docs.jsonl"
-    rows = [json.dumps({column: t}) for t in (documents() if texts is None else texts)]
-    path.write_text("\n".join(rows) + "\n")
-    return str(path)
-
-
-def load(
-    dataset: str | datasets.Dataset | torch.Tensor,
-    limits: tuple[int, int | None] = (VOCAB, 10**7),
-    tokenizer: str | None = None,
-    **flags: Any,
-) -> TokenSource:
-    """What `load_tokens` makes of a name or of data; one block is held out of a stream."""
-    name = {"dataset": dataset} if isinstance(dataset, str) else {}
-    cfg = DataConfig(**{"ctx_len": 32, "eval_tokens": 1, **name, **flags})
-    data = None if isinstance(dataset, str) else dataset
-    return load_tokens(cfg, ModelConfig(str(LM)), limits, tokenizer, data)
 
 
 def stacked(source: TokenSource) -> torch.Tensor:
@@ -237,10 +207,10 @@ def test_bad_data_is_refused_in_one_line(tmp_path: Path) -> None:
         (str(tmp_path / "odd.bin"), {}, "3 bytes are not whole uint16 tokens"),
         (str(tmp_path / "missing.bin"), {}, "no such file"),
         (str(tmp_path / "nothing"), {}, "nothing here that can be read"),
-        (str(tmp_path / "bad.jsonl"), {}, "cannot be read"),
+        (str(tmp_path / "bad.jsonl"), {}, r"bad.jsonl: line 2 is no JSON object.*--skip_bad_rows"),
         ("no-such/data-set", {}, "DATASET no-such/data-set"),
         (jsonl(tmp_path), {"ctx_len": 10**6}, "less than one block"),
-        (ragged, {}, r"lengths \[1, 2\]"),
+        (ragged, {}, "3 tokens are less than one block of 32"),
         (torch.full((4, 8), 64), {"limits": (64, None)}, "holds token 64.*64 tokens"),
         (jsonl(tmp_path), {"limits": (100, None)}, "MODEL has 100 tokens"),
         (torch.zeros(3), {}, "integer token ids"),
@@ -281,4 +251,4 @@ def test_all_tokens_that_begin_a_text_begin_a_block(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a b " * 50)
     data = DataConfig(str(tmp_path / "text.txt"), ctx_len=6)
     source = load_tokens(data, ModelConfig(str(tmp_path / "words")), (5, None))
-    assert [source[i].tolist() for i in (0, 9)] == [[0, 1, 3, 4, 3, 4]] * 2
+    assert [source[i].ids.tolist() for i in (0, 9)] == [[0, 1, 3, 4, 3, 4]] * 2

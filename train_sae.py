@@ -107,7 +107,7 @@ def train(
 
     # The frozen language model, no more of it than the hookpoints need; or rows made elsewhere.
     if given is None:
-        lm = lm or load_lm(cfg.model, skeleton, hookpoints, dtype, ranks.device)
+        lm = skeleton if lm else load_lm(cfg.model, skeleton, hookpoints, dtype, ranks.device)
         lm = launch.shard(accelerator, lm, hookpoints, machine.compile)
         widths = measure_widths(lm, hookpoints, ranks.device)
         rule = RowRule(cfg.model.exclude_tokens, cfg.model.exclude_positions)

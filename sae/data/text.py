@@ -1,5 +1,6 @@
 """Text or token ids to blocks, checked against the LM."""
 
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -38,6 +39,9 @@ def load_tokens(
     blocks that `eval_tokens` and `max_examples` take. Raises UsageError where the data cannot be
     found, read, or do not fit the LM.
     """
+    for token in model.exclude_tokens:
+        if not 0 <= token < limits[0]:
+            raise UsageError(f"--exclude_tokens {token}: MODEL has tokens 0 to {limits[0] - 1}")
     if isinstance(dataset, Tensor):
         return _checked(from_tensor(dataset), "dataset", limits)
     name = cfg.dataset if dataset is None else "dataset"
@@ -52,7 +56,7 @@ def load_tokens(
     _check_length(cfg.ctx_len, limits[1])  # before hours of tokenizing
     encode, prefix = None, ()
     if column != "input_ids":
-        encode, prefix = _encoder(cfg, load_tokenizer(tokenizer or model.model, model), column)
+        encode, prefix = _encoder(cfg, _words(tokenizer, model), column)
     if cfg.streaming:
         count = -(-cfg.eval_tokens // cfg.ctx_len) + (cfg.max_examples or 0)
         mixed = data.shuffle(seed=cfg.shuffle_seed, buffer_size=10_000)
@@ -66,6 +70,17 @@ def load_tokens(
     counted = flat_masks(ids, "counted") if "counted" in encode.masks else None
     blocks = TokenBlocks(flat_ids(ids), cfg.ctx_len - len(prefix), prefix, counted=counted)
     return _checked(blocks, name, limits)
+
+
+def _words(tokenizer: str | None, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The LM's tokenizer. Raises UsageError for an LM from Python that does not say its name."""
+    if tokenizer == "" and model.model == ModelConfig.model:
+        raise UsageError(
+            "lm: was not loaded from a folder or the Hub, so its tokenizer is not known: give "
+            "token ids, or name by --model (ModelConfig.model) where the tokenizer is"
+        )
+    name = tokenizer or model.model
+    return load_tokenizer(name, model if name == model.model else replace(model, revision=None))
 
 
 def _column(cfg: DataConfig, name: str, data: Any) -> str:

@@ -1,6 +1,7 @@
 """The frozen LM: from its config alone, and with its weights, no more of it than is needed."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import ModelConfig
 from ..flag_checks import UsageError
+from .adapters import base_of_adapter, check_applied, unwrapped
 from .capture import by_head, is_sharded
 from .hookpoints import choose_hookpoints, text_config, text_layers
 from .trace import check_calls, layers_needed, trace_forward
@@ -36,12 +38,14 @@ def find_hookpoints(
     hookpoint that matches nothing.
     """
     if lm is not None:
+        lm = unwrapped(lm)
         if head == "needed" and lm.get_output_embeddings() is None:
             kind = type(lm).__name__
             raise UsageError(f"--loss_fn: {kind} has no head; load it by AutoModelForCausalLM")
         return freeze(lm), _names(cfg, lm)
-    config = _load_config(cfg)
-    with_head = head != "no" and _predicts_next_token(config)
+    base = base_of_adapter(cfg)
+    config = _load_config(cfg if base is None else replace(cfg, model=base))
+    with_head = (head != "no" or base is not None) and _predicts_next_token(config)
     if head == "needed" and not with_head:
         raise UsageError(
             f"--loss_fn: MODEL {cfg.model} has no head that predicts the next token from hidden "
@@ -124,10 +128,12 @@ def load_lm(
     cut. Under ZeRO-3 it is read straight into shards. Raises UsageError for weights that cannot be
     read, that the hookpoints depend on but the files lack, or that are not of the wanted dtype.
     """
+    base = base_of_adapter(cfg)
     quantized = BitsAndBytesConfig(load_in_8bit=True) if cfg.load_in_8bit else None
     verbosity = transformers_logging.get_verbosity()
     # Weights of layers left out are reported as unexpected; missing ones are checked below.
-    transformers_logging.set_verbosity_error()
+    if base is None:  # an adapter's report takes the place of its base's
+        transformers_logging.set_verbosity_error()
     try:
         lm, report = _class_as_cut(skeleton).from_pretrained(
             cfg.model,
@@ -150,6 +156,11 @@ def load_lm(
         ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if base is not None:
+        check_applied(cfg, lm, set(report["missing_keys"]))
+        if is_sharded(lm):
+            raise UsageError(f"MODEL {cfg.model}: an adapter cannot be sharded; merge it first")
+        report["missing_keys"] = set()
     missing = _weights_in_use(skeleton, lm, hookpoints, set(report["missing_keys"]))
     if missing:
         raise UsageError(

@@ -32,10 +32,15 @@ def load(
     dataset: str | datasets.Dataset | torch.Tensor,
     limits: tuple[int, int | None] = (VOCAB, 10**7),
     tokenizer: str | None = None,
+    model: str | None = str(LM),
+    exclude_tokens: tuple[int, ...] = (),
     **flags: Any,
 ) -> TokenSource:
     """What `load_tokens` makes of a name or of data; one block is held out of a stream."""
     name = {"dataset": dataset} if isinstance(dataset, str) else {}
     cfg = DataConfig(**{"ctx_len": 32, "eval_tokens": 1, **name, **flags})
     data = None if isinstance(dataset, str) else dataset
-    return load_tokens(cfg, ModelConfig(str(LM)), limits, tokenizer, data)
+    of = ModelConfig(exclude_tokens=exclude_tokens)
+    if model is not None:
+        of = ModelConfig(model, exclude_tokens=exclude_tokens)
+    return load_tokens(cfg, of, limits, tokenizer, data)

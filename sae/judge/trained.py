@@ -106,7 +106,7 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     skeleton, names = find_hookpoints(model, head="wanted")
     ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
     lm = load_lm(model, skeleton, names, dtype, ranks.device)
-    if not has_head(lm):
+    if lm.get_output_embeddings() is not None and not has_head(lm):
         print(f"{type(lm).__name__} predicts no next token that could be judged: no CE, KL, top-1")
     _check_widths(coders, hookpoint, measure_widths(lm, names), model.model)
     bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)

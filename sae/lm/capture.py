@@ -16,7 +16,7 @@ from ..config import Widths
 from ..flag_checks import UsageError
 from .hookpoints import attention_heads, parse
 from .linear import fast_linear_layers
-from .rows import Found, RowRule, at_hookpoint, split_heads
+from .rows import Found, RowRule, at_hookpoint, not_rows, split_heads
 
 Pairs = dict[str, tuple[Float[Tensor, "N D"], Float[Tensor, "N D_out"]]]
 """Hookpoint -> (input rows, output rows); where inputs are not wanted, both are the output."""
@@ -139,11 +139,7 @@ def measure_widths(
             y = split_heads(name, y, heads)[..., head, :]
         # Of one sequence only its positions may be left; some LMs pad it.
         if len([size for size in y.shape[:-1] if size != 1]) > 1:
-            raise UsageError(
-                f"hookpoint {name} passes a tensor of shape {tuple(y.shape)}, which is not one row "
-                f"per token ({tuple(tokens.shape)}): take it out of --hookpoints"
-                + ("" if y.ndim < 4 else ", or train on each of its heads by --per_head")
-            )
+            raise not_rows(name, y, tokens)
         widths[name] = Widths(x.shape[-1] if x is not None and x.ndim else 0, y.shape[-1])
 
     with on_shapes, reading_text(lm), _hooks(modules, names, store), torch.no_grad():

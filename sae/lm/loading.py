@@ -1,5 +1,6 @@
 """The frozen LM: from its config alone, and with its weights, no more of it than is needed."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -7,9 +8,11 @@ from typing import Any, Literal
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForTextEncoding,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -51,7 +54,11 @@ def find_hookpoints(
             f"--loss_fn: MODEL {cfg.model} has no head that predicts the next token from hidden "
             f"states alone; use fvu"
         )
+    if head == "wanted" and not with_head and int(os.environ.get("RANK", "0")) == 0:
+        print(f"MODEL {cfg.model} predicts no next token that could be judged: no CE, KL, top-1")
     auto = AutoModelForCausalLM if with_head else AutoModel
+    if config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        auto = AutoModelForTextEncoding  # its decoder would need a text of its own
     try:
         with torch.device("meta"):
             skeleton = auto.from_config(config, dtype=torch.bfloat16)

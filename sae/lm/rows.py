@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..batch import TokenBatch
@@ -99,11 +99,7 @@ class RowRule:
         if (hookpoint, part) in self.sequence_first:
             tensor = tensor.transpose(0, 1)
         if tensor.ndim < 2 or tensor.shape[:-1].numel() != tokens.numel():
-            raise UsageError(
-                f"hookpoint {hookpoint} passes a tensor of shape {tuple(tensor.shape)}, which is "
-                f"not one row per token ({tuple(tokens.shape)}): take it out of --hookpoints"
-                + ("" if tensor.ndim < 4 else ", or train on each of its heads by --per_head")
-            )
+            raise not_rows(hookpoint, tensor, tokens)
         return tensor.reshape(tokens.numel(), tensor.shape[-1])
 
     def put(
@@ -122,6 +118,22 @@ class RowRule:
         if (hookpoint, "output") in self.sequence_first:
             return rows.view(*batch.ids.shape, -1).transpose(0, 1)
         return rows.view(*tensor.shape[:-1], -1)
+
+
+def not_rows(hookpoint: str, tensor: Tensor, tokens: Int[Tensor, "B S"]) -> UsageError:
+    """What to say of a tensor that does not hold one row per token, and what to do instead."""
+    way_out = "take it out of --hookpoints"
+    if tensor.ndim == 4 and tensor.shape[:2] == tokens.shape:
+        way_out += ", or train on each of its heads by --per_head"
+    if tensor.ndim == 4 and tensor.shape[1:3] == tokens.shape:
+        way_out = (
+            f"it holds {len(tensor)} residual streams at once; name a module inside that passes "
+            f"one of them, such as its mlp or a norm"
+        )
+    return UsageError(
+        f"hookpoint {hookpoint} passes a tensor of shape {tuple(tensor.shape)}, which is not one "
+        f"row per token ({tuple(tokens.shape)}): {way_out}"
+    )
 
 
 def split_heads(hookpoint: str, tensor: Tensor, heads: int) -> Float[Tensor, "*B_S H D"]:

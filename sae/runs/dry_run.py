@@ -5,9 +5,13 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedModel
+
 from ..coders.bank import CoderBank, costs
 from ..config import Widths
+from ..flag_checks import UsageError
 from ..lm.capture import measure_widths
+from ..lm.hookpoints import text_config, text_layers
 from ..lm.loading import find_hookpoints
 from ..placement.launch import read_mpi, sharded, working_dtype
 from ..placement.owners import plan_owners, read_owners
@@ -39,7 +43,7 @@ def show_plan(cfg: Any) -> None:
         return
     world = int(os.environ.get("WORLD_SIZE", "1"))
     lm, hookpoints = find_hookpoints(cfg.model)
-    parameters, widths = sum(p.numel() for p in lm.parameters()), measure_widths(lm, hookpoints)
+    parameters, widths = sum(p.numel() for p in lm.parameters()), _widths(lm, hookpoints)
     fixed = read_owners(cfg.machine.layer_to_rank)
     owner = plan_owners(costs(widths, cfg.coder, cfg.training.init_seeds), world, fixed)
     replicas = world == 1 or not cfg.machine.distribute_modules
@@ -62,6 +66,21 @@ def show_plan(cfg: Any) -> None:
     columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join([*map(str.rjust, row, columns), row[-1]]))
+
+
+def _widths(lm: PreTrainedModel, hookpoints: list[str]) -> dict[str, Widths]:
+    """The widths by a forward on shapes alone; those of the config where it needs weights."""
+    try:
+        return measure_widths(lm, hookpoints)
+    except UsageError as error:
+        prefix, depth = text_layers(lm)
+        if not {f"{prefix}.{i}" for i in range(depth)}.issuperset(hookpoints):
+            raise UsageError(
+                f"--dry_run: {type(lm).__name__} runs only with its weights, so the widths of its "
+                f"modules are not known before the run measures them. {error}"
+            ) from None
+        width = text_config(lm.config).hidden_size
+        return dict.fromkeys(hookpoints, Widths(width, width))
 
 
 def rank_memory(

@@ -222,6 +222,8 @@ def test_bad_data_is_refused_in_one_line(tmp_path: Path) -> None:
         (numbers, {}, "--text_column text: holds 3, which is not text"),
         (jsonl(tmp_path), {"tokenizer": str(tmp_path / "mute")}, "it has no tokenizer"),
         (jsonl(tmp_path), {"data_args": "a=b,c"}, "--data_args"),
+        (jsonl(tmp_path), {"tokenizer": "", "model": None}, "its tokenizer is not known"),
+        (jsonl(tmp_path), {"exclude_tokens": (VOCAB,)}, "--exclude_tokens 4096: .*0 to 4095"),
         (jsonl(tmp_path), {"tokenizer": "no-such/model"}, "its tokenizer cannot be loaded"),
     ]
     for source, options, message in cases:

@@ -24,17 +24,46 @@ MARKS = {
     "sep_token_id": 2,
     "eos_token_id": 2,
 }
-ENCODERS = {
+VISION = {"hidden_size": 32, "image_size": 28, "patch_size": 14, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 4, "projection_dim": 32}
+WITHOUT_HEAD = {
     "bert": hf.BertConfig(**SIZES),
     "esm": hf.EsmConfig(**SIZES, pad_token_id=1, mask_token_id=2),
     "modernbert": hf.ModernBertConfig(**SIZES, **MARKS, global_attn_every_n_layers=2),
+    "t5": hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4),
+    "llava": hf.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "intermediate_size": 32, **VISION},
+        text_config={"model_type": "llama", **SIZES},
+    ),
+    "qwen2_5_vl": hf.Qwen2_5_VLConfig(
+        text_config={
+            **SIZES,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "intermediate_size": 32,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+    ),
+}
+AS_SAVED = {
+    "t5": hf.T5ForConditionalGeneration,
+    "llava": hf.LlavaForConditionalGeneration,
+    "qwen2_5_vl": hf.Qwen2_5_VLForConditionalGeneration,
 }
 
 
-@pytest.fixture(params=ENCODERS)
+@pytest.fixture(params=WITHOUT_HEAD)
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
-    """The beginning of a command line that trains on an encoder."""
-    hf.AutoModelForMaskedLM.from_config(ENCODERS[request.param]).save_pretrained(tmp_path / "lm")
+    """The beginning of a command line that trains on such an LM."""
+    kind, config = AS_SAVED.get(request.param), WITHOUT_HEAD[request.param]
+    lm = hf.AutoModelForMaskedLM.from_config(config) if kind is None else kind(config)
+    lm.save_pretrained(tmp_path / "lm")
     ids = np.random.default_rng(0).integers(3, 60, 16 * 200).astype("uint16")
     ids.tofile(tmp_path / "ids.bin")
     return [str(tmp_path / "lm"), str(tmp_path / "ids.bin")]
@@ -60,7 +89,7 @@ def test_training_and_commands_do_without_a_head(
     (figures,) = summary["hookpoints"].values()
     assert 0 < figures["fvu"] < 2 and figures["predictions"] is None
     folder = Path(run[0]).parent / "runs/run"
-    capsys.readouterr()
+    assert capsys.readouterr().out.count("predicts no next token") == 1
     assert call(monkeypatch, "evaluate", str(folder)) == 0
     printed = capsys.readouterr().out
     assert printed.count("predicts no next token") == 1 and f"{figures['fvu']:.4f}" in printed

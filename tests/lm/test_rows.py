@@ -218,3 +218,13 @@ def test_positions_before_sequences_are_put_back_in_their_order() -> None:
         after = capture(TOKENS)["layer.0"][1]
     stays = (TOKENS[0, 3] == TOKENS).flatten()
     assert torch.equal(after[stays], before[stays]) and not after[~stays].any()
+
+
+def test_streams_of_an_lm_that_has_several_are_named() -> None:
+    """Gemma 3n's layers pass four residual streams: refused as such; a module inside works."""
+    lm = freeze(build("gemma3n_text"))
+    with pytest.raises(UsageError, match=r"layers\.0 passes .* holds 4 residual streams at once"):
+        measure_widths(lm, ["layers.0"])
+    capture = checked(Capture(lm, ["layers.0.mlp"]), 16)
+    _, expected = hooked(lm, "layers.0.mlp", TOKENS)
+    torch.testing.assert_close(capture(TOKENS)["layers.0.mlp"][1], expected.flatten(0, 1))

@@ -32,7 +32,7 @@ from sae.config import (
 )
 from sae.data.blocks import split_blocks
 from sae.data.text import load_tokens
-from sae.judge.figures import held_out_figures
+from sae.judge.figures import held_out_figures, rehearse_end
 from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture, count_rows, measure_widths
 from sae.lm.loading import find_hookpoints, load_lm, token_limits
@@ -89,11 +89,10 @@ def train(
     `cfg`; `activations` ({hookpoint: rows} items) both. Raises UsageError for what users can mend.
     """
     training, machine, folder = cfg.training, cfg.machine, run_folder(cfg)
-    uses_lm_loss = training.loss_fn != "fvu"
 
     # The launch. Ranks that were not started alike, or do not know each other, end here.
     dtype = launch.working_dtype(machine.mixed_precision)
-    head = "needed" if uses_lm_loss else "wanted" if cfg.run.eval_every else "no"
+    head = "needed" if training.uses_lm_loss else "wanted" if cfg.run.eval_every else "no"
     given = None if activations is None else GivenRows.of(activations, cfg)
     if given is None:
         skeleton, hookpoints = find_hookpoints(cfg.model, lm, head)
@@ -149,6 +148,7 @@ def train(
     }
     state = TrainingState(exchange, bank, optimizers, firing)
     evaluate = partial(held_out_figures, capture, state, source, held_out)
+    rehearse_end(folder, capture, state, source, held_out)
 
     # The start: the last checkpoint, trained coders, or the means of the first step's rows.
     first_step, seconds = 0, 0.0
@@ -158,7 +158,7 @@ def train(
         bank.load_pretrained(training.finetune)
     else:
         bank.center_(*first_moments(capture, first_batches(), ranks))
-    end_to_end = EndToEnd(capture, bank, training) if uses_lm_loss else None
+    end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None
     bad_steps = BadSteps(training.max_bad_steps, ranks)
 
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)

@@ -218,7 +218,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_values(self)
         if self.bos_per_document and not self.pack:
-            refuse(self, "bos_per_document", "without --pack every document begins so anyway")
+            refuse(self, "bos_per_document", "without --pack (--no-pack) every document begins so anyway")
         if self.streaming and self.max_examples is None:
             refuse(self, "streaming", "a stream has no length: give --max_examples to say how much")
 
@@ -255,6 +255,11 @@ class TrainingConfig:
     """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
     """Steps with NaN or Inf that are skipped before the run ends."""
+
+    @property
+    def uses_lm_loss(self) -> bool:
+        """Whether the loss is that of the LM's predictions."""
+        return self.loss_fn != "fvu"
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from ..coders.functional import Moments, accumulate
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
-from ..lm.capture import RowReader
+from ..lm.capture import RowReader, reading_text
 from ..lm.head import has_head
 from ..placement.exchange import no_rows
+from ..runs.checkpoint import check_room
 from ..training.state import TrainingState
 from .predictions import Predictions, predictions
 
@@ -89,7 +91,7 @@ def held_out_figures(
     Every rank takes each W-th block, and all know all figures in the end. Raises UsageError where
     the rows define no FVU.
     """
-    lm, bank, exchange = capture.lm, state.bank, state.exchange
+    bank, exchange = state.bank, state.exchange
     ranks, mine = exchange.ranks, blocks[exchange.ranks.rank :: exchange.ranks.world]
     # All ranks run the LM equally often: those without a block left read one and drop its rows.
     idle = -(-len(blocks) // ranks.world) - len(mine)
@@ -121,22 +123,59 @@ def held_out_figures(
             for name, hookpoint in bank.hookpoint.items():
                 found = (moments[hookpoint], sums[name], fired[name])
                 figures[name] = _figures(hookpoint, *found)
-        together = None
-        if lm is not None and not exchange.distributed and has_head(lm):
-            means = {name: seen.mean for name, seen in moments.items()}
-            replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
-            if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
-                replace[""] = {bank.hookpoint[name]: coder for name, coder in bank.items()}
-            predicted = predictions(
-                *(lm, replace, means, source, order, len(mine), capture.rule, ranks)
-            )
-            figures = {
-                name: dataclasses.replace(found, predictions=predicted[name])
-                for name, found in figures.items()
-            }
-            together = predicted.get("")
+        means = {name: seen.mean for name, seen in moments.items()}
+        predicted = _predictions(capture, state, means, source, order, len(mine))
+        figures = {
+            name: dataclasses.replace(found, predictions=predicted.get(name))
+            for name, found in figures.items()
+        }
     merged = exchange.merge(figures)
-    return Evaluation({name: merged[name] for name in natsorted(merged)}, together)
+    ordered = {name: merged[name] for name in natsorted(merged)}
+    return Evaluation(ordered, predicted.get(""))
+
+
+def _predictions(
+    capture: RowReader,
+    state: TrainingState,
+    means: dict[str, Tensor],
+    source: TokenSource,
+    order: Tensor,
+    real: int,
+) -> dict[str, Predictions]:
+    """What the LM predicts with each coder, and with all at once by ""; nothing without its head.
+
+    `means` are those of the hookpoints' rows; of `order` the first `real` blocks count.
+    """
+    lm, bank, exchange = capture.lm, state.bank, state.exchange
+    if lm is None or exchange.distributed or not has_head(lm):
+        return {}
+    replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
+    if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
+        replace[""] = {bank.hookpoint[name]: coder for name, coder in bank.items()}
+    return predictions(
+        *(lm, replace, means, source, order, real, capture.rule, state.exchange.ranks)
+    )
+
+
+def rehearse_end(
+    run: Path,
+    capture: RowReader,
+    state: TrainingState,
+    source: TokenSource,
+    held_out: Int[Tensor, " held"],
+) -> None:
+    """Try what comes at the end of a run before hours of training; moves no number.
+
+    Raises UsageError where the LM cannot be evaluated with reconstructions in it, or the disk has
+    no room for a checkpoint.
+    """
+    bank = state.bank
+    means = {bank.hookpoint[n]: torch.zeros(c.d_out, device=c.device) for n, c in bank.items()}
+    with state.exchange.ranks.together():
+        check_room(run, state)
+    if capture.lm is not None:
+        with reading_text(capture.lm):
+            _predictions(capture, state, means, source, held_out[:1], 1)
 
 
 def _figures(hookpoint: str, seen: Moments, sums: Tensor, fired: Tensor) -> CoderFigures:

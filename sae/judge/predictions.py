@@ -87,12 +87,15 @@ def predictions(
     for name, total in sums.items():
         *ce, kl, same, targets, positions = total.tolist()
         ce_clean, ce_spliced, ce_zero, ce_mean = (loss / targets for loss in ce)
+        # Where zeros change nothing there is nothing to recover, but something to spoil.
+        lost = ce_zero - ce_clean
+        recovered = (ce_zero - ce_spliced) / lost if lost else float(ce_spliced == ce_clean)
         results[name] = Predictions(
             ce_clean=ce_clean,
             ce_spliced=ce_spliced,
             ce_zero=ce_zero,
             ce_mean=ce_mean,
-            ce_recovered=(ce_zero - ce_spliced) / (ce_zero - ce_clean),
+            ce_recovered=recovered,
             kl=kl / positions,
             top1_agreement=same / positions,
         )

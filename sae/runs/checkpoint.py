@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
 from ..placement.ranks import Ranks
+from ..training.optim import state_bytes
 from ..training.state import TrainingState
 from .folder import checkpoints
 from .json_files import disk_errors, flush, read_json, write_json
@@ -87,6 +88,21 @@ def save(
                 # First a name that nothing takes for a checkpoint: half deleted it must not be
                 # found.
                 shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+
+
+def check_room(run: Path, state: TrainingState) -> None:
+    """Raise UsageError where the disk has no room for the coders that this rank saves."""
+    need = 0
+    for name, coder in state.bank.items():
+        if state.exchange.owns(state.bank.hookpoint[name]):
+            weights = sum(4 * p.numel() for p in coder.parameters())
+            need += weights + state_bytes(coder, state.optimizers[name].name)
+    free = shutil.disk_usage(run).free
+    if free < need:
+        raise UsageError(
+            f"--save_dir {run.parent}: a checkpoint takes {need / 2**30:.2f} GiB, and "
+            f"{free / 2**30:.2f} GiB are free: make room, or give another folder"
+        )
 
 
 def _sum(coder: SparseCoder) -> float:

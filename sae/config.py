@@ -218,7 +218,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_values(self)
         if self.bos_per_document and not self.pack:
-            refuse(self, "bos_per_document", "without --pack (--no-pack) every document begins so anyway")
+            refuse(self, "bos_per_document", "with --no-pack every document begins so anyway")
         if self.streaming and self.max_examples is None:
             refuse(self, "streaming", "a stream has no length: give --max_examples to say how much")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae import SparseCoderConfig, TrainingConfig, UsageError
 from sae.coders.bank import CoderBank
 from sae.lm import head
+from sae.lm.capture import Capture
 from sae.lm.head import (
     agreement,
     check_head,
@@ -86,4 +87,4 @@ def test_a_head_that_reads_something_else_is_refused() -> None:
     assert "--" not in str(caught.value)  # commands without such a flag check heads too
     bank = CoderBank({}, SparseCoderConfig(), (0,), "cpu")
     with pytest.raises(UsageError, match=r"^--loss_fn ce: .*hidden states alone; use fvu"):
-        EndToEnd(lm, bank, TrainingConfig(loss_fn="ce"))
+        EndToEnd(Capture(lm, []), bank, TrainingConfig(loss_fn="ce"))

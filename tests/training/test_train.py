@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def test_tensorboard_has_every_metric_once_per_step(
     with pytest.raises(Killed):
         run(lm, tokens, settings, run_name="r", hf_token="secret", **flags)
     monkeypatch.undo()
+    time.sleep(1.1)  # event files of one second are read in the order of "10" before "9"
     summary = run(lm, tokens, settings, run_name="r", hf_token="secret", resume=True, **flags)
     folder = Path(settings["save_dir"]) / "r"
     points = scalars(folder)

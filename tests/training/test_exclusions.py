@@ -164,3 +164,41 @@ def test_what_leaves_nothing_is_refused(
     """Places and exclusions that mean nothing end in a line that names the flag."""
     with pytest.raises(UsageError, match=said):
         run(lm, tokens, settings, run_name="r", **flags)
+
+
+def test_padding_is_no_row_in_training_evaluation_and_pages(
+    lm: PreTrainedModel,
+    tokens: Tensor,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of left-padded sequences only what is read is trained on, judged, counted and shown."""
+    lengths = [5 + i % 12 for i in range(len(tokens))]
+    pad, ids, mask = 63, [], []
+    for row, length in zip(torch.where(tokens == 63, 62, tokens).tolist(), lengths, strict=True):
+        ids.append([pad] * (16 - length) + row[:length])
+        mask.append([0] * (16 - length) + [1] * length)
+    Dataset.from_dict({"input_ids": ids, "attention_mask": mask}).save_to_disk(tmp_path / "data")
+    lm.save_pretrained(tmp_path / "lm")
+    flags = {**settings, "model": str(tmp_path / "lm"), "dataset": str(tmp_path / "data")}
+    flags |= {"hookpoints": (HOOKPOINT,), "run_name": "r"}
+    summary = train_sae.train(from_flags(train_sae.TrainConfig, flags))
+    assert summary["tokens"] == sum(lengths[16:176])
+    alone = [
+        rows_of(lm, torch.tensor([row[16 - length :]]))[0]
+        for row, length in zip(ids[:16], lengths, strict=False)
+    ]
+    found = summary["hookpoints"][HOOKPOINT]
+    coder = SparseCoder.load_from_disk(found["path"])
+    assert found["fvu"] == pytest.approx(fvu(coder, torch.cat(alone)), rel=1e-4)
+    run_folder = str(tmp_path / "runs/r")
+    assert call(monkeypatch, "evaluate", run_folder) == 0
+    judged = json.loads((tmp_path / "runs/r/eval.json").read_text())
+    assert judged["coders"][HOOKPOINT]["fvu"] == pytest.approx(found["fvu"], rel=1e-5)
+    page = tmp_path / "page.html"
+    assert call(monkeypatch, "features", run_folder, "--out", str(page)) == 0
+    shown = page.read_text()
+    # Without a tokenizer a token is shown by its number; the signs are escaped.
+    assert "\\u003c62\\u003e" in shown and "\\u003c63\\u003e" not in shown
+    assert f'"rows":{sum(lengths[:16])}' in shown

@@ -117,11 +117,12 @@ def test_the_command_leaves_out_what_the_run_left_out(
     for name, more in (("limited", {"exclude_norm": 3.0}), ("plain", {})):
         cfg = from_flags(train_sae.TrainConfig, {**flags, **more, "run_name": name})
         summary = train_sae.train(cfg)
+        capsys.readouterr()
         assert call(monkeypatch, "evaluate", str(tmp_path / "runs" / name)) == 0
+        assert ("1 % of its rows hold" in capsys.readouterr().out) == (name == "plain")
         found = json.loads((tmp_path / "runs" / name / "eval.json").read_text())
         theirs = summary["hookpoints"][HOOKPOINT]["fvu"]
         assert found["coders"][HOOKPOINT]["fvu"] == pytest.approx(theirs, rel=1e-5)
-    capsys.readouterr()
 
 
 def test_heads_and_inputs_are_trained_on_and_judged(

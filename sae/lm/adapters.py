@@ -1,10 +1,12 @@
 """Adapters (LoRA and the like): applied as peft does it, or refused; never passed over."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -12,10 +14,11 @@ from ..config import ModelConfig
 from ..flag_checks import UsageError
 
 
-def base_of_adapter(cfg: ModelConfig) -> str | None:
+def base_of_adapter(cfg: ModelConfig) -> ModelConfig | None:
     """Where the base model of an adapter is whose id or folder MODEL is; None for a whole model.
 
-    Raises UsageError where peft, which applies it, is not installed.
+    A revision is the adapter's; that of the base stands in the adapter's config. Raises UsageError
+    where peft, which applies it, is not installed, or no base is named.
     """
     try:
         file = find_adapter_config_file(cfg.model, token=cfg.hf_token, revision=cfg.revision)
@@ -30,16 +33,31 @@ def base_of_adapter(cfg: ModelConfig) -> str | None:
             f"on the base model"
         )
     if (Path(cfg.model) / "config.json").is_file():
-        return cfg.model
-    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
-def check_applied(cfg: ModelConfig, lm: PreTrainedModel, missing: set[str]) -> None:
-    """Raise UsageError where an adapter's weights did not come into the LM."""
-    if not getattr(lm, "_hf_peft_config_loaded", False) or missing:
-        lacking = f": it lacks {sorted(missing)[0]}" if missing else ""
+        return cfg
+    try:
+        said = json.loads(Path(file).read_text(encoding="utf-8"))
+        base, revision = said["base_model_name_or_path"], said.get("revision")
+    except (ValueError, KeyError, TypeError):
+        base = revision = None
+    if not base:
         raise UsageError(
-            f"MODEL {cfg.model}: its adapter cannot be applied to {type(lm).__name__}{lacking}; "
+            f"MODEL {cfg.model}: its adapter_config.json names no base_model_name_or_path: write "
+            f"there the id or folder of the base model"
+        )
+    return replace(cfg, model=base, revision=revision)
+
+
+def apply_adapter_(cfg: ModelConfig, lm: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Put the adapter of MODEL into its base model; no part of it may be missing."""
+    where: dict[str, Any] = {"revision": cfg.revision, "token": cfg.hf_token}
+    try:
+        missing = lm.load_adapter(cfg.model, dtype=dtype, adapter_kwargs=where).missing_keys
+        reason = f"it lacks {sorted(missing)[0]}" if missing else ""
+    except Exception as error:  # peft and safetensors have errors of their own
+        reason = " ".join(str(error).split())[:300]
+    if reason:
+        raise UsageError(
+            f"MODEL {cfg.model}: its adapter cannot be applied to {type(lm).__name__}: {reason}; "
             f"merge it into its base (merge_and_unload of peft) and give that"
         )
 
@@ -61,5 +79,9 @@ def unwrapped(lm: Any) -> PreTrainedModel:
         raise UsageError(
             f"lm: {type(lm).__name__} is no model of transformers"
             + (f": pass its .{inside}" if inside else "")
+        )
+    if type(lm.config) in MODEL_FOR_TEXT_ENCODING_MAPPING and hasattr(lm.base_model, "decoder"):
+        raise UsageError(
+            f"lm: the decoder of {type(lm).__name__} needs a text of its own: pass get_encoder()"
         )
     return lm

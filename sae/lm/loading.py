@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import ModelConfig
 from ..flag_checks import UsageError
-from .adapters import base_of_adapter, check_applied, unwrapped
+from .adapters import apply_adapter_, base_of_adapter, unwrapped
 from .capture import by_head, is_sharded
 from .hookpoints import choose_hookpoints, text_config, text_layers
 from .trace import check_calls, layers_needed, trace_forward
@@ -47,7 +46,7 @@ def find_hookpoints(
             raise UsageError(f"--loss_fn: {kind} has no head; load it by AutoModelForCausalLM")
         return freeze(lm), _names(cfg, lm)
     base = base_of_adapter(cfg)
-    config = _load_config(cfg if base is None else replace(cfg, model=base))
+    config = _load_config(base or cfg)
     with_head = (head != "no" or base is not None) and _predicts_next_token(config)
     if head == "needed" and not with_head:
         raise UsageError(
@@ -135,24 +134,27 @@ def load_lm(
     cut. Under ZeRO-3 it is read straight into shards. Raises UsageError for weights that cannot be
     read, that the hookpoints depend on but the files lack, or that are not of the wanted dtype.
     """
-    base = base_of_adapter(cfg)
+    adapter = base_of_adapter(cfg)
+    base = adapter or cfg
+    read_in = torch.float16 if cfg.load_in_8bit else dtype
     quantized = BitsAndBytesConfig(load_in_8bit=True) if cfg.load_in_8bit else None
     verbosity = transformers_logging.get_verbosity()
     # Weights of layers left out are reported as unexpected; missing ones are checked below.
-    if base is None:  # an adapter's report takes the place of its base's
-        transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         lm, report = _class_as_cut(skeleton).from_pretrained(
-            cfg.model,
+            base.model,
             config=skeleton.config,
-            dtype=torch.float16 if cfg.load_in_8bit else dtype,
-            revision=cfg.revision,
+            dtype=read_in,
+            revision=base.revision,
             token=cfg.hf_token,
             quantization_config=quantized,
             device_map={"": device} if cfg.load_in_8bit else None,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            # Applied here, an adapter's report would take the place of its base's.
+            adapter_kwargs={"subfolder": "none"} if adapter is cfg else {},
         )
     except ImportError as error:
         asked = "--load_in_8bit" if cfg.load_in_8bit else f"MODEL {cfg.model}"
@@ -163,17 +165,16 @@ def load_lm(
         ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if base is not None:
-        check_applied(cfg, lm, set(report["missing_keys"]))
-        if is_sharded(lm):
-            raise UsageError(f"MODEL {cfg.model}: an adapter cannot be sharded; merge it first")
-        report["missing_keys"] = set()
     missing = _weights_in_use(skeleton, lm, hookpoints, set(report["missing_keys"]))
     if missing:
         raise UsageError(
-            f"MODEL {cfg.model}: its files lack {', '.join(missing[:4])}"
+            f"MODEL {base.model}: its files lack {', '.join(missing[:4])}"
             f"{' and more' if len(missing) > 4 else ''}; training on random weights is refused"
         )
+    if adapter is not None:
+        if is_sharded(lm):
+            raise UsageError(f"MODEL {cfg.model}: an adapter cannot be sharded; merge it first")
+        apply_adapter_(cfg, lm, read_in)
     if is_sharded(lm) and lm.dtype != dtype:  # DeepSpeed's own setting decides, and says nothing
         raise UsageError(f"MODEL {cfg.model}: DeepSpeed loaded it in {lm.dtype} instead of {dtype}")
     return freeze(lm if cfg.load_in_8bit or is_sharded(lm) else lm.to(device))

@@ -179,14 +179,14 @@ class DataConfig:
     """The text or token ids, and which of them are trained on."""
 
     dataset: Annotated[str, Positional, arg(metavar="DATASET")] = "EleutherAI/SmolLM2-135M-10B"
-    """Hub id, folder saved by datasets, json/jsonl/parquet/txt files, or .bin/.npy of token ids."""
+    """Hub id, folder saved by datasets, json/csv/parquet/arrow/txt files, or .bin/.npy of ids."""
     ctx_len: Annotated[int, AtLeast(1)] = 2048
     """Tokens per sequence."""
     split: str = "train"
     """Split of the data set."""
     text_column: str | None = None
     """Column that holds text; default: input_ids, text, messages or conversations."""
-    chat_roles: tuple[str, ...] = ()
+    chat_roles: Annotated[tuple[str, ...], OF_ONE_DATA_SET] = ()
     """Of chats, the roles whose tokens are trained on; the rest is context. Default: all."""
     pack: bool = True
     """Join documents and cut them into sequences; else one document, padded, per sequence."""

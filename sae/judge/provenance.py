@@ -60,5 +60,7 @@ def flags_of_run(folder: Path) -> dict[str, Any]:
             except UsageError as error:
                 raise UsageError(f"{candidate}: {error}: the file is damaged") from None
             known = {name: value for group in defaults for name, value in group.items()}
+            if "pack" not in flags and flags.get("text_column") == "text":
+                flags["text_column"] = None  # what the default was once
             return {**known, **flags}
     return {}

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from ..config import DataConfig
@@ -54,13 +56,10 @@ def reading(cfg: DataConfig) -> Iterator[None]:
 def unreadable(cfg: DataConfig, error: Exception) -> UsageError:
     """What to say of data whose reader failed: the file and line, if it is one of JSON."""
     for file in _files(cfg.dataset, quiet=True):
-        if _kind(file) != ".jsonl" or file.suffix in _PACKED:
-            continue
-        for number, line in _bad_lines(file):
-            return UsageError(
-                f"DATASET {file}: line {number} is no JSON object ({line[:80]!r}); mend it, or "
-                f"leave such lines out by --skip_bad_rows"
-            )
+        if found := _damage(file):
+            return UsageError(f"DATASET {file}: {found}")
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = Exception(error.__cause__)  # the outer one says no more than that there is one
     reason = " ".join(str(error).split())[:300]
     return UsageError(
         f"DATASET {cfg.dataset} (--split {cfg.split}): cannot be read here or from the Hub. "
@@ -71,9 +70,12 @@ def unreadable(cfg: DataConfig, error: Exception) -> UsageError:
 def _open(cfg: DataConfig, token: str | None) -> Any:
     name, path = cfg.dataset, Path(cfg.dataset)
     arguments: dict[str, Any] = {**parse_data_args(cfg.data_args)}
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+    saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+    files = [] if saved else _files(name)
+    if cfg.skip_bad_rows and not files:
+        raise _skips_lines_alone()
+    if saved:
         return _slice(datasets.load_from_disk(str(path)), cfg.split)
-    files = _files(name)
     if not files:
         return datasets.load_dataset(
             name, split=cfg.split, streaming=cfg.streaming, token=token, **arguments
@@ -119,9 +121,41 @@ def _kind(file: Path) -> str:
     return Path(file.stem).suffix if file.suffix in _PACKED else file.suffix
 
 
+def _opened(file: str | Path) -> Any:
+    """A file of text to read, unpacked if its name says that it is compressed."""
+    return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8", errors="replace")
+
+
+def _is_of_lines(file: Path) -> bool:
+    """Whether a file has a JSON object in each line: a .jsonl, or a .json that begins so."""
+    if _kind(file) != ".json":
+        return _kind(file) == ".jsonl"
+    with _opened(file) as lines:
+        return _object(next(filter(str.strip, lines), "")) is not None
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a file of JSON, and in which line."""
+    try:
+        if _is_of_lines(file):
+            for number, line in _bad_lines(file):
+                return (
+                    f"line {number} is no JSON object ({line[:80]!r}); mend it, or leave such "
+                    f"lines out by --skip_bad_rows"
+                )
+        elif _kind(file) == ".json":
+            with _opened(file) as text:
+                json.load(text)
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno} is no JSON ({error.msg}, column {error.colno}); mend it"
+    except (OSError, EOFError, ValueError, RecursionError):  # damaged otherwise
+        return None
+    return None
+
+
 def _bad_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines of a file that are no JSON objects, empty ones aside."""
-    with open(file, encoding="utf-8", errors="replace") as lines:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip() and _object(line) is None:
                 yield number, line
@@ -135,15 +169,20 @@ def _object(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _skips_lines_alone() -> UsageError:
+    return UsageError(
+        "--skip_bad_rows: is for files here with a JSON object in each line, not for a part of a "
+        "split: leave it out"
+    )
+
+
 def _good_rows(cfg: DataConfig, files: list[Path]) -> Any:
     """The lines of .jsonl files that are JSON objects; says how many are not.
 
     Raises UsageError for files of another kind, and where --split wants a part of them.
     """
-    if any(file.suffix != ".jsonl" for file in files) or "[" in cfg.split:
-        raise UsageError(
-            "--skip_bad_rows: is for plain .jsonl files, not for a part of a split; leave it out"
-        )
+    if "[" in cfg.split or not all(map(_is_of_lines, files)):
+        raise _skips_lines_alone()
     bad = {str(file): [number for number, _ in _bad_lines(file)] for file in files}
     for file, numbers in bad.items():
         if numbers:
@@ -158,7 +197,7 @@ def _good_rows(cfg: DataConfig, files: list[Path]) -> Any:
 
 def _objects(files: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
     for name, _, _ in files:
-        with open(name, encoding="utf-8", errors="replace") as lines:
+        with _opened(name) as lines:
             yield from filter(None, map(_object, lines))
 
 

@@ -1,9 +1,12 @@
 """Token ids that are there already: tensors, .bin and .npy files, columns of input_ids."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from torch import Tensor
 
 from ..flag_checks import UsageError
@@ -88,28 +91,105 @@ def _check_width(path: Path, ids: np.ndarray) -> None:
             )
 
 
-def from_rows(dataset: datasets.Dataset, name: str, ctx_len: int) -> TokenBlocks:
-    """Rows of input_ids as they are; those of unlike lengths joined, and cut into `ctx_len`.
+@dataclass(frozen=True)
+class IdRows:
+    """How rows of input_ids are read one by one, as an `Encoder` reads documents."""
 
-    Where an `attention_mask` says what is padding, it is no token. Null rows are left out.
-    """
+    name: str
+    length: int | None
+    """Without packing, the length that rows are cut and padded to."""
+    column: ClassVar[str] = "input_ids"
+    roles: ClassVar[tuple[str, ...]] = ()
+    masks: ClassVar[list[str]] = ["attention_mask"]
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Ids and what of them is no padding, of all rows that hold a token that is read.
+
+        Raises UsageError for ids that are no integers and masks that do not fit them.
+        """
+        columns: dict[str, list[Any]] = {"input_ids": [], "attention_mask": []}
+        masks = batch.get("attention_mask")
+        for i, row in enumerate(batch["input_ids"]):
+            ids = np.asarray([] if row is None else row)
+            if not ids.size:
+                continue
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise UsageError(
+                    f"DATASET {self.name}: a row of its input_ids holds {repr(row)[:80]}, which is "
+                    f"no list of integers"
+                )
+            mask = np.ones(len(ids), dtype=bool) if masks is None else np.asarray(masks[i])
+            if mask.shape != ids.shape:
+                raise _other_length(self.name, "attention_mask")
+            mask = mask.astype(bool)
+            if self.length is not None:  # padding of its own takes no room from a row
+                ids, mask = self._fitted(ids[mask]), self._fitted(mask[mask])
+            if mask.any():
+                columns["input_ids"].append(ids)
+                columns["attention_mask"].append(mask)
+        return columns
+
+    def _fitted(self, values: np.ndarray) -> np.ndarray:
+        assert self.length is not None
+        return np.pad(values[: self.length], (0, max(0, self.length - len(values))))
+
+
+def _other_length(name: str, column: str) -> UsageError:
+    return UsageError(
+        f"DATASET {name}: its {column} is not as long as its input_ids: give one number per token, "
+        f"or take the column out"
+    )
+
+
+def left_out(dataset: datasets.Dataset, column: str, name: str) -> np.ndarray:
+    """Which rows hold null in a column, and so are left out; says how many."""
+    missing = dataset.data.column(column).is_null()
+    if dataset._indices is not None:
+        missing = missing.take(dataset._indices.column(0))
+    rows = np.asarray(missing.to_numpy(), dtype=bool)
+    if rows.any():
+        print(f"DATASET {name}: {rows.sum()} of its {len(rows)} rows have no {column}: left out")
+    return rows
+
+
+def are_ragged(dataset: datasets.Dataset, name: str) -> bool:
+    """Whether rows of input_ids that are not null are of unlike lengths."""
+    _check_type(dataset, name)
+    lengths = pc.call_function("list_value_length", [dataset.data.column("input_ids")])
+    if dataset._indices is not None:
+        lengths = lengths.take(dataset._indices.column(0))
+    return len(lengths.drop_null().unique()) > 1
+
+
+def _check_type(dataset: datasets.Dataset, name: str) -> None:
+    """Raise UsageError unless input_ids are lists of integers."""
     kind = dataset.features["input_ids"]
     ids = getattr(kind, "feature", None)
     if not isinstance(ids, datasets.Value) or "int" not in ids.dtype:
         raise UsageError(f"DATASET {name}: its input_ids are {kind}, not lists of integers")
-    if nulls := dataset.data.column("input_ids").null_count:
-        print(f"DATASET {name}: {nulls} of its {len(dataset)} rows have no input_ids: left out")
-        dataset = dataset.filter(lambda row: row["input_ids"] is not None)
+
+
+def from_rows(
+    dataset: datasets.Dataset, name: str, ctx_len: int, masks: tuple[str, ...] = ("attention_mask",)
+) -> TokenBlocks:
+    """Rows of input_ids as they are; those of unlike lengths joined, and cut into `ctx_len`.
+
+    Where an `attention_mask` says what is padding, it is no token. Null rows are left out.
+    """
+    _check_type(dataset, name)
+    if (missing := left_out(dataset, "input_ids", name)).any():
+        dataset = dataset.select(np.flatnonzero(~missing))
     if dataset._indices is not None:  # a selection or shuffle is a view until it is flattened
         dataset = dataset.flatten_indices()
     chunks = dataset.data.column("input_ids").chunks
     if any(chunk.flatten().null_count for chunk in chunks):
         raise UsageError(f"DATASET {name}: a row of its input_ids holds null instead of an id")
     lengths = {int(n) for chunk in chunks for n in np.unique(chunk.value_lengths().to_numpy())}
-    flat, masks = flat_ids(dataset), _masks(dataset, name)
+    flat = flat_ids(dataset)
+    found = {column: _mask(dataset, column, name) for column in masks}
+    attended, counted = found.get("attention_mask"), found.get("counted")
     if len(lengths) == 1 and 0 not in lengths:
-        return TokenBlocks(flat, lengths.pop(), (), masks["attention_mask"], masks["counted"])
-    attended, counted = masks["attention_mask"], masks["counted"]
+        return TokenBlocks(flat, lengths.pop(), (), attended, counted)
     if attended is not None:  # joined rows need no padding
         read = [np.asarray(mask, dtype=bool) for mask in attended]
         flat = [a[mask] for a, mask in zip(flat, read, strict=True)]
@@ -118,19 +198,16 @@ def from_rows(dataset: datasets.Dataset, name: str, ctx_len: int) -> TokenBlocks
     return TokenBlocks(flat, ctx_len, (), counted=counted)
 
 
-def _masks(dataset: datasets.Dataset, name: str) -> dict[str, list[np.ndarray] | None]:
-    """The masks beside input_ids, token by token; None for one that is not there or hides none."""
-    found: dict[str, list[np.ndarray] | None] = {"attention_mask": None, "counted": None}
-    for column in found.keys() & set(dataset.column_names):
-        masks = flat_masks(dataset, column)
-        sizes = [len(mask) for mask in masks], [len(ids) for ids in flat_ids(dataset)]
-        if sizes[0] != sizes[1]:
-            raise UsageError(
-                f"DATASET {name}: its {column} is not as long as its input_ids: give one number "
-                f"per token, or take the column out"
-            )
-        found[column] = None if all(mask.all() for mask in masks) else masks
-    return found
+def _mask(dataset: datasets.Dataset, column: str, name: str) -> list[np.ndarray] | None:
+    """A mask beside input_ids, token by token; None for one that is not there or hides none."""
+    if column not in dataset.column_names:
+        return None
+    if getattr(dataset.features[column], "feature", None) is None:
+        raise _other_length(name, column)
+    masks = flat_masks(dataset, column)
+    if [len(mask) for mask in masks] != [len(ids) for ids in flat_ids(dataset)]:
+        raise _other_length(name, column)
+    return None if all(mask.all() for mask in masks) else masks
 
 
 def flat_masks(dataset: datasets.Dataset, column: str) -> list[np.ndarray]:

@@ -6,39 +6,29 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig
-from ..flag_checks import UsageError
 from .blocks import Block
 from .files import reading
+from .ids import IdRows
 from .tokenizing import DOCUMENTS_PER_CALL, Encoder
 
 _MASKS = ("attention_mask", "counted")
 
 
 def blocks_of_stream(
-    dataset: Any, encode: Encoder | None, cfg: DataConfig, prefix: tuple[int, ...]
+    dataset: Any, encode: Encoder | IdRows, cfg: DataConfig, prefix: tuple[int, ...]
 ) -> Iterator[Block]:
-    """The blocks of a stream: rows of `ctx_len` as they are, others joined and cut.
-
-    Without `encode` the rows hold input_ids.
-    """
+    """The blocks of a stream: rows of `ctx_len` as they are, others joined and cut."""
     before = np.asarray(prefix, dtype=np.int64)
     stride = cfg.ctx_len - len(prefix)
     rest = {"input_ids": np.empty(0, dtype=np.int64)}
     rest |= {name: np.empty(0, dtype=bool) for name in _MASKS}
-    for batch in _batches(dataset, cfg):
-        columns = batch if encode is None else encode(batch)
+    for batch in _batches(dataset, cfg, encode.column):
+        columns = encode(batch)
         for i, ids in enumerate(columns["input_ids"]):
-            if ids is None:
-                continue
             row = {"input_ids": np.asarray(ids, dtype=np.int64)}
             for name in _MASKS:
                 mask = columns[name][i] if name in columns else np.ones(len(ids), dtype=bool)
                 row[name] = np.asarray(mask, dtype=bool)
-                if len(row[name]) != len(ids):
-                    raise UsageError(
-                        f"DATASET: its {name} is not as long as its input_ids: give one number per "
-                        f"token, or take the column out"
-                    )
             if len(ids) == cfg.ctx_len and not prefix and not len(rest["input_ids"]):
                 yield Block(row["input_ids"], row["attention_mask"], row["counted"])
                 continue
@@ -51,16 +41,27 @@ def blocks_of_stream(
                 yield Block(
                     np.concatenate([before, cut["input_ids"]]),
                     None,
-                    counted if encode is not None and encode.roles else None,
+                    counted if encode.roles else None,
                 )
 
 
-def _batches(dataset: Any, cfg: DataConfig) -> Iterator[dict[str, list[Any]]]:
-    """The stream's rows, many at a time; an error of its reader names the file and the line."""
+def _batches(dataset: Any, cfg: DataConfig, column: str) -> Iterator[dict[str, list[Any]]]:
+    """The stream's rows, many at a time; says once if some have nothing in the column.
+
+    An error of its reader names the file and the line.
+    """
     batches = iter(dataset.iter(batch_size=DOCUMENTS_PER_CALL))
+    said = False
     while True:
         with reading(cfg):
             batch = next(batches, None)
         if batch is None:
             return
+        if not said and None in batch[column]:
+            missing = sum(row is None for row in batch[column])
+            print(
+                f"--streaming: {missing} of {len(batch[column])} rows read together have no "
+                f"{column}: such rows are left out"
+            )
+            said = True
         yield batch

@@ -11,7 +11,16 @@ from ..config import DataConfig, ModelConfig
 from ..flag_checks import UsageError
 from .blocks import TokenBlocks, TokenSource, TokenStream, check_ids
 from .files import cache_file, open_dataset, reading
-from .ids import flat_ids, flat_masks, from_file, from_rows, from_tensor
+from .ids import (
+    IdRows,
+    are_ragged,
+    flat_ids,
+    flat_masks,
+    from_file,
+    from_rows,
+    from_tensor,
+    left_out,
+)
 from .streams import blocks_of_stream
 from .tokenizing import (
     CHAT_COLUMNS,
@@ -51,11 +60,12 @@ def load_tokens(
     if cfg.streaming and isinstance(data, datasets.Dataset):
         data = data.to_iterable_dataset()
     column = _column(cfg, name, data)
-    if column == "input_ids" and not cfg.streaming:
+    are_ids = column == "input_ids"
+    if are_ids and not cfg.streaming and (cfg.pack or not are_ragged(data, name)):
         return _checked(from_rows(data, name, cfg.ctx_len), name, limits)
     _check_length(cfg.ctx_len, limits[1])  # before hours of tokenizing
-    encode, prefix = None, ()
-    if column != "input_ids":
+    encode, prefix = IdRows(name, None if cfg.pack else cfg.ctx_len), ()
+    if not are_ids:
         encode, prefix = _encoder(cfg, _words(tokenizer, model), column)
     if cfg.streaming:
         count = -(-cfg.eval_tokens // cfg.ctx_len) + (cfg.max_examples or 0)
@@ -63,10 +73,10 @@ def load_tokens(
         return TokenStream(
             lambda: blocks_of_stream(mixed, encode, cfg, prefix), count, cfg.ctx_len, limits[0]
         )
-    assert encode is not None
+    left_out(data, column, name)
     ids = _tokenized(cfg, data, encode)
     if not cfg.pack:
-        return _checked(from_rows(ids, name, cfg.ctx_len), name, limits)
+        return _checked(from_rows(ids, name, cfg.ctx_len, tuple(encode.masks)), name, limits)
     counted = flat_masks(ids, "counted") if "counted" in encode.masks else None
     blocks = TokenBlocks(flat_ids(ids), cfg.ctx_len - len(prefix), prefix, counted=counted)
     return _checked(blocks, name, limits)
@@ -129,7 +139,9 @@ def _encoder(
     return encode, () if by_document else lead
 
 
-def _tokenized(cfg: DataConfig, data: datasets.Dataset, encode: Encoder) -> datasets.Dataset:
+def _tokenized(
+    cfg: DataConfig, data: datasets.Dataset, encode: Encoder | IdRows
+) -> datasets.Dataset:
     """Documents as token ids; `datasets` caches them by a fingerprint of text and encoder."""
     processes = min(cfg.data_preprocessing_num_proc, max(1, len(data) // DOCUMENTS_PER_CALL))
     kinds = {name: datasets.List(datasets.Value("bool")) for name in encode.masks}

@@ -56,10 +56,11 @@ class Encoder:
 
     def documents(self, column: list[Any]) -> Iterator[Document]:
         """The token ids of a column's documents, each with its end token."""
-        if self.column in CHAT_COLUMNS:
-            yield from (self._chat(chat) for chat in column if chat)
-            return
         texts = [text for text in column if text]
+        are_strings = bool(texts) and isinstance(texts[0], str)
+        if self.column in CHAT_COLUMNS and (self.roles or not are_strings):
+            yield from map(self._chat, texts)
+            return
         if strange := next((text for text in texts if not isinstance(text, str)), None):
             raise UsageError(
                 f"--text_column {self.column}: holds {repr(strange)[:80]}, which is not text"

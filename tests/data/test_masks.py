@@ -214,12 +214,19 @@ def test_chats_that_cannot_be_read_are_refused(chat_lm: str, tmp_path: Path) -> 
         load(data, tokenizer=str(tmp_path / "odd"), chat_roles=("assistant",))
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "arrow", "parquet", "jsonl.gz"])
+@pytest.mark.parametrize(
+    "kind", ["csv", "tsv", "arrow", "parquet", "jsonl.gz", "json.gz", "txt.gz"]
+)
 def test_every_format_holds_the_same_text(tmp_path: Path, kind: str) -> None:
     """The same documents in another format give the same tokens."""
     texts = [f"def f_{i}(x):\n    return 'a, b\t{i}'\n" for i in range(40)]
     data, file = datasets.Dataset.from_dict({"text": texts}), tmp_path / f"docs.{kind}"
-    if kind == "jsonl.gz":
+    if kind == "txt.gz":  # a file is a document
+        file.write_bytes(gzip.compress("".join(texts).encode()))
+        data = datasets.Dataset.from_dict({"text": ["".join(texts)]})
+    elif kind == "json.gz":
+        file.write_bytes(gzip.compress(json.dumps([{"text": text} for text in texts]).encode()))
+    elif kind == "jsonl.gz":
         file.write_bytes(gzip.compress(Path(jsonl(tmp_path, texts)).read_bytes()))
     elif kind in ("csv", "tsv"):
         data.to_csv(file, sep="\t" if kind == "tsv" else ",", index=False)

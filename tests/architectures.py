@@ -35,6 +35,9 @@ SIZES: dict[str, int] = {
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+LARGEST = 20_000_000
+"""Parameters of the largest LM that is built: some have a vision tower of a fixed size."""
+
 # Settings that some architectures need beside the sizes, each tried in turn.
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"num_key_value_heads": 4})
 
@@ -59,12 +62,24 @@ def tiny_config(model_type: str, **more: Any) -> PretrainedConfig:
     return kind(**found)
 
 
+def parameters(config: PretrainedConfig) -> int:
+    """How many parameters an LM of this config has; 0 where it cannot be built without them."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModel.from_config(config).parameters())
+    except Exception:  # whatever a class does with its weights as it is built
+        return 0
+
+
 def build(model_type: str) -> PreTrainedModel:
     """A tiny random model that reads text. Raises what transformers raises where there is none."""
     for last, variant in zip((False, True), VARIANTS, strict=True):
         try:
+            config = tiny_config(model_type, **variant)
+            if (size := parameters(config)) > LARGEST:
+                raise ValueError(f"{size:,} parameters")
             torch.manual_seed(0)
-            lm = AutoModel.from_config(tiny_config(model_type, **variant)).eval()
+            lm = AutoModel.from_config(config).eval()
             with torch.no_grad():
                 lm(input_ids=torch.randint(3, VOCABULARY, (2, 8)))
             return lm

@@ -115,8 +115,7 @@ class TokenBlocks:
 
     def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]:
         """The numbers in an order that depends on the seed alone."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(len(numbers), generator=generator) + numbers.start
+        return shuffled(numbers, seed)
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[TokenBatch]:
         """Batches of the blocks numbered by `order`; the last one may be smaller."""
@@ -178,6 +177,12 @@ class TokenStream:
             smallest, largest = int(batch.ids.min()), int(batch.ids.max())
             check_ids("the stream", smallest, largest, self.vocab_size)
             yield batch
+
+
+def shuffled(numbers: range, seed: int) -> Int[Tensor, " n"]:
+    """The numbers in an order that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(numbers), generator=generator) + numbers.start
 
 
 def split_blocks(

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..coders.functional import Moments, accumulate
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
-from ..lm.capture import RowReader, reading_text
-from ..lm.head import has_head
+from ..lm.capture import RowReader
+from ..lm.head import has_head, unusable_head
 from ..placement.exchange import no_rows
 from ..runs.checkpoint import check_room
 from ..training.state import TrainingState
@@ -173,9 +173,18 @@ def rehearse_end(
     means = {bank.hookpoint[n]: torch.zeros(c.d_out, device=c.device) for n, c in bank.items()}
     with state.exchange.ranks.together():
         check_room(run, state)
-    if capture.lm is not None:
-        with reading_text(capture.lm):
-            _predictions(capture, state, means, source, held_out[:1], 1)
+    if capture.lm is None:
+        return
+    if (note := unusable_head(capture.lm)) and state.exchange.ranks.main:
+        print(note)
+    try:
+        _predictions(capture, state, means, source, held_out[:1], 1)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"MODEL: {type(capture.lm).__name__} cannot be evaluated with reconstructions in it: "
+            f"leave --eval_every out, or take the model without its head. {reason}"
+        ) from None
 
 
 def _figures(hookpoint: str, seen: Moments, sums: Tensor, fired: Tensor) -> CoderFigures:

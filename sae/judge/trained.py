@@ -18,7 +18,7 @@ from ..data.blocks import TokenSource
 from ..data.text import load_tokens
 from ..flag_checks import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
 from ..lm.capture import Capture, measure_widths
-from ..lm.head import has_head
+from ..lm.head import unusable_head
 from ..lm.loading import find_hookpoints, load_lm, token_limits
 from ..lm.probe import checked
 from ..lm.rows import RowRule
@@ -106,11 +106,13 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     skeleton, names = find_hookpoints(model, head="wanted")
     ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
     lm = load_lm(model, skeleton, names, dtype, ranks.device)
-    if lm.get_output_embeddings() is not None and not has_head(lm):
-        print(f"{type(lm).__name__} predicts no next token that could be judged: no CE, KL, top-1")
+    if note := unusable_head(lm):
+        print(note)
     _check_widths(coders, hookpoint, measure_widths(lm, names), model.model)
     bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
-    rule = RowRule(model.exclude_tokens, model.exclude_positions, norm_limits_of(run))
+    rule = RowRule(
+        model.exclude_tokens, model.exclude_positions, norm_limits_of(run, model.exclude_norm)
+    )
     capture = checked(Capture(lm, names, rule, inputs=bank.transcode), data.ctx_len)
     source = load_tokens(data, model, token_limits(lm))
     saved, blocks = data_of_run(run), torch.arange(len(source))

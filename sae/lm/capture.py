@@ -16,7 +16,7 @@ from ..config import Widths
 from ..flag_checks import UsageError
 from .hookpoints import attention_heads, parse
 from .linear import fast_linear_layers
-from .rows import Found, RowRule, at_hookpoint, not_rows, split_heads
+from .rows import HookpointRows, RowRule, at_hookpoint, not_rows, one_head, split_heads
 
 Pairs = dict[str, tuple[Float[Tensor, "N D"], Float[Tensor, "N D_out"]]]
 """Hookpoint -> (input rows, output rows); where inputs are not wanted, both are the output."""
@@ -68,7 +68,7 @@ class Capture:
         """The same rows under another rule."""
         return replace(self, rule=rule)
 
-    def find(self, tokens: TokenBatch | Int[Tensor, "B S"]) -> dict[str, Found]:
+    def find(self, tokens: TokenBatch | Int[Tensor, "B S"]) -> dict[str, HookpointRows]:
         """The rows of every hookpoint, and the tokens that they belong to.
 
         Hooks copy what they see, since some LMs go on to write into it; they change nothing. The
@@ -77,7 +77,7 @@ class Capture:
         batch = TokenBatch.of(tokens)
         modules = dict(self.lm.base_model.named_modules())
         kept = self.rule.kept(batch)
-        seen: dict[str, Found] = {}
+        seen: dict[str, HookpointRows] = {}
         sharded = is_sharded(self.lm)
 
         def store(name: str, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -134,9 +134,8 @@ def measure_widths(
         x, y = at_hookpoint(name, (args, kwargs), output)
         if y is None or not y.ndim:
             return
-        head = parse(name).head
-        if head is not None:
-            y = split_heads(name, y, heads)[..., head, :]
+        if parse(name).head is not None:
+            y = one_head(name, y, heads)
         # Of one sequence only its positions may be left; some LMs pad it.
         if len([size for size in y.shape[:-1] if size != 1]) > 1:
             raise not_rows(name, y, tokens)

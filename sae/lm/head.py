@@ -131,6 +131,13 @@ def has_head(lm: PreTrainedModel) -> bool:
     return True
 
 
+def unusable_head(lm: PreTrainedModel) -> str | None:
+    """What to say of an LM that was loaded with a head which no figure can be made with."""
+    if lm.get_output_embeddings() is None or has_head(lm):
+        return None
+    return f"the head of {type(lm).__name__} cannot be run on hidden states alone: no CE, KL, top-1"
+
+
 def check_head(lm: PreTrainedModel) -> tuple[nn.Module, Any]:
     """The module below the head, which is not `base_model` in every LM, and what it returns.
 

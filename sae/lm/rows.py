@@ -1,6 +1,7 @@
 """Rows: which tokens have one at a hookpoint, and how they lie in what its module passes on."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,8 +14,13 @@ from ..batch import TokenBatch
 from ..flag_checks import UsageError
 from .hookpoints import parse
 
+# The linear layer behind the heads, by the names that it has; an MLP's can be called the same.
+_JOINS_HEADS = re.compile(
+    r"(attn|attention)([\w.]*\.)?(o|wo|o_proj|out_proj|c_proj|dense|out_lin|out)$", re.IGNORECASE
+)
 
-class Found(NamedTuple):
+
+class HookpointRows(NamedTuple):
     """The rows of a hookpoint in one forward."""
 
     x: Float[Tensor, "N D"]
@@ -66,7 +72,7 @@ class RowRule:
         batch: TokenBatch,
         kept: Tensor | None,
         inputs: bool,
-    ) -> Found:
+    ) -> HookpointRows:
         """The rows of a hookpoint among what its module reads and returns.
 
         `kept` is that of the batch. Raises UsageError for what is not one row per token.
@@ -79,14 +85,16 @@ class RowRule:
         chosen = self.fitting(hookpoint, y, None if kept is None else kept.flatten())
         y_rows = y.clone() if chosen is None else y[chosen]
         if not inputs:
-            return Found(y_rows, y_rows, chosen)
-        return Found(x.clone() if chosen is None else x[chosen], y_rows, chosen)
+            return HookpointRows(y_rows, y_rows, chosen)
+        return HookpointRows(x.clone() if chosen is None else x[chosen], y_rows, chosen)
 
     def fitting(self, hookpoint: str, y: Tensor, kept: Tensor | None) -> Tensor | None:
         """Of the kept tokens those whose row is not too long, [B*S]."""
         if hookpoint not in self.norm_limits:
             return kept
-        fits = torch.linalg.vector_norm(y.float(), dim=1) <= self.norm_limits[hookpoint]
+        norm = torch.linalg.vector_norm(y.float(), dim=1)
+        # What is not finite is for the step to find, and not to be passed over.
+        fits = ~(norm > self.norm_limits[hookpoint]) | norm.isinf()
         return fits if kept is None else kept & fits
 
     def flat(
@@ -95,7 +103,7 @@ class RowRule:
         """A module's tensor as one row per token, in the order of tokens."""
         head, tokens = parse(hookpoint).head, batch.ids
         if part == "output" and head is not None:
-            tensor = split_heads(hookpoint, tensor, self.heads)[..., head, :]
+            tensor = one_head(hookpoint, tensor, self.heads)
         if (hookpoint, part) in self.sequence_first:
             tensor = tensor.transpose(0, 1)
         if tensor.ndim < 2 or tensor.shape[:-1].numel() != tokens.numel():
@@ -140,12 +148,23 @@ def split_heads(hookpoint: str, tensor: Tensor, heads: int) -> Float[Tensor, "*B
     """A tensor by heads, as its module gives it or, in one width, by the LM's number of heads."""
     if tensor.ndim >= 4:
         return tensor
-    if not parse(hookpoint).enters or tensor.shape[-1] % heads or heads == 1:
+    module, enters, _ = parse(hookpoint)
+    if not (enters and _JOINS_HEADS.search(module)) or tensor.shape[-1] % heads or heads == 1:
         raise UsageError(
             f"--per_head: {hookpoint} passes a tensor of shape {tuple(tensor.shape)}, which is not "
             f"made of heads; name the input of the module behind the heads, as o_proj:input"
         )
     return tensor.unflatten(-1, (heads, -1))
+
+
+def one_head(hookpoint: str, tensor: Tensor, heads: int) -> Float[Tensor, "*B_S D"]:
+    """The head that a hookpoint names."""
+    split, head = split_heads(hookpoint, tensor, heads), parse(hookpoint).head
+    assert head is not None, "the hookpoint names a head"
+    if head >= split.shape[-2]:
+        last = split.shape[-2] - 1
+        raise UsageError(f"hookpoint {hookpoint}: it has the heads 0 to {last}: name one of them")
+    return split[..., head, :]
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -37,7 +37,10 @@ def limit_norms(
     """
     batches = list(batches)
     if factor is not None:
-        limits = norm_limits_of(run) if resumes else _measure(capture, factor, batches, ranks)
+        if resumes:
+            limits = norm_limits_of(run, factor)
+        else:
+            limits = _measure(capture, factor, batches, ranks)
         capture = capture.with_rule(replace(capture.rule, norm_limits=limits))
         if ranks.main and not resumes:
             write_json(run / _FILE, limits)
@@ -66,10 +69,20 @@ def _measure(
     return limits
 
 
-def norm_limits_of(run: Path) -> dict[str, float]:
-    """Hookpoint -> the length above which a run, or that of a checkpoint, leaves rows out."""
+def norm_limits_of(run: Path, factor: float | None) -> dict[str, float]:
+    """Hookpoint -> the length above which a run, or that of a checkpoint, leaves rows out.
+
+    Raises UsageError where the run was given a `factor` and its limits are not there.
+    """
+    if factor is None:
+        return {}
     found = [folder / _FILE for folder in (run, run.parent) if (folder / _FILE).is_file()]
-    return read_json(found[0]) if found else {}
+    if not found:
+        raise UsageError(
+            f"--exclude_norm {factor}: {run} lacks {_FILE}, where the run keeps its limits: put it "
+            f"back, or other rows would count"
+        )
+    return read_json(found[0])
 
 
 def sinks(capture: RowReader, batches: Iterable[TokenBatch]) -> list[str]:

@@ -1,5 +1,6 @@
 """Rows that were made elsewhere, in place of a language model and text."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..batch import TokenBatch
 from ..config import Widths
+from ..data.blocks import shuffled
 from ..flag_checks import UsageError
 from ..lm.capture import Pairs
 from ..lm.rows import RowRule
@@ -68,6 +70,10 @@ class GivenRows:
                 f"activations: {type(activations).__name__} needs a length, the number of its "
                 f"items, and a fingerprint, which tells a resumed run that they are the same"
             )
+        try:
+            json.dumps(activations.fingerprint)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"activations: the fingerprint cannot be JSON ({error})") from None
         if iter(activations) is activations:
             raise UsageError(
                 "activations: can be gone through only once; a run does it several times: give an "
@@ -115,7 +121,7 @@ class GivenRows:
         return {
             "blocks": len(self),
             "block_len": self.block_len,
-            "of": self.activations.fingerprint,
+            "of": json.loads(json.dumps(self.activations.fingerprint)),
         }
 
     def __len__(self) -> int:
@@ -123,10 +129,9 @@ class GivenRows:
 
     def order(self, numbers: range, seed: int) -> Int[Tensor, " n"]:
         """The numbers in an order that depends on the seed alone, or as the items come."""
-        if not hasattr(self.activations, "__getitem__"):
-            return torch.arange(numbers.start, numbers.stop)
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(len(numbers), generator=generator) + numbers.start
+        if hasattr(self.activations, "__getitem__"):
+            return shuffled(numbers, seed)
+        return torch.arange(numbers.start, numbers.stop)
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[GivenBatch]:
         """Batches of the items numbered by `order`; the last one may be smaller."""

@@ -17,7 +17,6 @@ def test_an_evaluation_that_cannot_work_is_known_at_the_start(
     causal_lm: PreTrainedModel,
     tokens: Tensor,
     settings: dict[str, Any],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An LM that fails with a reconstruction in it is a line before training, not after it."""
@@ -26,31 +25,28 @@ def test_an_evaluation_that_cannot_work_is_known_at_the_start(
         raise RuntimeError("the head wants what is not there")
 
     monkeypatch.setattr("sae.judge.predictions.kl_divergence", fails)
-    with pytest.raises(UsageError, match="cannot read text. the head wants"):
+    with pytest.raises(
+        UsageError, match="cannot be evaluated with reconstructions .* the head wants"
+    ):
         run(causal_lm, tokens, settings, run_name="r", save_every=1)
-    assert not list((tmp_path / "runs/r").glob("step_*"))
+    assert not list(Path(settings["save_dir"]).glob("r/step_*"))
 
 
 def test_a_disk_without_room_is_known_at_the_start(
-    lm: PreTrainedModel,
-    tokens: Tensor,
-    settings: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    lm: PreTrainedModel, tokens: Tensor, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint that does not fit is refused with both sizes."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 1000))
     with pytest.raises(UsageError, match=r"--save_dir .*a checkpoint takes 0.00 GiB.* are free"):
         run(lm, tokens, settings, run_name="r")
-    assert not list((tmp_path / "runs/r").glob("step_*"))
+    assert not list(Path(settings["save_dir"]).glob("r/step_*"))
 
 
 def test_the_rehearsal_moves_no_number(
     causal_lm: PreTrainedModel,
     tokens: Tensor,
     settings: dict[str, Any],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run without it ends in the same bytes."""

@@ -126,6 +126,13 @@ def test_long_rows_are_left_out_hookpoint_by_hookpoint(causal_lm: PreTrainedMode
     assert not after[fits].any() and torch.equal(after[~fits], whole["layers.1"][1][~fits])
 
 
+def test_rows_that_are_no_numbers_are_not_passed_over() -> None:
+    """NaN and Inf are for the step to find: a limit leaves out what is long."""
+    y = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0], [9.0, 0.0]])
+    fits = RowRule(norm_limits={"h": 3.0}).fitting("h", y, None)
+    assert fits is not None and fits.tolist() == [True, True, True, False]
+
+
 def test_few_far_rows_are_told_from_many() -> None:
     """The share of the variance in the 1 % of rows farthest from the mean, by definition."""
     y = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)) + 3

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import train_sae
 from sae import SparseCoder, UsageError
 from sae.flag_checks import from_flags
+from sae.judge.trained import CodersConfig, load_trained
 
 HOOKPOINT = "layers.1"
 
@@ -46,6 +47,19 @@ def rows_of(lm: PreTrainedModel, tokens: Tensor) -> Tensor:
         lm.base_model(input_ids=tokens)
     handle.remove()
     return seen[0] if isinstance(seen[0], Tensor) else seen[0][0]
+
+
+def saved(lm: PreTrainedModel, rows: dict[str, list[Any]], folder: Path) -> dict[str, str]:
+    """The flags of a run on an LM and a data set that are saved in a folder."""
+    lm.save_pretrained(folder / "lm")
+    Dataset.from_dict(rows).save_to_disk(folder / "data")
+    return {"model": str(folder / "lm"), "dataset": str(folder / "data")}
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, run_folder: Path) -> dict[str, Any]:
+    """The figures that `evaluate` writes, by coder."""
+    assert call(monkeypatch, "evaluate", str(run_folder)) == 0
+    return json.loads((run_folder / "eval.json").read_text())["coders"]
 
 
 def fvu(coder: SparseCoder, y: Tensor) -> float:
@@ -83,6 +97,10 @@ def test_a_resumed_run_keeps_its_limit(
     file = tmp_path / "runs/r/norm_limits.json"
     file.write_text(json.dumps({HOOKPOINT: 1e9}))
     resumed = run(with_sinks, tokens, flags, resume=True)
+    file.rename(file.with_name("elsewhere"))
+    with pytest.raises(UsageError, match="--exclude_norm 2.0: .*lacks norm_limits.json"):
+        run(with_sinks, tokens, flags, resume=True)
+    file.with_name("elsewhere").rename(file)
     assert json.loads(file.read_text()) == {HOOKPOINT: 1e9}
     held_out = rows_of(with_sinks, tokens[:16]).flatten(0, 1)
     found = resumed["hookpoints"][HOOKPOINT]
@@ -115,22 +133,20 @@ def test_the_command_leaves_out_what_the_run_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """`evaluate` gives the run's own FVU; of a run without limits it names the sinks."""
-    folder = tmp_path / "lm"
-    with_sinks.save_pretrained(folder)
-    Dataset.from_dict({"input_ids": with_few_sinks(tokens).tolist()}).save_to_disk(
-        tmp_path / "data"
-    )
-    flags = {**settings, "model": str(folder), "dataset": str(tmp_path / "data")}
+    rows = {"input_ids": with_few_sinks(tokens).tolist()}
+    flags = {**settings, **saved(with_sinks, rows, tmp_path)}
     flags |= {"hookpoints": (HOOKPOINT,), "max_examples": 16, "exclude_positions": 1}
     for name, more in (("limited", {"exclude_norm": 3.0}), ("plain", {})):
         cfg = from_flags(train_sae.TrainConfig, {**flags, **more, "run_name": name})
         summary = train_sae.train(cfg)
         capsys.readouterr()
-        assert call(monkeypatch, "evaluate", str(tmp_path / "runs" / name)) == 0
+        found = evaluated(monkeypatch, tmp_path / "runs" / name)
         assert ("1 % of its rows hold" in capsys.readouterr().out) == (name == "plain")
-        found = json.loads((tmp_path / "runs" / name / "eval.json").read_text())
         theirs = summary["hookpoints"][HOOKPOINT]["fvu"]
-        assert found["coders"][HOOKPOINT]["fvu"] == pytest.approx(theirs, rel=1e-5)
+        assert found[HOOKPOINT]["fvu"] == pytest.approx(theirs, rel=1e-5)
+    (tmp_path / "runs/limited/norm_limits.json").unlink()
+    with pytest.raises(UsageError, match="--exclude_norm 3.0: .*lacks norm_limits.json"):
+        load_trained(CodersConfig(str(tmp_path / "runs/limited")))
 
 
 def test_heads_and_inputs_are_trained_on_and_judged(
@@ -141,17 +157,14 @@ def test_heads_and_inputs_are_trained_on_and_judged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One coder per head of what enters a module; the commands find the same places again."""
-    lm.save_pretrained(tmp_path / "lm")
-    Dataset.from_dict({"input_ids": tokens.tolist()}).save_to_disk(tmp_path / "data")
-    flags = {**settings, "model": str(tmp_path / "lm"), "dataset": str(tmp_path / "data")}
+    flags = {**settings, **saved(lm, {"input_ids": tokens.tolist()}, tmp_path)}
     flags |= {"hookpoints": ("layers.1.self_attn.o_proj:input",), "max_examples": 16, "k": 2}
     for name, per_head, widths in (("heads", True, [8] * 4), ("whole", False, [32])):
         cfg = from_flags(train_sae.TrainConfig, {**flags, "per_head": per_head, "run_name": name})
         summary = train_sae.train(cfg)
         coders = SparseCoder.load_many(tmp_path / "runs" / name)
         assert [coder.d_in for coder in coders.values()] == widths
-        assert call(monkeypatch, "evaluate", str(tmp_path / "runs" / name)) == 0
-        found = json.loads((tmp_path / "runs" / name / "eval.json").read_text())["coders"]
+        found = evaluated(monkeypatch, tmp_path / "runs" / name)
         for coder, figures in summary["hookpoints"].items():
             assert found[coder]["fvu"] == pytest.approx(figures["fvu"], rel=1e-5)
 
@@ -163,6 +176,8 @@ def test_heads_and_inputs_are_trained_on_and_judged(
         ({"hookpoints": ("layers.1.mlp:output",)}, "behind the colon"),
         ({"per_head": True}, "--per_head True: residual streams have no heads"),
         ({"hookpoints": ("layers.1.mlp",), "per_head": True}, "--per_head: layers.1.mlp passes"),
+        ({"hookpoints": ("layers.1.mlp:input",), "per_head": True}, "--per_head: layers.1.mlp:in"),
+        ({"hookpoints": ("layers.1.self_attn.o_proj:input:head4",)}, "has the heads 0 to 3"),
         ({"exclude_norm": 0.5}, "--exclude_norm 0.5: must be at least 1"),
         ({"exclude_positions": 16}, "--exclude_positions 16.*leaves no token"),
     ],
@@ -188,9 +203,7 @@ def test_padding_is_no_row_in_training_evaluation_and_pages(
     for row, length in zip(torch.where(tokens == 63, 62, tokens).tolist(), lengths, strict=True):
         ids.append([pad] * (16 - length) + row[:length])
         mask.append([0] * (16 - length) + [1] * length)
-    Dataset.from_dict({"input_ids": ids, "attention_mask": mask}).save_to_disk(tmp_path / "data")
-    lm.save_pretrained(tmp_path / "lm")
-    flags = {**settings, "model": str(tmp_path / "lm"), "dataset": str(tmp_path / "data")}
+    flags = {**settings, **saved(lm, {"input_ids": ids, "attention_mask": mask}, tmp_path)}
     flags |= {"hookpoints": (HOOKPOINT,), "run_name": "r"}
     summary = train_sae.train(from_flags(train_sae.TrainConfig, flags))
     assert summary["tokens"] == sum(lengths[16:176])
@@ -201,12 +214,10 @@ def test_padding_is_no_row_in_training_evaluation_and_pages(
     found = summary["hookpoints"][HOOKPOINT]
     coder = SparseCoder.load_from_disk(found["path"])
     assert found["fvu"] == pytest.approx(fvu(coder, torch.cat(alone)), rel=1e-4)
-    run_folder = str(tmp_path / "runs/r")
-    assert call(monkeypatch, "evaluate", run_folder) == 0
-    judged = json.loads((tmp_path / "runs/r/eval.json").read_text())
-    assert judged["coders"][HOOKPOINT]["fvu"] == pytest.approx(found["fvu"], rel=1e-5)
+    judged = evaluated(monkeypatch, tmp_path / "runs/r")
+    assert judged[HOOKPOINT]["fvu"] == pytest.approx(found["fvu"], rel=1e-5)
     page = tmp_path / "page.html"
-    assert call(monkeypatch, "features", run_folder, "--out", str(page)) == 0
+    assert call(monkeypatch, "features", str(tmp_path / "runs/r"), "--out", str(page)) == 0
     shown = page.read_text()
     # Without a tokenizer a token is shown by its number; the signs are escaped.
     assert "\\u003c62\\u003e" in shown and "\\u003c63\\u003e" not in shown

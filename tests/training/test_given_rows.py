@@ -22,10 +22,16 @@ class Items(list[dict[str, Any]]):
     fingerprint = "1"
 
 
+class Unprintable(Items):
+    """Rows with a fingerprint that no checkpoint could hold."""
+
+    fingerprint = torch.zeros(2)  # type: ignore[assignment]  # that is the mistake
+
+
 class Stream:
     """Rows that come one after the other."""
 
-    fingerprint = "1"
+    fingerprint = ("a tuple", 1)  # JSON has only lists
 
     def __init__(self, items: list[dict[str, Any]]) -> None:
         self.items = items
@@ -87,6 +93,7 @@ def test_a_stream_of_rows_resumes(tmp_path: Path) -> None:
     [
         ([{"a": torch.zeros(4, 8)}], {}, "needs a length"),
         (Items(), {}, "hold no item"),
+        (Unprintable([{"a": torch.ones(4, 8)}]), {}, "fingerprint cannot be JSON"),
         (Items([{"a": torch.ones(4, 8)}]), {"loss_fn": "kl"}, "--loss_fn kl"),
         (Items([{"a": torch.ones(4, 8)}]), {"transcode": True}, "no pair of rows"),
         (Items([{"a": torch.ones(4, 8).long()}]), {}, "floating-point"),

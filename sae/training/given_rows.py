@@ -190,13 +190,14 @@ class GivenRows:
                     f"activations: {name} has {'a pair of' if not self.inputs else 'no pair of'} "
                     f"rows; transcoders (--transcode) take pairs of input and output, SAEs do not"
                 )
-            shapes = [tuple(x.shape), tuple(y.shape)]
-            widths = [t.shape[-1] for pair in [(known or {}).get(name, ())] for t in pair]
-            same = x.shape[:-1] == y.shape[:-1] and widths in ([], [x.shape[-1], y.shape[-1]])
-            if y.ndim < 2 or not same or not y.is_floating_point() or not x.is_floating_point():
+            widths = [*x.shape[-1:], *y.shape[-1:]]
+            expected = widths if known is None else [t.shape[1] for t in known[name]]
+            floats = x.is_floating_point() and y.is_floating_point()
+            if y.ndim < 2 or x.shape[:-1] != y.shape[:-1] or widths != expected or not floats:
                 raise UsageError(
-                    f"activations: {name} has rows of shapes {shapes[0]} and {shapes[1]}, "
-                    f"{y.dtype}; give floating-point rows [N D] of one width in all items"
+                    f"activations: {name} has rows of shapes {tuple(x.shape)} and "
+                    f"{tuple(y.shape)}, {y.dtype}; give floating-point rows [N D] of one width in "
+                    f"all items"
                 )
             flat = y.reshape(-1, y.shape[-1])
             found[name] = (flat if x is y else x.reshape(-1, x.shape[-1]), flat)

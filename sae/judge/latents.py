@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..coders.sparse_coder import SparseCoder
+from ..lm.capture import some_tokens
 from ..lm.head import has_head, logits
 from .contexts import TOP, Contexts, Example
 
@@ -62,7 +63,7 @@ def _final_norm(lm: PreTrainedModel) -> Any:
         module.register_forward_hook(lambda module, inputs, y: outputs.append((module, y)))
         for module in lm.base_model.modules()
     ]
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=lm.device)
+    tokens = some_tokens(lm, 1, 2)
     hidden = lm.base_model(input_ids=tokens).last_hidden_state
     for hook in hooks:
         hook.remove()

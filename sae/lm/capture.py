@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..batch import TokenBatch
 from ..config import Widths
 from ..flag_checks import UsageError
-from .hookpoints import attention_heads, parse
+from .hookpoints import attention_heads, parse, text_config
 from .linear import fast_linear_layers
 from .rows import HookpointRows, RowRule, at_hookpoint, not_rows, one_head, split_heads
 
@@ -123,7 +123,7 @@ def measure_widths(
 
     An LM without weights is run on shapes alone.
     """
-    tokens = torch.zeros(1, 8, dtype=torch.int64, device=device or lm.device)
+    tokens = some_tokens(lm, 1, 8, device)
     on_shapes = FakeTensorMode(allow_non_fake_inputs=True) if tokens.is_meta else nullcontext()
     modules, names = dict(lm.base_model.named_modules()), list(hookpoints)
     widths: dict[str, Widths] = {}
@@ -157,7 +157,7 @@ def by_head(lm: PreTrainedModel, hookpoints: list[str]) -> list[str]:
     Raises UsageError for one whose module does not pass [B S H D], nor the input of one width that
     is made of the LM's heads.
     """
-    tokens = torch.arange(11, device=lm.device).unsqueeze(0)  # as many as an LM has of no heads
+    tokens = some_tokens(lm, 1, 11)  # as many as an LM has of no heads
     on_shapes = FakeTensorMode(allow_non_fake_inputs=True) if tokens.is_meta else nullcontext()
     modules, heads = dict(lm.base_model.named_modules()), attention_heads(lm)
     found: dict[str, int] = {}
@@ -177,6 +177,19 @@ def by_head(lm: PreTrainedModel, hookpoints: list[str]) -> list[str]:
     with on_shapes, reading_text(lm), _hooks(modules, hookpoints, store), torch.no_grad():
         lm.base_model(input_ids=tokens)
     return [f"{name}:head{i}" for name in hookpoints for i in range(found.get(name, 0))]
+
+
+def some_tokens(
+    lm: PreTrainedModel, sequences: int, length: int, device: str | torch.device | None = None
+) -> Int[Tensor, "B S"]:
+    """Ids that differ, to try an LM with; none is its padding, which some LMs look for."""
+    vocabulary = getattr(lm.get_input_embeddings(), "num_embeddings", 1)
+    numbers = torch.arange(sequences * length, device=device or lm.device).view(sequences, length)
+    ids = (7 * numbers + 11) % vocabulary
+    padding = getattr(text_config(lm.config), "pad_token_id", None)
+    if not isinstance(padding, int):
+        return ids
+    return torch.where(ids == padding, (ids + 1) % vocabulary, ids)
 
 
 @contextmanager

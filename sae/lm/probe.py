@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..flag_checks import UsageError
-from .capture import Capture
+from .capture import Capture, some_tokens
 from .hookpoints import attention_heads
 from .rows import RowRule
 from .trace import check_calls, trace_forward
@@ -42,9 +42,7 @@ def checked(capture: Capture, ctx_len: int) -> Capture:
 def _find_sequence_first(capture: Capture, length: int) -> frozenset[tuple[str, str]]:
     """(hookpoint, part) of tensors [S B D]; raises UsageError for rows in no known order."""
     count = _SEQUENCES if length != _SEQUENCES else _SEQUENCES - 1
-    vocabulary = getattr(capture.lm.get_input_embeddings(), "num_embeddings", 1)
-    tokens = torch.arange(count * length, device=capture.lm.device).view(count, length)
-    tokens = (7 * tokens + 11) % vocabulary
+    tokens = some_tokens(capture.lm, count, length)
     together = capture(tokens)
     alone = [capture(sequence.unsqueeze(0)) for sequence in tokens]
     sequence_first = set()
@@ -70,7 +68,7 @@ def _are_alike(rows: Float[Tensor, "N D"], expected: Float[Tensor, "N D"]) -> bo
 
 
 def _check_length(capture: Capture, ctx_len: int) -> None:
-    tokens = torch.zeros(1, ctx_len, dtype=torch.int64, device=capture.lm.device)
+    tokens = some_tokens(capture.lm, 1, ctx_len)
     try:
         capture(tokens)
     except (RuntimeError, ValueError, IndexError) as error:

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ..flag_checks import UsageError
-from .capture import reading_text
+from .capture import reading_text, some_tokens
 from .hookpoints import parse, text_layers
 
 
@@ -42,7 +42,7 @@ def trace_forward(lm: PreTrainedModel) -> Trace:
 
     Raises UsageError where the LM cannot read text, or not on shapes alone.
     """
-    tokens = torch.zeros(1, 8, dtype=torch.int64, device=lm.device)
+    tokens = some_tokens(lm, 1, 8)
     events: list[tuple[str, bool]] = []
     with ExitStack() as hooks:
         for name, module in lm.base_model.named_modules():

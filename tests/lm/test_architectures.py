@@ -189,3 +189,14 @@ def test_a_length_that_the_lm_cannot_read_is_one_line() -> None:
     assert checked(capture, 16).rule.sequence_first == frozenset()
     with pytest.raises(UsageError, match="--ctx_len 18: RobertaModel fails on sequences of that"):
         checked(capture, 18)
+
+
+def test_an_lm_whose_padding_is_token_0_is_tried_with_others(tmp_path: Path) -> None:
+    """mBART looks for the end behind which padding begins, and fails where all is padding."""
+    lm = freeze(build("mbart"))
+    lm.save_pretrained(tmp_path)
+    whole = seen_by_hooks(lm)
+    for name in ("encoder.layers.1", "decoder.layers.2.fc1"):
+        _, capture = load(tmp_path, name)
+        expected = rows_of(whole[name][0][1])  # type: ignore[arg-type]  # both return rows
+        torch.testing.assert_close(capture(TOKENS)[name][1], expected)

@@ -1,13 +1,16 @@
 """Padding, context and one document per sequence: masks beside ids, by plain numpy."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+import zstandard
 from token_data import LM, VOCAB, jsonl, load
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -17,6 +20,12 @@ from sae.config import DataConfig, ModelConfig
 from sae.data.blocks import TokenSource
 from sae.data.text import load_tokens
 
+PACKED = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard.ZstdCompressor().compress,
+}
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -215,7 +224,8 @@ def test_chats_that_cannot_be_read_are_refused(chat_lm: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "kind", ["csv", "tsv", "arrow", "parquet", "jsonl.gz", "json.gz", "txt.gz"]
+    "kind",
+    ["csv", "tsv", "arrow", "parquet", *(f"jsonl.{end}" for end in PACKED), "json.gz", "txt.gz"],
 )
 def test_every_format_holds_the_same_text(tmp_path: Path, kind: str) -> None:
     """The same documents in another format give the same tokens."""
@@ -226,8 +236,8 @@ def test_every_format_holds_the_same_text(tmp_path: Path, kind: str) -> None:
         data = datasets.Dataset.from_dict({"text": ["".join(texts)]})
     elif kind == "json.gz":
         file.write_bytes(gzip.compress(json.dumps([{"text": text} for text in texts]).encode()))
-    elif kind == "jsonl.gz":
-        file.write_bytes(gzip.compress(Path(jsonl(tmp_path, texts)).read_bytes()))
+    elif kind.startswith("jsonl."):
+        file.write_bytes(PACKED[file.suffix[1:]](Path(jsonl(tmp_path, texts)).read_bytes()))
     elif kind in ("csv", "tsv"):
         data.to_csv(file, sep="\t" if kind == "tsv" else ",", index=False)
     elif kind == "parquet":

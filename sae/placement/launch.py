@@ -30,8 +30,36 @@ _MPI = {
 
 
 def on_cpu() -> bool:
-    """Whether the run uses the CPU: there is no GPU, or the launch file says `use_cpu: true`."""
-    return not torch.cuda.is_available() or _is_set("ACCELERATE_USE_CPU")
+    """Whether the run uses the CPU: there is no GPU, or the launch file asks for none."""
+    return not torch.cuda.is_available() or _asked_for_cpu()
+
+
+def check_device() -> None:
+    """Raise UsageError where accelerate launches this process for a GPU and it has none."""
+    if _asked_for_cpu():
+        return
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if torch.cuda.is_available() and local_rank >= gpus:
+        raise UsageError(
+            f"--num_processes of the launch: process {local_rank} of this machine finds {gpus} "
+            f"GPUs, and each needs its own: start no more processes than there are GPUs"
+        )
+    if torch.cuda.is_available() or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    why = f"torch {torch.__version__} finds none (see nvidia-smi, and CUDA_VISIBLE_DEVICES)"
+    if torch.version.cuda is None and torch.version.hip is None:
+        why = f"torch {torch.__version__} is built without CUDA (install one that is built with it)"
+    raise UsageError(
+        f"accelerate launch was asked for GPUs, and {why}. To train on the CPU, launch with "
+        f"--config_file accelerate_configs/cpu.yaml, or cpu_2proc.yaml for several processes, or "
+        f"export ACCELERATE_USE_CPU=true"
+    )
+
+
+def _asked_for_cpu() -> bool:
+    # Of several processes accelerate passes on which GPUs they see, but not `use_cpu`.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
+    return hidden or _is_set("ACCELERATE_USE_CPU")
 
 
 def sharded() -> bool:
@@ -78,6 +106,7 @@ def arguments(
     lost rank keeps the others waiting for as long as the backend likes.
     """
     read_mpi()
+    check_device()
     if log_with not in {*map(str, get_available_trackers()), "none"}:
         raise UsageError(f"--log_with {log_with}: is not installed; pip install it, or use none")
     found: dict[str, Any] = {"project_dir": run}

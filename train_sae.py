@@ -35,7 +35,7 @@ from sae.data.text import load_tokens
 from sae.judge.figures import held_out_figures, rehearse_end
 from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture, count_rows, measure_widths
-from sae.lm.loading import find_hookpoints, load_lm, token_limits
+from sae.lm.loading import fetch_weights, find_hookpoints, load_lm, token_limits
 from sae.lm.probe import checked
 from sae.lm.rows import RowRule
 from sae.placement import launch, signals
@@ -106,6 +106,7 @@ def train(
 
     # The frozen language model, no more of it than the hookpoints need; or rows made elsewhere.
     if given is None:
+        ranks.main_first(fetch_weights, cfg.model, skeleton)
         lm = skeleton if lm else load_lm(cfg.model, skeleton, hookpoints, dtype, ranks.device)
         lm = launch.shard(accelerator, lm, hookpoints, machine.compile)
         widths = measure_widths(lm, hookpoints, ranks.device)
@@ -123,8 +124,7 @@ def train(
     bank = CoderBank(exchange.trained_here(widths), cfg.coder, seeds, ranks.device, dtype, kernels)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
-    with ranks.main_first():
-        source = given or tokens_of_lm()
+    source = given or ranks.main_first(tokens_of_lm)
     held_out, trained_on = split_blocks(
         source, cfg.data.eval_tokens, cfg.data.max_examples, sequences_per_step
     )
@@ -155,7 +155,7 @@ def train(
     if resumes:
         first_step, seconds = checkpoint.restore(folder, source.fingerprint, state)
     elif training.finetune is not None:
-        bank.load_pretrained(training.finetune)
+        ranks.main_first(bank.load_pretrained, training.finetune)
     else:
         bank.center_(*first_moments(capture, first_batches(), ranks))
     end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None

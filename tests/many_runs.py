@@ -152,7 +152,10 @@ def do_harm(patch: pytest.MonkeyPatch, held: dict[str, Any], harm: dict[str, Any
         SparseCoder.errors,
     )
     has_had_turn = liveness.has_had_turn
-    begun, looked = (Path(f"{harm.get('prepare')}.{sign}") for sign in ("begun", "looked"))
+    begun, looked = (
+        [Path(f"{harm.get('prepare')}.{sign}.{rank}") for rank in range(WORLD)]
+        for sign in ("begun", "looked")
+    )
 
     def spoil(pairs: Pairs) -> dict[str, int]:
         held["forwards"] += 1
@@ -163,15 +166,15 @@ def do_harm(patch: pytest.MonkeyPatch, held: dict[str, Any], harm: dict[str, Any
     def prepare(cfg: Any, *args: Any) -> Any:
         if harm.get("other_data") == RANK:
             cfg = replace(cfg, dataset=harm["data"])
-        if "prepare" in harm and RANK == 0:  # until the other rank has looked for it five times
-            begun.touch()
-            wait_for([looked])
+        if "prepare" in harm:  # until the other rank has looked for it five times
+            begun[RANK].touch()
+            wait_for([looked[1 - RANK]])
         return load_tokens(cfg, *args)
 
     def look(*args: Any) -> bool:
-        held["looks"] += begun.exists()
+        held["looks"] += begun[1 - RANK if WORLD == 2 else 0].exists()
         if held["looks"] == 5:
-            looked.touch()
+            looked[RANK].touch()
         return has_had_turn(*args)
 
     calls = iter(range(harm.get("meetings", 0)))

@@ -1,6 +1,9 @@
 """How a launch becomes an Accelerator: device, backend, ZeRO-3; and launches that are refused."""
 
 import os
+import socket
+import struct
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ _MPI = {
         "SLURM_LOCALID",
     ),
 }
+
+_ANYWHERE = "192.0.2.1"  # an address that no machine has, for documentation
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 
 def on_cpu() -> bool:
@@ -112,6 +118,8 @@ def arguments(
     found: dict[str, Any] = {"project_dir": run}
     found["log_with"] = None if log_with == "none" else log_with
     if "LOCAL_RANK" in os.environ:
+        if (interface := _interface_between_machines()) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "gloo" if on_cpu() else "nccl"
         timeout = timedelta(minutes=timeout_minutes)
         found["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)]
@@ -177,6 +185,39 @@ def shard(
         raise UsageError("--compile: does not work on a sharded LM; leave it out")
     # Its module is called, never the engine, which would take part in the coders' backward.
     return accelerator.prepare(lm).module
+
+
+def _interface_between_machines() -> str | None:
+    """The network interface by which ranks reach the main address; None if it is not known.
+
+    Gloo would take the one of the machine's own name, which many systems give to the loopback.
+    """
+    if os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
+        return None
+    # On the main machine that address can be the loopback as well: then the way to anywhere.
+    for far in (os.environ.get("MASTER_ADDR", ""), _ANYWHERE):
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((far, 9))  # of datagrams, which sends nothing
+            address = way.getsockname()[0]
+            if not address.startswith("127."):
+                return next((n for n, a in _addresses().items() if a == address), None)
+    return None
+
+
+def _addresses() -> dict[str, str]:
+    """The IPv4 address of every network interface that has one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return {}
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode())
+                reply = fcntl.ioctl(any_socket.fileno(), _GET_ADDRESS, request)
+                found[name] = socket.inet_ntoa(reply[20:24])
+    return found
 
 
 def _first_set(names: tuple[str, ...]) -> str | None:

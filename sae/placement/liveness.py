@@ -14,6 +14,7 @@ from . import signals
 from .exit_codes import LOST_A_RANK, end_process
 
 _BEAT = 0.5  # seconds between two signs of life
+_LOOK = 0.2  # seconds between two looks whose turn it is
 _SILENT = 4.0  # seconds without one after which a rank is missing, once something is wrong
 _BYE = b"bye"  # the last sign of a rank that ended in order
 
@@ -54,19 +55,18 @@ class _Liveness:
                     self.signs[rank] = (sign, now)
         return [rank for rank in others if now - self.signs[rank][1] > silence]
 
-    def reported_errors(self) -> dict[int, str]:
-        """What ranks that ended with an error of their own said."""
+    def reported(self) -> Lost | None:
+        """The first rank that ended with an error of its own, and what it said."""
         others = [rank for rank in range(self.world) if rank != self.rank]
-        found = dict(zip(others, self.read("error", others), strict=True))
-        return {rank: text.decode() for rank, text in found.items() if text != b"-"}
+        for rank, text in zip(others, self.read("error", others), strict=True):
+            if text != b"-":
+                return rank, f"rank {rank} ended: {text.decode()}"
+        return None
 
     def lost(self) -> Lost | None:
         """Which other rank ended or is missing, and why; raises RuntimeError without the store."""
-        missing, errors = self.missing(_SILENT), self.reported_errors()
-        if errors:
-            rank, said = next(iter(errors.items()))
-            return rank, f"rank {rank} ended: {said}"
-        return (None, _missing(missing)) if missing else None
+        missing = self.missing(_SILENT)
+        return self.reported() or ((None, _missing(missing)) if missing else None)
 
     def lost_for_good(self) -> Lost | None:
         """The same; that the store is gone counts once it is for a while."""
@@ -139,6 +139,14 @@ def has_had_turn(rank: int, turn: int) -> bool:
     """Whether a rank has had its turn."""
     (found,) = _liveness.read("turn", [rank])
     return found != b"-" and int(found) >= turn
+
+
+def wait_for_turn(rank: int, turn: int) -> None:
+    """Look now and then whether a rank has had its turn; end if a rank ended with an error."""
+    while not has_had_turn(rank, turn):
+        if found := _liveness.reported():
+            end_after(found)
+        time.sleep(_LOOK)
 
 
 def why_others_ended(seconds: float = _SILENT + 2) -> Lost | None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from starts import ROOT, Starter, folder, starter
 
 from sae import UsageError
@@ -110,3 +111,62 @@ def test_torchs_own_variables_come_first(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name)
     launch.read_mpi()
     assert [os.environ[n] for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK")] == ["4", "3", "1"]
+
+
+REACHED_BY = {"main": "10.0.0.2", "own name": "127.0.1.1", launch._ANYWHERE: "10.0.0.2"}
+
+
+class Route:
+    """A socket in place of the real one: by which of its addresses this machine reaches another."""
+
+    far = ""
+
+    def __init__(self, *_: object) -> None: ...
+    def __enter__(self) -> "Route":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def connect(self, to: tuple[str, int]) -> None:
+        if to[0] not in REACHED_BY:
+            raise OSError("no such host")
+        self.far = to[0]
+
+    def getsockname(self) -> tuple[str, int]:
+        return REACHED_BY[self.far], 0
+
+
+@pytest.mark.parametrize(
+    ("main", "here", "set_before", "expected"),
+    [
+        ("main", "1", None, "eth1"),
+        ("own name", "1", None, "eth1"),  # as on the main machine
+        ("unknown", "1", None, "eth1"),
+        ("main", "1", "ib0", "ib0"),
+        ("main", "2", None, None),  # one machine
+    ],
+)
+def test_gloo_takes_the_interface_between_the_machines(
+    main: str,
+    here: str,
+    set_before: str | None,
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On several machines not the loopback, whatever a machine calls itself, but what users set."""
+    known = {"lo": "127.0.0.1", "eth0": "192.168.0.5", "eth1": "10.0.0.2"}
+    monkeypatch.setattr(launch, "_addresses", lambda: known)
+    monkeypatch.setattr(launch.socket, "socket", Route)
+    ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": here}
+    for name, value in {**ranks, "MASTER_ADDR": main, "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", set_before or "")  # so that it is put back
+    if set_before is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    launch.arguments(tmp_path, "none", torch.float32, 1.0)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+def test_addresses_are_those_of_the_interfaces() -> None:
+    """The loopback has its address, and the way to it is by that."""
+    assert launch._addresses()["lo"] == "127.0.0.1"

@@ -183,8 +183,29 @@ def shard(
         return lm if same else lm.to(accelerator.device)  # type: ignore[arg-type]  # stubs lack it
     if compiled:
         raise UsageError("--compile: does not work on a sharded LM; leave it out")
+    engine = accelerator.prepare(lm)
+    _let_forwards_begin_at_base_(engine)
     # Its module is called, never the engine, which would take part in the coders' backward.
-    return accelerator.prepare(lm).module
+    return engine.module
+
+
+def _let_forwards_begin_at_base_(engine: Any) -> None:
+    """Tell DeepSpeed that a forward begins where the base model is called.
+
+    It learns in which order modules run between two such signs, and gathers ahead; its own sign is
+    a call of the whole LM, which of one with a head never comes, or comes for the head alone.
+    """
+    lm, shards = engine.module, engine.optimizer
+    base = lm.base_model
+    if base is lm:
+        return
+
+    def begins(*_: object) -> None:
+        if "forward" not in vars(base):  # else it stands in for itself, and only the head runs
+            shards.get_param_coordinator().reset_step()
+
+    shards.fwd_pre_hook.remove()
+    base.register_forward_pre_hook(begins, prepend=True)
 
 
 def _interface_between_machines() -> str | None:

@@ -40,6 +40,10 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available() or _asked_for_cpu()
 
 
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def check_device() -> None:
     """Raise UsageError where accelerate launches this process for a GPU and it has none."""
     if _asked_for_cpu():
@@ -99,7 +103,7 @@ def read_mpi() -> None:
 def working_dtype(mixed_precision: str) -> torch.dtype:
     """What the LM and the encoders' products run in: `no`, `bf16`, or `auto`, by the device."""
     if mixed_precision == "auto":
-        mixed_precision = "no" if on_cpu() or not torch.cuda.is_bf16_supported() else "bf16"
+        mixed_precision = "bf16" if not on_cpu() and _has_bfloat16() else "no"
     return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
 
@@ -117,6 +121,11 @@ def arguments(
         raise UsageError(f"--log_with {log_with}: is not installed; pip install it, or use none")
     found: dict[str, Any] = {"project_dir": run}
     found["log_with"] = None if log_with == "none" else log_with
+    if dtype == torch.bfloat16 and not on_cpu() and not _has_bfloat16():
+        raise UsageError(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bfloat16, and emulates "
+            f"it slowly: use no, or auto"
+        )
     if "LOCAL_RANK" in os.environ:
         if (interface := _interface_between_machines()) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -4,7 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +113,28 @@ def test_torchs_own_variables_come_first(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name)
     launch.read_mpi()
     assert [os.environ[n] for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK")] == ["4", "3", "1"]
+
+
+@pytest.mark.parametrize(("compute", "expected"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_emulated_bfloat16_is_not_taken_for_bfloat16(
+    compute: int, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU before Ampere (a T4: 7.5) trains in float32, and bf16 on it is refused by its name."""
+    for variable in ("ACCELERATE_USE_CPU", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+    properties = SimpleNamespace(major=compute)
+    for name, value in {
+        **{"is_available": True, "device_count": 1, "current_device": 0},
+        **{"get_device_properties": properties, "get_device_name": "Tesla T4"},
+        "_check_bf16_tensor_supported": True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert launch.working_dtype("auto") == expected and torch.cuda.is_bf16_supported()
+    asked = launch.working_dtype("bf16")
+    refused = pytest.raises(UsageError, match="--mixed_precision bf16: Tesla T4 has no bfloat16")
+    with refused if compute < 8 else nullcontext():
+        launch.arguments(tmp_path, "none", asked, 1.0)
 
 
 REACHED_BY = {"main": "10.0.0.2", "own name": "127.0.1.1", launch._ANYWHERE: "10.0.0.2"}

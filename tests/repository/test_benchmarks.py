@@ -55,7 +55,7 @@ def test_whole_runs_are_compared_in_the_references_precision(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU with bfloat16, which the reference multiplies in, ours does, and reads such an LM."""
+    """On a GPU with bfloat16, in which the reference multiplies, ours does, and so is the LM."""
 
     def train(cfg: train_sae.TrainConfig, lm: PreTrainedModel, dataset: torch.Tensor) -> None:
         raise Asked(cfg.machine.mixed_precision, lm.dtype)

@@ -37,7 +37,7 @@ _GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 def on_cpu() -> bool:
     """Whether the run uses the CPU: there is no GPU, or the launch file asks for none."""
-    return not torch.cuda.is_available() or _asked_for_cpu()
+    return not torch.cuda.is_available() or asks_for_cpu()
 
 
 def _has_bfloat16() -> bool:
@@ -46,7 +46,7 @@ def _has_bfloat16() -> bool:
 
 def check_device() -> None:
     """Raise UsageError where accelerate launches this process for a GPU and it has none."""
-    if _asked_for_cpu():
+    if asks_for_cpu():
         return
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if torch.cuda.is_available() and local_rank >= gpus:
@@ -66,7 +66,8 @@ def check_device() -> None:
     )
 
 
-def _asked_for_cpu() -> bool:
+def asks_for_cpu() -> bool:
+    """Whether the launch file, or the user, keeps this process from GPUs."""
     # Of several processes accelerate passes on which GPUs they see, but not `use_cpu`.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
     return hidden or _is_set("ACCELERATE_USE_CPU")

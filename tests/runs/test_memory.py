@@ -110,6 +110,25 @@ def test_the_dry_run_knows_what_a_step_holds(
     assert 0.65 * expected < found < 1.02 * expected + pre_acts
 
 
+def test_the_dry_run_knows_that_a_gradient_waits_to_be_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where gradients are there already, one more matrix is held at a time, and not two."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    coder = SparseCoder(64, SaeConfig(num_latents=8192, k=4))
+    y, matrix = torch.randn(64, 64), 8192 * 64 * 4
+
+    def step() -> None:
+        coder.errors(y, y).squared_error.backward()
+
+    step()
+    plan = TrainConfig(coder=coder.cfg, training=TrainingConfig(grad_acc_steps=2))
+    expected, pre_acts = step_bytes(plan, coder, 64, 4), 64 * 8192 * 4
+    found = peak_bytes(step)
+    assert matrix < expected < 1.2 * matrix
+    assert matrix < found < max(1.2 * expected, pre_acts + matrix / 2)
+
+
 def test_the_dry_run_counts_sums_in_pieces() -> None:
     """Where k falls from 10 times the width, Triton's partial sums are 21 GB at D = 4096."""
     coder = SparseCoder(4096, SaeConfig(num_latents=131072, k=32), "meta")

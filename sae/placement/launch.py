@@ -45,11 +45,12 @@ def _has_bfloat16() -> bool:
 
 
 def check_device() -> None:
-    """Raise UsageError where accelerate launches this process for a GPU and it has none."""
+    """Raise UsageError where accelerate or torchrun started this process for a GPU it has not."""
     if asks_for_cpu():
         return
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if torch.cuda.is_available() and local_rank >= gpus:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # Slurm may show each process its own alone
+    if torch.cuda.is_available() and by_torchrun and local_rank >= gpus:
         raise UsageError(
             f"--num_processes of the launch: process {local_rank} of this machine finds {gpus} "
             f"GPUs, and each needs its own: start no more processes than there are GPUs"

@@ -132,9 +132,10 @@ def test_what_a_launch_file_says_of_gpus_is_heeded(
 ) -> None:
     """Without a GPU a launch for GPUs is refused; with GPUs a launch for the CPU is on the CPU."""
     environment = environment_of(ROOT / f"accelerate_configs/{name}.yaml", monkeypatch)
-    for variable in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "ACCELERATE_MIXED_PRECISION"):
+    variables = ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "ACCELERATE_MIXED_PRECISION")
+    for variable in (*variables, "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(variable, raising=False)
-        if variable in environment:
+        if variable in variables and variable in environment:
             monkeypatch.setenv(variable, environment[variable])
     on_cpu = name.startswith("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -143,6 +144,8 @@ def test_what_a_launch_file_says_of_gpus_is_heeded(
     launch.check_device()
     with monkeypatch.context() as patch:
         patch.setenv("LOCAL_RANK", "1")
+        launch.check_device()  # as Slurm starts processes that each see their own
+        patch.setenv("TORCHELASTIC_RUN_ID", "none")
         with nullcontext() if on_cpu else pytest.raises(UsageError, match="process 1 .* finds 1 G"):
             launch.check_device()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -34,8 +34,8 @@ from sae.data.blocks import split_blocks
 from sae.data.text import load_tokens
 from sae.judge.figures import held_out_figures, rehearse_end
 from sae.kernels.twins import Kernels
-from sae.lm.capture import Capture, count_rows, measure_widths
-from sae.lm.loading import find_hookpoints, load_lm, token_limits
+from sae.lm.capture import Capture, count_rows, each_once, in_pieces, measure_widths
+from sae.lm.loading import fetch_weights, find_hookpoints, load_lm, token_limits
 from sae.lm.probe import checked
 from sae.lm.rows import RowRule
 from sae.placement import launch, signals
@@ -106,6 +106,7 @@ def train(
 
     # The frozen language model, no more of it than the hookpoints need; or rows made elsewhere.
     if given is None:
+        ranks.main_first(fetch_weights, cfg.model, skeleton)
         lm = skeleton if lm else load_lm(cfg.model, skeleton, hookpoints, dtype, ranks.device)
         lm = launch.shard(accelerator, lm, hookpoints, machine.compile)
         widths = measure_widths(lm, hookpoints, ranks.device)
@@ -123,8 +124,7 @@ def train(
     bank = CoderBank(exchange.trained_here(widths), cfg.coder, seeds, ranks.device, dtype, kernels)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
-    with ranks.main_first():
-        source = given or tokens_of_lm()
+    source = given or ranks.main_first(tokens_of_lm)
     held_out, trained_on = split_blocks(
         source, cfg.data.eval_tokens, cfg.data.max_examples, sequences_per_step
     )
@@ -155,7 +155,7 @@ def train(
     if resumes:
         first_step, seconds = checkpoint.restore(folder, source.fingerprint, state)
     elif training.finetune is not None:
-        bank.load_pretrained(training.finetune)
+        ranks.main_first(bank.load_pretrained, training.finetune)
     else:
         bank.center_(*first_moments(capture, first_batches(), ranks))
     end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None
@@ -180,16 +180,18 @@ def train(
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
             pairs = capture(tokens)
             sums.rows.update(count_rows(pairs))
-            for hookpoint, (x, y) in exchange.to_owners(pairs).items():
+            pairs = exchange.to_owners(pairs)
+            for hookpoint, (x, y) in each_once(pairs):  # what was used is freed
                 sums.add_targets(hookpoint, y)
-                count = training.micro_acc_steps
                 for name, coder in bank.at(hookpoint):
-                    for x_rows, y_rows in zip(x.chunk(count), y.chunk(count), strict=True):
+                    for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps):
                         errors = coder.errors(x_rows, y_rows, dead[name], k[name])
                         # EDIT: the loss, in units of squared error: FVU once all rows are in.
                         loss = errors.squared_error + auxiliary_loss(errors, training.auxk_alpha)
                         loss.backward()
                         sums.add(name, errors)
+                        del x_rows, y_rows, errors, loss
+                del x, y
 
         # One denominator for all rows of the step; one update, which leaves decoders unit-norm.
         exchange.sum_replicas_(*sums.tensors(), *bank.gradients())
@@ -200,8 +202,7 @@ def train(
             end_to_end.combine_gradients_(sums)
         for name, coder in bank.items():
             metrics |= sums.losses(name)
-            norm = divide_gradients_(coder, sums.variance(name))
-            metrics[f"grad_norm/{name}"] = norm
+            metrics[f"grad_norm/{name}"] = divide_gradients_(coder, sums.variance(name))
         bad = bad_number(metrics, ranks)
         if bad is None:
             for name, optimizer in optimizers.items():
@@ -223,11 +224,10 @@ def train(
             for record in firing.values():
                 record.clear_recent()
 
-        last = step + 1 == total_steps
         if cfg.run.eval_every and (step + 1) % cfg.run.eval_every == 0:
             log.evaluation(step + 1, evaluate().scalars())
         stop = bad_steps.verdict or ranks.stop_reason()
-        if stop or last or (step + 1) % cfg.run.save_every == 0:
+        if stop or step + 1 == total_steps or (step + 1) % cfg.run.save_every == 0:
             if cfg.run.save_best:
                 keep_best(folder, step + 1, evaluate().fvu(), state)
             fingerprint, keep_last = source.fingerprint, cfg.run.keep_last

@@ -7,10 +7,11 @@
 
 The reference is Sparsify, by EleutherAI, as released: pip puts it and what it needs beside our own
 requirements into a temporary folder that only its process sees, so both sides run the same torch.
-Both train one SAE in float32 with the same optimizer and rate, on the same batches in the same
-steps (their checksums are compared), from the same initial weights, which each side loads as it
-loads those to finetune. Each run is a process of its own, ours and theirs in turns, every turn from
-other weights, and the median of the ratios is what to quote.
+Both train one SAE with the same optimizer and rate, on the same batches in the same steps (their
+checksums are compared), from the same initial weights, which each side loads as it loads those to
+finetune. On the CPU both run in float32. On a GPU that has bfloat16 the reference multiplies in it,
+by a switch inside, and so does ours; both read an LM in it. Each run is a process of its own, ours
+and theirs in turns, every turn from other weights, and the median of the ratios is what to quote.
 
 The clock is a hook on the LM, the same on both sides: tokens per second are those from the start of
 the second step to the start of the last; loading, the first step and saving are left out. Peak
@@ -87,13 +88,20 @@ def watch(lm: Any, batch: torch.Size) -> list[tuple[float, float, float, int]]:
     return seen
 
 
+def precision(device: str) -> torch.dtype:
+    """What both sides compute in: of bfloat16 on a GPU the reference leaves no choice."""
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def train_ours(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     """Train by train_sae.py; return the folder of the coder."""
     from sae.flag_checks import from_flags
     from train_sae import TrainConfig, train
 
     hookpoint, steps = flags.pop("hookpoint"), flags.pop("steps")
-    chosen = {"hookpoints": (hookpoint,), "mixed_precision": "no", "log_with": "none"}
+    chosen = {"hookpoints": (hookpoint,), "log_with": "none"}
+    chosen |= {"mixed_precision": "bf16" if lm.dtype == torch.bfloat16 else "no"}
     chosen |= {"max_examples": steps * flags["batch_size"], "save_every": steps + 2}
     chosen |= {"finetune": str(folder / "start")}
     del flags["init_seed"]
@@ -133,7 +141,7 @@ def child(side: str, folder: Path, device: str, flags: dict[str, Any]) -> None:
     """One run of one side, in this process."""
     from transformers import AutoModel
 
-    lm = AutoModel.from_pretrained(folder / "lm", dtype=torch.float32).to(device)
+    lm = AutoModel.from_pretrained(folder / "lm", dtype=precision(device)).to(device)
     batch, steps = torch.Size((flags["batch_size"], flags["ctx_len"])), flags["steps"]
     seen = watch(lm, batch)
     coder = (train_ours if side == "ours" else train_theirs)(lm, folder, dict(flags))
@@ -305,6 +313,7 @@ def main() -> None:
         "machine": machine(args.device),
         "versions": versions,
         "settings": flags,
+        "precision": str(precision(args.device)),
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -185,8 +185,9 @@ def make(folder: Path) -> Runs:
     one_step += "--mixed_precision"
     large = {"large": f"{one_step} no", "large bf16": f"{one_step} bf16"}
     others = {"lacking": "--batch_size 6", "sharded kl": f"--batch_size 6 {KL}"}
+    others["sharded head"] = "--batch_size 6 --max_examples 48 --lr_warmup_steps 1 --eval_every 9"
     models = {name: {"model": str(folder / name.split()[0])} for name in (*large, "lacking")}
-    models["sharded kl"] = causal
+    models["sharded kl"] = models["sharded head"] = causal
     made.launch("cpu_2proc_zero3", 2, {**SHARDED, **large, **others}, models)
     return made
 
@@ -199,7 +200,9 @@ def make_files(folder: Path) -> None:
     shutil.copy(folder / "ids.bin", folder / "other.bin")
     with open(folder / "other.bin", "r+b") as file:
         file.write(b"\x01\x00\x02\x00")
-    AutoModelForCausalLM.from_config(tiny_lm().config).save_pretrained(folder / "causal")
+    # DeepSpeed keeps smaller weights than this head's on every rank.
+    causal = LlamaConfig(**{**tiny_lm().config.to_dict(), "vocab_size": 4096})
+    AutoModelForCausalLM.from_config(causal).save_pretrained(folder / "causal")
     large = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, vocab_size=64)
     AutoModel.from_config(large).save_pretrained(folder / "large")
     shutil.copytree(folder / "lm", folder / "lacking")

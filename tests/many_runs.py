@@ -73,6 +73,7 @@ def wait_for(files: list[Path]) -> None:
 def run(name: str, flags: list[str], harm: dict[str, Any]) -> dict[str, Any]:
     """One run; what it returned or refused, and what this rank held and did."""
     held: dict[str, Any] = {"forwards": 0, "saved": [], "restored": [], "engine": [], "looks": 0}
+    held["ahead"] = []
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
         watch(patch, held)
@@ -92,6 +93,7 @@ def run(name: str, flags: list[str], harm: dict[str, Any]) -> dict[str, Any]:
 
 def watch(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
     """Let a run record in `held` what it holds and does."""
+    orders: list[Any] = []  # of DeepSpeed: in which order modules run, once it knows it
 
     class Capture(train_sae.Capture):
         def __call__(self, tokens: torch.Tensor) -> Pairs:
@@ -100,6 +102,7 @@ def watch(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
             held["layers"] = len(lm.layers)
             held["sizes"] = sorted({p.numel() for p in lm.parameters()})
             held["dtypes"] = sorted({str(p.dtype) for p in lm.parameters()})
+            held["ahead"] += [order.is_complete_trace() for order in orders]
             return found
 
     class Bank(train_sae.CoderBank):
@@ -127,12 +130,21 @@ def watch(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
     patch.setattr(SparseCoder, "save_to_disk", watched_save)
     patch.setattr(checkpoint, "load_file", watched_load)
     if sharded():
-        watch_engine(patch, held)
+        watch_engine(patch, held, orders)
 
 
-def watch_engine(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
+def watch_engine(patch: pytest.MonkeyPatch, held: dict[str, Any], orders: list[Any]) -> None:
     """Record what of DeepSpeed's engine is called that could touch gradients."""
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    reset_step = PartitionedParameterCoordinator.reset_step
+
+    def watched_reset(order: Any) -> None:
+        orders[:] = [order]
+        reset_step(order)
+
+    patch.setattr(PartitionedParameterCoordinator, "reset_step", watched_reset)
 
     for method in ("forward", "backward", "step", "allreduce_gradients"):
 
@@ -152,7 +164,10 @@ def do_harm(patch: pytest.MonkeyPatch, held: dict[str, Any], harm: dict[str, Any
         SparseCoder.errors,
     )
     has_had_turn = liveness.has_had_turn
-    begun, looked = (Path(f"{harm.get('prepare')}.{sign}") for sign in ("begun", "looked"))
+    begun, looked = (
+        [Path(f"{harm.get('prepare')}.{sign}.{rank}") for rank in range(WORLD)]
+        for sign in ("begun", "looked")
+    )
 
     def spoil(pairs: Pairs) -> dict[str, int]:
         held["forwards"] += 1
@@ -163,15 +178,15 @@ def do_harm(patch: pytest.MonkeyPatch, held: dict[str, Any], harm: dict[str, Any
     def prepare(cfg: Any, *args: Any) -> Any:
         if harm.get("other_data") == RANK:
             cfg = replace(cfg, dataset=harm["data"])
-        if "prepare" in harm and RANK == 0:  # until the other rank has looked for it five times
-            begun.touch()
-            wait_for([looked])
+        if "prepare" in harm:  # until the other rank has looked for it five times
+            begun[RANK].touch()
+            wait_for([looked[1 - RANK]])
         return load_tokens(cfg, *args)
 
     def look(*args: Any) -> bool:
-        held["looks"] += begun.exists()
+        held["looks"] += begun[1 - RANK if WORLD == 2 else 0].exists()
         if held["looks"] == 5:
-            looked.touch()
+            looked[RANK].touch()
         return has_had_turn(*args)
 
     calls = iter(range(harm.get("meetings", 0)))

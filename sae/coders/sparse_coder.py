@@ -209,7 +209,8 @@ class SparseCoder(nn.Module):
         as a mask or, which does not make the host wait for the device, by number.
         """
         k = k or self.cfg.k
-        rows, y_rows = x.to(self.dtype), y.to(self.dtype)
+        y_rows = y.to(self.dtype)
+        rows = y_rows if x is y else x.to(self.dtype)
         if dead is not None and dead.dtype == torch.bool:
             dead = dead.nonzero().squeeze(1)
         if dead is not None and not len(dead):

@@ -23,7 +23,7 @@ from ..lm.loading import find_hookpoints, load_lm, token_limits
 from ..lm.probe import checked
 from ..lm.rows import RowRule
 from ..placement.exchange import Exchange
-from ..placement.launch import on_cpu, working_dtype
+from ..placement.launch import check_device, on_cpu, working_dtype
 from ..placement.ranks import Ranks
 from ..runs.folder import checkpoints
 from ..runs.norm_limits import norm_limits_of
@@ -104,6 +104,7 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
 
     disable_progress_bar()
     skeleton, names = find_hookpoints(model, head="wanted")
+    check_device()
     ranks = Ranks(torch.device("cpu" if on_cpu() else "cuda"), 10.0)
     lm = load_lm(model, skeleton, names, dtype, ranks.device)
     if note := unusable_head(lm):

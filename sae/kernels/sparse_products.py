@@ -117,7 +117,7 @@ class ByLatent:
     @cached_property
     def _sorted(self) -> _Sorted:
         indices = self.indices
-        if self.backend.in_c() and indices.device.type == "cpu":
+        if indices.device.type == "cpu" and self.backend.in_c():
             return _Sorted(*native.sort_by_column(indices, self.num_latents))
         flat = indices.flatten()
         narrow = torch.int16 if self.num_latents <= 2**15 else torch.int32  # sorts faster

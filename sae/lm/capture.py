@@ -116,6 +116,20 @@ def count_rows(pairs: Pairs) -> dict[str, int]:
     return {name: len(y) for name, (_, y) in pairs.items()}
 
 
+def each_once(pairs: Pairs) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """The rows of each hookpoint in order; they leave `pairs` as they are handed out."""
+    for name in list(pairs):
+        yield name, pairs.pop(name)
+
+
+def in_pieces(
+    x: Float[Tensor, "N D"], y: Float[Tensor, "N D_out"], count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both cut into `count` pieces; where they are one tensor, so is each piece."""
+    for x_rows, y_rows in zip(x.chunk(count), y.chunk(count), strict=True):
+        yield (y_rows if x is y else x_rows), y_rows
+
+
 def measure_widths(
     lm: PreTrainedModel, hookpoints: Iterable[str], device: str | torch.device | None = None
 ) -> dict[str, Widths]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..batch import TokenBatch
 from ..flag_checks import UsageError
-from .capture import lm_inputs
+from .capture import is_sharded, lm_inputs
 from .rows import first_tensor
 from .splice import computing, with_first_tensor
 
@@ -62,9 +62,9 @@ def cross_entropy(
 
     rows, targets = hidden[:, :-1], batch.ids[:, 1:]
     if batch.attended is None:
-        return _over_chunks(lm, loss, rows.flatten(0, 1), targets.flatten())
+        return _over_chunks(lm, loss, batch, rows.flatten(0, 1), targets.flatten())
     predicted = _predicted(batch)
-    return _over_chunks(lm, loss, rows[predicted], targets[predicted])
+    return _over_chunks(lm, loss, batch, rows[predicted], targets[predicted])
 
 
 def kl_divergence(
@@ -82,7 +82,7 @@ def kl_divergence(
         log_p = logits(lm, rows).log_softmax(1)
         return F.kl_div(log_p, expected, reduction="sum", log_target=True)
 
-    return _over_chunks(lm, loss, _read(hidden, batch), _read(clean.detach(), batch))
+    return _over_chunks(lm, loss, batch, _read(hidden, batch), _read(clean.detach(), batch))
 
 
 def agreement(
@@ -97,17 +97,30 @@ def agreement(
     def equal(rows: Tensor, clean_rows: Tensor) -> Tensor:
         return (logits(lm, rows).argmax(1) == logits(lm, clean_rows).argmax(1)).sum()
 
-    return _over_chunks(lm, equal, _read(hidden, batch), _read(clean, batch))
+    return _over_chunks(lm, equal, batch, _read(hidden, batch), _read(clean, batch))
 
 
 def _over_chunks(
-    lm: PreTrainedModel, function: Callable[..., Tensor], rows: Tensor, others: Tensor
+    lm: PreTrainedModel,
+    function: Callable[..., Tensor],
+    batch: TokenBatch,
+    rows: Tensor,
+    others: Tensor,
 ) -> Tensor:
-    """The sum of a function over chunks of positions; no chunk's logits outlive it."""
+    """The sum of a function over chunks of positions; no chunk's logits outlive it.
+
+    How many there are is up to the size of the batch, not to its padding: ranks gather the head of
+    a sharded LM together.
+    """
     head: Any = lm.get_output_embeddings()
-    size = max(1, _LOGITS // head.out_features)
-    parts = zip(rows.split(size), others.split(size), strict=True)
-    found = [checkpoint(function, *part, use_reentrant=False) for part in parts]
+    count = -(-batch.ids.numel() // max(1, _LOGITS // head.out_features))
+    parts = zip(rows.tensor_split(count), others.tensor_split(count), strict=True)
+    # Between forward and backward a sharded head is not there, which the check would take for
+    # another result; when its gradient is computed, it is gathered again.
+    check = "none" if is_sharded(lm) else "default"
+    found = [
+        checkpoint(function, *part, use_reentrant=False, determinism_check=check) for part in parts
+    ]
     return torch.stack(found).sum()
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import __version__ as transformers_version
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from ..config import ModelConfig
 from ..flag_checks import UsageError
@@ -119,6 +123,27 @@ def drop_layers_(lm: PreTrainedModel, needed: int) -> None:
     name, _ = text_layers(lm)
     del base.get_submodule(name)[needed:]
     base.kept_layers = (name, needed)
+
+
+def fetch_weights(cfg: ModelConfig, skeleton: PreTrainedModel) -> None:
+    """Download what `load_lm` will read of a model on the Hub, if it is not in the cache yet.
+
+    Loading would do it too, but where ranks load together, and wait for each other.
+    """
+    if not next(skeleton.parameters()).is_meta:  # loaded already
+        return
+    where = {"token": cfg.hf_token, "_raise_exceptions_for_missing_entries": False}
+    base = base_of_adapter(cfg) or cfg
+    with suppress(Exception):  # of any library; loading says what is wrong
+        if not cached_file(base.model, SAFE_WEIGHTS_NAME, revision=base.revision, **where):
+            index = cached_file(
+                base.model, SAFE_WEIGHTS_INDEX_NAME, revision=base.revision, **where
+            )
+            get_checkpoint_shard_files(
+                base.model, index, revision=base.revision, token=cfg.hf_token
+            )
+        if base is not cfg:
+            cached_file(cfg.model, ADAPTER_SAFE_WEIGHTS_NAME, revision=cfg.revision, **where)
 
 
 def load_lm(

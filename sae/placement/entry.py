@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ..flag_checks import UsageError
 from . import liveness, signals
-from .exit_codes import FAILED, LOST_A_RANK, MISTAKE, STOPPED, Stopped, end_process
+from .exit_codes import FAILED, MISTAKE, STOPPED, Stopped, end_process
 from .secrets import hide_tokens
 
 
@@ -32,7 +32,7 @@ def run_as_script() -> Iterator[None]:
             lost = liveness.why_others_ended()
         liveness.leave()
         if lost is not None:
-            _end_after(lost)
+            liveness.end_after(lost)
         # All ranks would say the same.
         _end(str(stopped) if int(os.environ.get("RANK", "0")) == 0 else None, STOPPED)
     except Exception as error:  # whatever it is, the other ranks must hear of it
@@ -43,7 +43,7 @@ def run_as_script() -> Iterator[None]:
         if liveness.ranks_watched() == 1:
             raise
         if _is_of_communication(error) and (lost := liveness.why_others_ended()) is not None:
-            _end_after(lost)
+            liveness.end_after(lost)
         sys.excepthook(type(error), error, error.__traceback__)
         said = " ".join(str(error).split())[:300]
         liveness.report_error(f"{type(error).__name__}: {said}")
@@ -55,12 +55,6 @@ def run_as_script() -> Iterator[None]:
 
 def _end(message: str | None, code: int) -> None:
     end_process(message, code, alone=liveness.ranks_watched() == 1)
-
-
-def _end_after(lost: tuple[int | None, str]) -> None:
-    """End since another rank did; what rank 0 had to say it said itself."""
-    rank, reason = lost
-    _end(None if rank == 0 else reason, LOST_A_RANK)
 
 
 def _end_by_mistake(message: str) -> None:

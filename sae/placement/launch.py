@@ -1,6 +1,9 @@
 """How a launch becomes an Accelerator: device, backend, ZeRO-3; and launches that are refused."""
 
 import os
+import socket
+import struct
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,47 @@ _MPI = {
     ),
 }
 
+_ANYWHERE = "192.0.2.1"  # an address that no machine has, for documentation
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
+
 
 def on_cpu() -> bool:
-    """Whether the run uses the CPU: there is no GPU, or the launch file says `use_cpu: true`."""
-    return not torch.cuda.is_available() or _is_set("ACCELERATE_USE_CPU")
+    """Whether the run uses the CPU: there is no GPU, or the launch file asks for none."""
+    return not torch.cuda.is_available() or asks_for_cpu()
+
+
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_device() -> None:
+    """Raise UsageError where accelerate or torchrun started this process for a GPU it has not."""
+    if asks_for_cpu():
+        return
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # Slurm may show each process its own alone
+    if torch.cuda.is_available() and by_torchrun and local_rank >= gpus:
+        raise UsageError(
+            f"--num_processes of the launch: process {local_rank} of this machine finds {gpus} "
+            f"GPUs, and each needs its own: start no more processes than there are GPUs"
+        )
+    if torch.cuda.is_available() or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    why = f"torch {torch.__version__} finds none (see nvidia-smi, and CUDA_VISIBLE_DEVICES)"
+    if torch.version.cuda is None and torch.version.hip is None:
+        why = f"torch {torch.__version__} is built without CUDA (install one that is built with it)"
+    raise UsageError(
+        f"accelerate launch was asked for GPUs, and {why}. To train on the CPU, launch with "
+        f"--config_file accelerate_configs/cpu.yaml, or cpu_2proc.yaml for several processes, or "
+        f"export ACCELERATE_USE_CPU=true"
+    )
+
+
+def asks_for_cpu() -> bool:
+    """Whether the launch file, or the user, keeps this process from GPUs."""
+    # Of several processes accelerate passes on which GPUs they see, but not `use_cpu`.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
+    return hidden or _is_set("ACCELERATE_USE_CPU")
 
 
 def sharded() -> bool:
@@ -65,7 +105,7 @@ def read_mpi() -> None:
 def working_dtype(mixed_precision: str) -> torch.dtype:
     """What the LM and the encoders' products run in: `no`, `bf16`, or `auto`, by the device."""
     if mixed_precision == "auto":
-        mixed_precision = "no" if on_cpu() or not torch.cuda.is_bf16_supported() else "bf16"
+        mixed_precision = "bf16" if not on_cpu() and _has_bfloat16() else "no"
     return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
 
@@ -78,11 +118,19 @@ def arguments(
     lost rank keeps the others waiting for as long as the backend likes.
     """
     read_mpi()
+    check_device()
     if log_with not in {*map(str, get_available_trackers()), "none"}:
         raise UsageError(f"--log_with {log_with}: is not installed; pip install it, or use none")
     found: dict[str, Any] = {"project_dir": run}
     found["log_with"] = None if log_with == "none" else log_with
+    if dtype == torch.bfloat16 and not on_cpu() and not _has_bfloat16():
+        raise UsageError(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bfloat16, and emulates "
+            f"it slowly: use no, or auto"
+        )
     if "LOCAL_RANK" in os.environ:
+        if (interface := _interface_between_machines()) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "gloo" if on_cpu() else "nccl"
         timeout = timedelta(minutes=timeout_minutes)
         found["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)]
@@ -146,8 +194,62 @@ def shard(
         return lm if same else lm.to(accelerator.device)  # type: ignore[arg-type]  # stubs lack it
     if compiled:
         raise UsageError("--compile: does not work on a sharded LM; leave it out")
+    engine = accelerator.prepare(lm)
+    _let_forwards_begin_at_base_(engine)
     # Its module is called, never the engine, which would take part in the coders' backward.
-    return accelerator.prepare(lm).module
+    return engine.module
+
+
+def _let_forwards_begin_at_base_(engine: Any) -> None:
+    """Tell DeepSpeed that a forward begins where the base model is called.
+
+    It learns in which order modules run between two such signs, and gathers ahead; its own sign is
+    a call of the whole LM, which of one with a head never comes, or comes for the head alone.
+    """
+    lm, shards = engine.module, engine.optimizer
+    base = lm.base_model
+    if base is lm:
+        return
+
+    def begins(*_: object) -> None:
+        if "forward" not in vars(base):  # else it stands in for itself, and only the head runs
+            shards.get_param_coordinator().reset_step()
+
+    shards.fwd_pre_hook.remove()
+    base.register_forward_pre_hook(begins, prepend=True)
+
+
+def _interface_between_machines() -> str | None:
+    """The network interface by which ranks reach the main address; None if it is not known.
+
+    Gloo would take the one of the machine's own name, which many systems give to the loopback.
+    """
+    if os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
+        return None
+    # On the main machine that address can be the loopback as well: then the way to anywhere.
+    for far in (os.environ.get("MASTER_ADDR", ""), _ANYWHERE):
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((far, 9))  # of datagrams, which sends nothing
+            address = way.getsockname()[0]
+            if not address.startswith("127."):
+                return next((n for n, a in _addresses().items() if a == address), None)
+    return None
+
+
+def _addresses() -> dict[str, str]:
+    """The IPv4 address of every network interface that has one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return {}
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode())
+                reply = fcntl.ioctl(any_socket.fileno(), _GET_ADDRESS, request)
+                found[name] = socket.inet_ntoa(reply[20:24])
+    return found
 
 
 def _first_set(names: tuple[str, ...]) -> str | None:

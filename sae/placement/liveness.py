@@ -5,6 +5,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -13,8 +14,23 @@ from . import signals
 from .exit_codes import LOST_A_RANK, end_process
 
 _BEAT = 0.5  # seconds between two signs of life
+_LOOK = 0.2  # seconds between two looks whose turn it is
 _SILENT = 4.0  # seconds without one after which a rank is missing, once something is wrong
 _BYE = b"bye"  # the last sign of a rank that ended in order
+
+
+# The store where ranks leave their signs is with the launcher, or with rank 0.
+_GONE = "the launcher or rank 0 is gone; --resume goes on from the last checkpoint"
+
+Lost = tuple[int | None, str]
+"""The rank that ended first, if it is known, and why."""
+
+
+def _missing(ranks: list[int]) -> str:
+    return (
+        f"rank {' and '.join(map(str, ranks))} died or hangs (no sign of life for {_SILENT:.0f} s "
+        f"or more); --resume goes on from the last checkpoint"
+    )
 
 
 class _Liveness:
@@ -26,6 +42,7 @@ class _Liveness:
         self.rank, self.world, self.timeout = 0, 1, float("inf")
         self.store: Store | None = None
         self.signs: dict[int, tuple[bytes, float]] = {}
+        self.store_lost: float | None = None
         self.lock = threading.Lock()
 
     def missing(self, silence: float) -> list[int]:
@@ -38,11 +55,28 @@ class _Liveness:
                     self.signs[rank] = (sign, now)
         return [rank for rank in others if now - self.signs[rank][1] > silence]
 
-    def reported_errors(self) -> dict[int, str]:
-        """What ranks that ended with an error of their own said."""
+    def reported(self) -> Lost | None:
+        """The first rank that ended with an error of its own, and what it said."""
         others = [rank for rank in range(self.world) if rank != self.rank]
-        found = dict(zip(others, self.read("error", others), strict=True))
-        return {rank: text.decode() for rank, text in found.items() if text != b"-"}
+        for rank, text in zip(others, self.read("error", others), strict=True):
+            if text != b"-":
+                return rank, f"rank {rank} ended: {text.decode()}"
+        return None
+
+    def lost(self) -> Lost | None:
+        """Which other rank ended or is missing, and why; raises RuntimeError without the store."""
+        missing = self.missing(_SILENT)
+        return self.reported() or ((None, _missing(missing)) if missing else None)
+
+    def lost_for_good(self) -> Lost | None:
+        """The same; that the store is gone counts once it is for a while."""
+        now = time.monotonic()
+        try:
+            found, self.store_lost = self.lost(), None
+            return found
+        except RuntimeError:
+            self.store_lost = self.store_lost or now
+            return (None, _GONE) if now - self.store_lost > _SILENT else None
 
     def write(self, key: str, value: str) -> None:
         if self.store is not None and not (key == "sign" and self.left):
@@ -107,25 +141,32 @@ def has_had_turn(rank: int, turn: int) -> bool:
     return found != b"-" and int(found) >= turn
 
 
-def why_others_ended(seconds: float = _SILENT + 2) -> tuple[int | None, str] | None:
-    """Which rank ended first, if it is known, and why; None if none did. It takes a moment."""
+def wait_for_turn(rank: int, turn: int) -> None:
+    """Look now and then whether a rank has had its turn; end if a rank ended with an error."""
+    while not has_had_turn(rank, turn):
+        if found := _liveness.reported():
+            end_after(found)
+        time.sleep(_LOOK)
+
+
+def why_others_ended(seconds: float = _SILENT + 2) -> Lost | None:
+    """Which rank ended first, and why; None if none did. It takes a moment."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
-            missing, errors = _liveness.missing(_SILENT), _liveness.reported_errors()
-        except RuntimeError:  # where ranks leave their signs is with the launcher, or with rank 0
-            gone = "the launcher or rank 0 is gone; --resume goes on from the last checkpoint"
-            return None, gone
-        if errors:
-            rank, said = next(iter(errors.items()))
-            return rank, f"rank {rank} ended: {said}"
-        if missing:
-            return None, (
-                f"rank {' and '.join(map(str, missing))} died or hangs (no sign of life for "
-                f"{_SILENT:.0f} s); --resume goes on from the last checkpoint"
-            )
+            found = _liveness.lost()
+        except RuntimeError:
+            return None, _GONE
+        if found is not None:
+            return found
         time.sleep(_BEAT)
     return None
+
+
+def end_after(lost: Lost) -> NoReturn:
+    """End since another rank did; what rank 0 had to say it said itself."""
+    rank, reason = lost
+    end_process(None if rank == 0 else reason, LOST_A_RANK, alone=False)
 
 
 def _beat() -> None:
@@ -134,14 +175,16 @@ def _beat() -> None:
         count += 1
         _liveness.write("sign", str(count))
         time.sleep(_BEAT)
+        if _liveness.left:
+            continue
         # A rank in a collective cannot look by itself, and a launcher that ends the survivors
         # sends the same signal as one that is asked to stop.
-        told = signals.told_for() > _BEAT
-        if told or time.monotonic() - looked > _liveness.timeout / 8:
+        if signals.told_for() > _BEAT:
+            lost = _liveness.lost_for_good()
+            if lost is not None:
+                end_after(lost)
+        elif time.monotonic() - looked > _liveness.timeout / 8:
             looked = time.monotonic()
             with suppress(RuntimeError):
-                missing = _liveness.missing(_SILENT if told else _liveness.timeout)
-                if missing:
-                    names = " and ".join(map(str, missing))
-                    lost = f"rank {names} died or hangs; --resume goes on"
-                    end_process(lost, LOST_A_RANK, alone=False)
+                if missing := _liveness.missing(_liveness.timeout):
+                    end_after((None, _missing(missing)))

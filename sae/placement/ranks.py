@@ -1,8 +1,7 @@
 """The processes of a run: what they agree on, and sums over them."""
 
 import os
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -128,21 +127,23 @@ class Ranks:
             return reason
         return next(filter(None, self.everyones(reason)))
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Let rank 0 go first, then one rank per machine, then the rest: the first fills a cache.
+    def main_first(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call `work` on rank 0, then on one rank per machine, then on the rest.
 
-        The others look now and then instead of waiting in a collective, which would time out while
-        text is tokenized.
+        The first fills a cache. No rank goes on before all are done, and none waits for another in
+        a collective, which would time out while files are downloaded or text is tokenized.
         """
+        if self.world == 1:
+            return work(*arguments)
         turn = liveness.next_turn()
         machine = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
-        before = None if self.main else (0 if self.rank == machine else machine)
-        while self.world > 1 and before is not None and not liveness.has_had_turn(before, turn):
-            time.sleep(0.2)
-        yield
-        if self.world > 1:
-            liveness.end_turn(turn)
+        if not self.main:
+            liveness.wait_for_turn(0 if self.rank == machine else machine, turn)
+        found = work(*arguments)
+        liveness.end_turn(turn)
+        for rank in range(self.world):
+            liveness.wait_for_turn(rank, turn)
+        return found
 
     def count_bytes(self, sent: int, received: int) -> None:
         """Add to the traffic."""

@@ -56,7 +56,7 @@ def watch_for_signals() -> None:
     arrived, arrives = os.pipe()
     os.set_blocking(arrives, False)
     signal.set_wakeup_fd(arrives)
-    threading.Thread(target=_end_at_second_ctrl_c, args=[arrived], daemon=True).start()
+    threading.Thread(target=_listen, args=[arrived], daemon=True).start()
 
 
 def watch_launcher() -> None:
@@ -72,16 +72,25 @@ def ignore_handlers() -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    name = "ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    _request.stop(name)
+    _request.stop(_name(number))
     if not _request.training:
         raise Stopped(f"{_request.reason} before the first step; nothing to save")
 
 
-def _end_at_second_ctrl_c(arrived: int) -> None:
-    """A handler waits for the operation at hand, which can take a while; a thread need not."""
+def _name(number: int) -> str:
+    return "ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def _listen(arrived: int) -> None:
+    """Note signals as they arrive.
+
+    A handler waits for the operation at hand, which can take a while, or for ever where that is a
+    collective that another rank will not join; a thread need not.
+    """
     count = 0
     while number := os.read(arrived, 1):
+        if number[0] in _SIGNALS:
+            _request.stop(_name(number[0]))
         count += number[0] == signal.SIGINT
         if count == 2:
             os.write(2, b"ctrl-C again: ends without saving\n")

@@ -8,14 +8,20 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank, costs
+from ..coders.functional import k_aux
+from ..coders.sparse_coder import SparseCoder
 from ..config import Widths
 from ..flag_checks import UsageError
 from ..lm.capture import measure_widths
 from ..lm.hookpoints import text_config, text_layers
 from ..lm.loading import find_hookpoints
-from ..placement.launch import read_mpi, sharded, working_dtype
+from ..placement.launch import asks_for_cpu, read_mpi, sharded, working_dtype
 from ..placement.owners import plan_owners, read_owners
 from ..training.optim import state_bytes
+from ..training.schedules import k_at
+
+_ENTRY = 32  # bytes of one active latent of one row
+_ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
 
 
 class RankMemory(NamedTuple):
@@ -29,7 +35,7 @@ class RankMemory(NamedTuple):
     gradients: int
     optimizer: int
     in_flight: int
-    """Captured rows, those that travel, and one coder's rows in float32."""
+    """Captured rows, those that travel, and what one coder makes of its rows."""
 
 
 def show_plan(cfg: Any) -> None:
@@ -104,11 +110,36 @@ def rank_memory(
         # Sent, received, and joined with what was here already.
         in_flight += (captured - own) + (world - 1) * own + world * own
         rows = world * tokens
-    # Of one coder at a time: input, target, reconstruction and its gradient.
-    widest = max((c.d_in + 3 * c.d_out for c in coders), default=0)
-    working = 4 * rows * widest // training.micro_acc_steps
+    piece = -(-rows // training.micro_acc_steps)
+    working = max((step_bytes(cfg, coder, piece, item) for coder in coders), default=0)
     lm = lm_parameters * (1 if cfg.model.load_in_8bit else item)
     return RankMemory(lm, weights, weights, state, in_flight * item + working)
+
+
+def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
+    """The most bytes that a forward and backward of `rows` rows hold beside weights and gradients.
+
+    `item` is the size of the encoder's factors. A block of pre_acts comes on top.
+    """
+    training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
+    k = k_at(0, training.k_decay_steps, coder)
+    active = min(4 * k, coder.num_latents) if coder.cfg.multi_topk else k
+    dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
+    floats = 2 * d_out  # the reconstruction and its error
+    if item < 4:  # targets in float32, and what a transcoder reads
+        floats += d_out + (d_in if coder.cfg.transcode else 0)
+    floats += 3 * d_out if dead else 0  # the residual, what dead latents make of it, the error
+    floats += 2 * d_out if coder.cfg.multi_topk else 0  # the same of 4k latents
+    # Of every entry its activation, its latent and their gradients, as they come and by latent.
+    entries = _ENTRY * (active + dead)
+    inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
+    found = rows * (4 * floats + inputs + entries)
+    if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
+        found += 4 * coder.num_latents * max(d_in, d_out)
+    if cfg.machine.kernels != "torch" and not asks_for_cpu():
+        pieces = rows * max(active, dead) // _ENTRIES_TO_A_PIECE
+        found += 4 * pieces * max(d_in, d_out)
+    return found
 
 
 def _captured_width(widths: dict[str, Widths], transcode: bool) -> int:

@@ -24,7 +24,7 @@ class EndToEnd:
     L is `ce`, the next-token cross-entropy, or `kl`, the divergence from the clean LM. AuxK and
     Multi-TopK keep their denominator, the variance of all rows of the step, which is known when
     they are in: their gradients are kept apart until then. They need the module's own output, so a
-    transcoder's module runs if one of them is asked for, and only then.
+    transcoder's module runs if one of them is asked for, or tokens may be left out, which keep it.
     """
 
     def __init__(self, capture: RowReader, bank: CoderBank, cfg: TrainingConfig) -> None:

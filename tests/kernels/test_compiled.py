@@ -4,12 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from sae import SaeConfig, SparseCoder
 from sae.kernels.cpu import compiled, native
+from sae.kernels.sparse_products import ByLatent
+from sae.kernels.twins import Kernels
 
 ROOT = Path(__file__).parents[2]
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -110,6 +114,19 @@ def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch)
     finally:
         monkeypatch.undo()
         compiled.library.cache_clear()
+
+
+def test_nothing_is_compiled_for_tensors_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coder on another device than the CPU never asks for the library."""
+    monkeypatch.setattr(compiled, "library", lambda: pytest.fail("compiles for nothing"))
+    coder, x = SparseCoder(8, SaeConfig(num_latents=64, k=4), "meta"), torch.empty(9, 8).to("meta")
+    errors = coder.errors(x, x)
+    assert errors.sae_out.is_meta
+    coder.kernels.normalize_rows_(x)
+    by_latent = ByLatent(coder.kernels.backend, errors.top_indices, 64)
+    with suppress(NotImplementedError):  # of operators that count, and cannot on shapes alone
+        assert by_latent.sum_rows(by_latent.sort(errors.top_acts), x).is_meta
+    assert Kernels("auto").describe(torch.device("meta")) == "PyTorch's operators"
 
 
 def test_sources_that_do_not_compile_are_no_library(

@@ -30,6 +30,13 @@ def test_the_engine_of_deepspeed_is_never_called(runs: Runs, name: str) -> None:
     assert [rank["engine"] for rank in runs.results[name]] == [[], []]
 
 
+@pytest.mark.parametrize("name", ["sharded replicas", "sharded head"])
+def test_weights_are_gathered_ahead(runs: Runs, name: str) -> None:
+    """With and without the LM's head, DeepSpeed knows in a step which module comes next."""
+    for rank in runs.results[name]:
+        assert rank["ahead"].count(True) >= rank["summary"]["step"], rank["ahead"]
+
+
 def test_deepspeeds_own_recipe_is_overruled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from tiny_lms import PLAIN, TOKENS, WITH_HEAD, make_with_head
 from torch import Tensor
 
 from sae import SparseCoderConfig, TrainingConfig, UsageError
+from sae.batch import TokenBatch
 from sae.coders.bank import CoderBank
 from sae.lm import head
 from sae.lm.capture import Capture
@@ -59,6 +60,28 @@ def test_losses_in_chunks_equal_those_of_all_logits(
             torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
         assert agreement(lm, hidden, clean, TOKENS) == same
         assert kl_divergence(lm, clean, clean, TOKENS).abs() < 1e-5
+
+
+def test_the_head_runs_as_often_whatever_the_padding_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that gather a sharded head together must call it equally often; nothing is lost."""
+    lm = make_with_head(WITH_HEAD["llama"][0])
+    hidden = last_hidden_state(lm, TOKENS)
+    monkeypatch.setattr(head, "_LOGITS", 64 * 4)
+    check_head(lm)
+    calls: list[int] = []
+    lm.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    counts, losses = [], []
+    for read in (0, 3, TOKENS.shape[1] - 2):  # padding at the end of the first sequence
+        attended = torch.ones_like(TOKENS, dtype=torch.bool)
+        attended[0, TOKENS.shape[1] - read :] = False
+        calls.clear()
+        losses.append(cross_entropy(lm, hidden, TokenBatch(TOKENS, attended)))
+        counts.append(len(calls))
+    assert len(set(counts)) == 1 and counts[0] > 1
+    picked = hidden[0, : TOKENS.shape[1] - 4]
+    last = F.cross_entropy(logits(lm, picked), TOKENS[0, 1 : TOKENS.shape[1] - 3], reduction="sum")
+    others = cross_entropy(lm, hidden[1:], TOKENS[1:])
+    torch.testing.assert_close(losses[1], last + others, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", HEADS)

@@ -1,17 +1,20 @@
 """Of the LM no more is loaded than the hookpoints need; what cannot be loaded is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_lms import LLAMA, TOKENS, hooked, load, make
+from transformers.utils import hub
 
 from sae import UsageError
 from sae.config import ModelConfig
 from sae.lm.capture import Capture
-from sae.lm.loading import find_hookpoints, load_lm, token_limits
+from sae.lm.loading import fetch_weights, find_hookpoints, load_lm, token_limits
 
 
 def test_later_layers_are_not_read_from_disk(tmp_path: Path) -> None:
@@ -52,6 +55,50 @@ def test_broken_models_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UsageError, match="MODEL"):
         load(tmp_path)
+
+
+class Hub:
+    """A folder in place of the Hub: files come into a cache, and what came is noted."""
+
+    def __init__(self, folder: Path, cache: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.snapshot, self.came = folder, cache / "models--a--b/snapshots/0", []
+        (cache / "models--a--b/refs").mkdir(parents=True)
+        (cache / "models--a--b/refs/main").write_text("0")
+        self.snapshot.mkdir(parents=True)
+        patch.setattr(hub.constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(hub, "hf_hub_download", lambda _, name, **kwargs: self.bring(name))
+        patch.setattr(hub, "snapshot_download", self.bring_all)
+
+    def bring_all(self, _: str, allow_patterns: list[str], **kwargs: object) -> None:
+        for name in allow_patterns:
+            self.bring(name)
+
+    def bring(self, name: str) -> None:
+        if not (self.folder / name).exists():
+            raise LocalEntryNotFoundError(name)
+        if not (self.snapshot / name).exists():
+            shutil.copy(self.folder / name, self.snapshot / name)
+            self.came.append(name)
+
+
+@pytest.mark.parametrize("shard", ["20KB", "1GB"])
+def test_all_weights_are_downloaded_before_ranks_load_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str
+) -> None:
+    """After `fetch_weights` loading downloads nothing more; a loaded model needs nothing."""
+    make(LLAMA, tmp_path / "made").save_pretrained(tmp_path / "lm", max_shard_size=shard)
+    weights = {file.name for file in (tmp_path / "lm").glob("*.safetensors")}
+    assert (len(weights) > 1) == (shard == "20KB")
+    found, cfg = Hub(tmp_path / "lm", tmp_path / "cache", monkeypatch), ModelConfig("a/b")
+    skeleton, hookpoints = find_hookpoints(cfg)
+    assert not weights & set(found.came)
+    fetch_weights(cfg, skeleton)
+    assert weights < set(found.came)
+    found.came.clear()
+    lm = load_lm(cfg, skeleton, hookpoints)
+    assert not weights & set(found.came)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("asks the Hub"))
+    fetch_weights(cfg, lm)
 
 
 def test_eight_bit_loading_says_what_it_needs(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The LM goes on with what is spliced in, and is whole again afterwards."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_lms import TOKENS, WITH_HEAD, make_with_head
@@ -31,6 +33,27 @@ def test_splicing_is_exact_and_leaves_nothing_behind(family: str) -> None:
     with pytest.raises(ZeroDivisionError), spliced(lm, {hookpoint: lambda x, y: 1 / 0}, TOKENS):
         last_hidden_state(lm, TOKENS)
     assert torch.equal(last_hidden_state(lm, TOKENS), clean)
+
+
+def test_a_compiled_block_stays_compiled(causal_lm: PreTrainedModel) -> None:
+    """What takes the place of a block's forward runs inside a splice, and is there afterwards."""
+    block = causal_lm.base_model.get_submodule("layers.1")
+    ran: list[str] = []
+    eager = block.forward
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        ran.append("compiled")
+        return eager(*args, **kwargs)
+
+    block.forward = compiled
+    try:
+        for _ in range(2):
+            with spliced(causal_lm, {"layers.1": lambda x, y: y}, TOKENS):
+                last_hidden_state(causal_lm, TOKENS)
+        last_hidden_state(causal_lm, TOKENS)
+        assert ran == ["compiled"] * 3 and block.forward is compiled
+    finally:
+        del block.forward
 
 
 def test_rows_of_excluded_tokens_stay_as_they_are(causal_lm: PreTrainedModel) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from starts import ACCELERATE, ROOT, TORCHRUN, Starter, folder, starter, wait_until
+from torch.distributed import HashStore
 
+from sae.placement import liveness
 from sae.placement.ranks import Ranks
 from sae.runs.checkpoint import newest_checkpoint
 from sae.runs.folder import checkpoints
@@ -145,6 +147,41 @@ def test_a_lost_rank_or_launcher_ends_the_run(starter: Starter, figure: Figure) 
         assert all(step % SAVE_EVERY == 0 for step in whole_steps(starter.folder / "runs/hung"))
         seconds = time.monotonic() - began
     figure("a rank killed, one hung, a launcher killed", f"all ended within {seconds:.0f} s")
+
+
+def test_a_rank_inside_a_collective_hears_that_it_is_to_end(starter: Starter) -> None:
+    """Where the other rank hangs, a signal that no handler sees ends the run with the reason."""
+    flags = [*FLAGS, "--distribute_modules", "--batch_size", "1"]  # of ten minutes' patience
+    lm, data = str(starter.folder / "lm"), str(starter.folder / "ids.bin")
+    ranks = starter.start_on(lm, data, "deaf", *flags, world=2)
+    with no_process_left(*ranks):
+        wait_until(lambda: bool(starter.steps("deaf")), lambda: starter.log("deaf"))
+        os.kill(ranks[1], signal.SIGSTOP)
+        time.sleep(1)  # rank 0 comes to the next collective
+        os.kill(ranks[0], signal.SIGTERM)
+        assert starter.wait(ranks[0], 60) == 3, starter.log("deaf")
+    assert "error: rank 1 died or hangs" in starter.log("deaf")
+
+
+def test_the_reason_is_what_the_rank_said_or_that_its_store_is_gone() -> None:
+    """An error that a rank left is the reason; without a store, that it stays away is."""
+    found = liveness._Liveness()
+    found.rank, found.world, found.store = 0, 2, HashStore()
+    for key in ("sign", "error"):
+        found.store.set(f"{key}/1", "-")
+    assert found.lost_for_good() is None
+    found.store.set("error/1", "OutOfMemoryError: 80 GiB")
+    assert found.lost_for_good() == (1, "rank 1 ended: OutOfMemoryError: 80 GiB")
+
+    class NoStore(HashStore):
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            raise RuntimeError("Broken pipe")
+
+    found.store = NoStore()
+    assert found.lost_for_good() is None and found.store_lost is not None
+    found.store_lost -= 5
+    lost = found.lost_for_good()
+    assert lost is not None and "rank 0 is gone" in lost[1]
 
 
 def test_preemption_saves_one_agreed_checkpoint(starter: Starter, figure: Figure) -> None:

@@ -4,9 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from starts import ROOT, Starter, folder, starter
 
 from sae import UsageError
@@ -110,3 +113,84 @@ def test_torchs_own_variables_come_first(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name)
     launch.read_mpi()
     assert [os.environ[n] for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK")] == ["4", "3", "1"]
+
+
+@pytest.mark.parametrize(("compute", "expected"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_emulated_bfloat16_is_not_taken_for_bfloat16(
+    compute: int, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU before Ampere (a T4: 7.5) trains in float32, and bf16 on it is refused by its name."""
+    for variable in ("ACCELERATE_USE_CPU", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+    properties = SimpleNamespace(major=compute)
+    for name, value in {
+        **{"is_available": True, "device_count": 1, "current_device": 0},
+        **{"get_device_properties": properties, "get_device_name": "Tesla T4"},
+        "_check_bf16_tensor_supported": True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert launch.working_dtype("auto") == expected and torch.cuda.is_bf16_supported()
+    asked = launch.working_dtype("bf16")
+    refused = pytest.raises(UsageError, match="--mixed_precision bf16: Tesla T4 has no bfloat16")
+    with refused if compute < 8 else nullcontext():
+        launch.arguments(tmp_path, "none", asked, 1.0)
+
+
+REACHED_BY = {"main": "10.0.0.2", "own name": "127.0.1.1", launch._ANYWHERE: "10.0.0.2"}
+
+
+class Route:
+    """A socket in place of the real one: by which of its addresses this machine reaches another."""
+
+    far = ""
+
+    def __init__(self, *_: object) -> None: ...
+    def __enter__(self) -> "Route":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def connect(self, to: tuple[str, int]) -> None:
+        if to[0] not in REACHED_BY:
+            raise OSError("no such host")
+        self.far = to[0]
+
+    def getsockname(self) -> tuple[str, int]:
+        return REACHED_BY[self.far], 0
+
+
+@pytest.mark.parametrize(
+    ("main", "here", "set_before", "expected"),
+    [
+        ("main", "1", None, "eth1"),
+        ("own name", "1", None, "eth1"),  # as on the main machine
+        ("unknown", "1", None, "eth1"),
+        ("main", "1", "ib0", "ib0"),
+        ("main", "2", None, None),  # one machine
+    ],
+)
+def test_gloo_takes_the_interface_between_the_machines(
+    main: str,
+    here: str,
+    set_before: str | None,
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On several machines not the loopback, whatever a machine calls itself, but what users set."""
+    known = {"lo": "127.0.0.1", "eth0": "192.168.0.5", "eth1": "10.0.0.2"}
+    monkeypatch.setattr(launch, "_addresses", lambda: known)
+    monkeypatch.setattr(launch.socket, "socket", Route)
+    ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": here}
+    for name, value in {**ranks, "MASTER_ADDR": main, "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", set_before or "")  # so that it is put back
+    if set_before is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    launch.arguments(tmp_path, "none", torch.float32, 1.0)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+def test_addresses_are_those_of_the_interfaces() -> None:
+    """The loopback has its address, and the way to it is by that."""
+    assert launch._addresses()["lo"] == "127.0.0.1"

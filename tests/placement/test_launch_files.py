@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,14 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from sae import UsageError
 from sae.placement import launch
 from sae.runs.dry_run import _live_parameters
 
@@ -80,10 +87,10 @@ print(config["num_processes"], stage, *sys.argv[sys.argv.index("train_sae.py") +
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_launch_files_are_small_and_accelerate_reads_them(name: str) -> None:
-    """Three to five keys, a comment on each, and accelerate's own reader takes the file."""
+    """Three to six keys, a comment on each, and accelerate's own reader takes the file."""
     path = ROOT / f"accelerate_configs/{name}.yaml"
     lines = [line for line in path.read_text().splitlines() if line]
-    assert 3 <= len(yaml.safe_load(path.read_text())) <= 5
+    assert 3 <= len(yaml.safe_load(path.read_text())) <= 6
     assert all("#" in line for line in lines)
     config = load_config_from_file(str(path))
     assert config.num_processes == PROCESSES[name]
@@ -95,22 +102,74 @@ def test_launch_files_are_small_and_accelerate_reads_them(name: str) -> None:
     assert {p.name for p in path.parent.iterdir()} == {f"{name}.yaml" for name in PROCESSES}
 
 
+def environment_of(file: Path, patch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What accelerate gives the processes that it starts with a launch file."""
+    parser = launch_command_parser()
+    flags = ["--machine_rank", "0", "--main_process_ip", "127.0.0.1", "--main_process_port", "0"]
+    args = parser.parse_args(["--config_file", str(file), *flags, "train_sae.py"])
+    found: list[dict[str, str]] = []
+
+    def starts(prepare: Callable[[Any], Any]) -> Callable[[Any], None]:
+        def start(args: Any) -> None:
+            prepared = prepare(args)
+            found.append(prepared[1] if isinstance(prepared, tuple) else prepared)
+
+        return start
+
+    for kind, prepare in (
+        ("simple", prepare_simple_launcher_cmd_env),
+        ("multi_gpu", prepare_multi_gpu_env),
+        ("deepspeed", prepare_deepspeed_cmd_env),
+    ):
+        patch.setattr(f"accelerate.commands.launch.{kind}_launcher", starts(prepare))
+    launch_command(args)
+    return found[0]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_what_a_launch_file_says_of_gpus_is_heeded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU a launch for GPUs is refused; with GPUs a launch for the CPU is on the CPU."""
+    environment = environment_of(ROOT / f"accelerate_configs/{name}.yaml", monkeypatch)
+    variables = ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "ACCELERATE_MIXED_PRECISION")
+    for variable in (*variables, "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+        if variable in variables and variable in environment:
+            monkeypatch.setenv(variable, environment[variable])
+    on_cpu = name.startswith("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launch.on_cpu() == on_cpu
+    launch.check_device()
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "1")
+        launch.check_device()  # as Slurm starts processes that each see their own
+        patch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with nullcontext() if on_cpu else pytest.raises(UsageError, match="process 1 .* finds 1 G"):
+            launch.check_device()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert launch.on_cpu()
+    asked = "asked for GPUs, and torch .*--config_file accelerate_configs/cpu.yaml"
+    with nullcontext() if on_cpu else pytest.raises(UsageError, match=asked):
+        launch.arguments(tmp_path, "none", torch.float32, 1.0)
+    # Without accelerate, a machine without GPUs is reason enough to train on the CPU.
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    launch.check_device()
+
+
 @pytest.mark.parametrize("name", [name for name in PROCESSES if name.endswith("zero3")])
 def test_sharding_needs_no_other_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From any folder, what accelerate hands on of a launch file is ZeRO-3 with a sharded load."""
-    file = str(ROOT / f"accelerate_configs/{name}.yaml")
+    file = ROOT / f"accelerate_configs/{name}.yaml"
     monkeypatch.chdir(tmp_path)
-    parser = launch_command_parser()
-    args = parser.parse_args(["--config_file", file, "--main_process_port", "0", "train_sae.py"])
-    launched: list[Any] = []
-    monkeypatch.setattr("accelerate.commands.launch.deepspeed_launcher", launched.append)
-    launch_command(args)
-    _, environment = prepare_deepspeed_cmd_env(launched[0])
-    for variable, value in environment.items():
+    for variable, value in environment_of(file, monkeypatch).items():
         if variable.startswith("ACCELERATE_"):
             monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     plugin = launch.arguments(tmp_path, "none", torch.float32, 1.0)["deepspeed_plugin"]
     assert plugin.zero_stage == 3 and plugin.zero3_init_flag
     assert plugin.deepspeed_config["zero_optimization"]["stage"] == 3

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from benchmarks import removals, targets
+import train_sae
+from benchmarks import removals, run, targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +34,40 @@ def test_benchmarks_run(tmp_path: Path) -> None:
     assert table({}).count("unmeasured") == len(targets.ROWS)
     lines = table({"step": {"float32": {"ratio": 1.2}, "bfloat16": {"ratio": 1.2}}}).splitlines()
     assert lines[2].endswith("| 1.200 | missed |") and lines[3].endswith("| 1.200 | met |")
+
+
+class Asked(Exception):
+    """What our side was asked for: (precision flag, dtype of the LM)."""
+
+
+@pytest.mark.parametrize(
+    ("device", "has_it", "asked"),
+    [
+        ("cuda", True, ("bf16", torch.bfloat16)),
+        ("cuda", False, ("no", torch.float32)),
+        ("cpu", True, ("no", torch.float32)),
+    ],
+)
+def test_whole_runs_are_compared_in_the_references_precision(
+    device: str,
+    has_it: bool,
+    asked: tuple[str, torch.dtype],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU with bfloat16, in which the reference multiplies, ours does, and so is the LM."""
+
+    def train(cfg: train_sae.TrainConfig, lm: PreTrainedModel, dataset: torch.Tensor) -> None:
+        raise Asked(cfg.machine.mixed_precision, lm.dtype)
+
+    run.write_lm("demo", tmp_path / "lm", 0)
+    torch.save(torch.zeros(1), tmp_path / "blocks.pt")
+    monkeypatch.setattr(train_sae, "train", train)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_it)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)  # there is no GPU
+    with pytest.raises(Asked) as caught:
+        run.child("ours", tmp_path, device, dict(run.DEFAULTS))
+    assert caught.value.args == asked
 
 
 def with_figure(row: targets.Row, value: float) -> dict[str, Any]:

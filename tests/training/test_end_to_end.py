@@ -1,12 +1,18 @@
 """Training on the LM's own loss: all coders learn, the LM does not."""
 
 import pytest
+import torch
 from torch import Tensor
 from training_runs import Settings, assert_identical, run
 from transformers import PreTrainedModel
 
-from sae import UsageError
+from sae import TranscoderConfig, UsageError
+from sae.batch import TokenBatch
+from sae.coders.bank import CoderBank
+from sae.config import TrainingConfig, Widths
 from sae.flag_checks import from_flags
+from sae.lm.capture import Capture
+from sae.lm.rows import RowRule
 from sae.training.end_to_end import EndToEnd
 from sae.training.step_sums import StepSums
 from train_sae import TrainConfig
@@ -50,6 +56,33 @@ def test_every_coder_parameter_learns_from_the_lms_own_loss(
     assert len(reached) == 2 * len(per_coder)
     assert sum(losses[-3:]) < sum(losses[:3]) and min(losses) > 0
     assert_identical(before, dict(causal_lm.named_parameters()))
+
+
+@pytest.mark.parametrize("excluded", [(), (3,)])
+def test_what_ranks_sum_does_not_depend_on_their_batches(
+    causal_lm: PreTrainedModel, tokens: Tensor, excluded: tuple[int, ...]
+) -> None:
+    """With and without an excluded token in the batch, a rank has tensors of the same shapes."""
+    hookpoint, cfg = "layers.1.mlp", TranscoderConfig(num_latents=64, k=4)
+    bank = CoderBank({hookpoint: Widths(32, 32)}, cfg, (0,), "cpu")
+    capture = Capture(causal_lm, [hookpoint], RowRule(excluded))
+    end_to_end = EndToEnd(capture, bank, TrainingConfig(loss_fn="ce"))
+    without, having = tokens[:2].where(tokens[:2] != 3, 4), tokens[:2].clone()
+    having[0, 5] = 3
+    found: list[StepSums] = []
+    for batches in ([without], [having], [without, having]):
+        found.append(StepSums(bank))
+        for batch in batches:
+            end_to_end.backward(TokenBatch(batch), found[-1], {hookpoint: None}, {hookpoint: 4})
+    shapes = [[(t.shape, t.dtype) for t in sums.tensors()] for sums in found]
+    assert shapes[0] == shapes[1] == shapes[2]
+    if not excluded:
+        return
+    # Accumulated, the denominator is of all rows that the step saw.
+    _, y = Capture(causal_lm, [hookpoint])(torch.cat([without, having]))[hookpoint]
+    y = y[(torch.cat([without, having]) != 3).flatten()].double()
+    expected = (y - y.mean(0)).square().sum()
+    torch.testing.assert_close(found[2].variance(hookpoint), expected, rtol=1e-5, atol=0)
 
 
 def test_what_cannot_train_end_to_end_is_refused(

@@ -11,11 +11,15 @@ from .backend import Backend
 _LATENTS_PER_ENTRY = {torch.float32: 40, torch.bfloat16: 500, torch.float16: 500}
 
 
+MOST_WEIGHTS = 2**31
+"""Weights of all rows and latents from which entries are taken instead: 4.3 GB in bfloat16."""
+
+
 def pays(backend: Backend, inputs: Tensor, k: int, latents: int) -> bool:
     """Whether k of so many latents per row are better summed by dense products than by entries."""
-    return (
-        backend.in_triton(inputs.device) and latents <= _LATENTS_PER_ENTRY.get(inputs.dtype, 0) * k
-    )
+    if not backend.in_triton(inputs.device) or len(inputs) * latents > MOST_WEIGHTS:
+        return False
+    return latents <= _LATENTS_PER_ENTRY.get(inputs.dtype, 0) * k
 
 
 def wide_product(a: Float[Tensor, "A B"], b: Float[Tensor, "B C"]) -> Float[Tensor, "A C"]:

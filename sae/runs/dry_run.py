@@ -12,6 +12,7 @@ from ..coders.functional import k_aux
 from ..coders.sparse_coder import SparseCoder
 from ..config import Widths
 from ..flag_checks import UsageError
+from ..kernels.dense_products import MOST_WEIGHTS
 from ..lm.capture import measure_widths
 from ..lm.hookpoints import text_config, text_layers
 from ..lm.loading import find_hookpoints
@@ -128,15 +129,18 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     floats = 2 * d_out  # the reconstruction and its error
     if item < 4:  # targets in float32, and what a transcoder reads
         floats += d_out + (d_in if coder.cfg.transcode else 0)
-    floats += 3 * d_out if dead else 0  # the residual, what dead latents make of it, the error
+    floats += d_out if dead else 0  # what dead latents leave of the error
     floats += 2 * d_out if coder.cfg.multi_topk else 0  # the same of 4k latents
     # Of every entry its activation, its latent and their gradients, as they come and by latent.
-    entries = _ENTRY * (active + dead)
+    in_triton = cfg.machine.kernels != "torch" and not asks_for_cpu()
+    of_dead = rows * _ENTRY * dead
+    if dead and in_triton:  # activations and gradients of all dead latents, at worst of all
+        of_dead = max(of_dead, 2 * item * min(rows * coder.num_latents, MOST_WEIGHTS))
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
-    found = rows * (4 * floats + inputs + entries)
+    found = rows * (4 * floats + inputs + _ENTRY * active) + of_dead
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
         found += 4 * coder.num_latents * max(d_in, d_out)
-    if cfg.machine.kernels != "torch" and not asks_for_cpu():
+    if in_triton:
         pieces = rows * max(active, dead) // _ENTRIES_TO_A_PIECE
         found += 4 * pieces * max(d_in, d_out)
     return found

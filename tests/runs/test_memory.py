@@ -141,6 +141,18 @@ def test_the_dry_run_counts_sums_in_pieces() -> None:
     assert found["auto"] - found["torch"] == 16384 * 40960 * 2 // 1024 * 4096 * 4
 
 
+def test_the_dry_run_counts_auxk_on_cuda() -> None:
+    """There AuxK may hold activations of every latent for every row, and their gradients."""
+    coder = SparseCoder(4096, SaeConfig(num_latents=131072, k=32), "meta")
+    found = {}
+    for auxk_alpha in (0.0, 1 / 32):
+        cfg = TrainConfig(training=TrainingConfig(auxk_alpha=auxk_alpha))
+        found[auxk_alpha] = [step_bytes(cfg, coder, rows, 2) for rows in (8192, 65536)]
+    few, many = (b - a for a, b in zip(found[0.0], found[1 / 32], strict=True))
+    assert 8192 * 131072 * 2 * 2 < few < 1.3 * 8192 * 131072 * 2 * 2
+    assert many < 16384 * 131072 * 2 * 2 + 65536 * 4 * 4096 + 1  # then by entries
+
+
 def test_an_sae_has_one_copy_of_its_rows_in_float32() -> None:
     """What it reads is what it reconstructs; two tensors are two copies."""
     coder = SparseCoder(64, SaeConfig(num_latents=512, k=4))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SAEs on the residual stream after all 26 layers of Gemma 2 2B, three or four on each GPU.
-# Hardware: 8 GPUs. Memory: 26 GiB per GPU (--dry_run), and what the LM's forward needs. Tokens: 1024 M.
+# Hardware: 8 GPUs. Memory: 27 GiB per GPU (--dry_run), and what the LM's forward needs. Tokens: 1024 M.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec accelerate launch --config_file accelerate_configs/8gpu.yaml train_sae.py \

@@ -21,6 +21,7 @@ from ..training.optim import state_bytes
 from ..training.schedules import k_at
 
 _ENTRY = 32  # bytes of one active latent of one row
+_DEAD_SHARE = 1 / 4  # of latents, in a run that goes badly
 _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
 
 
@@ -121,24 +122,28 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
 
     `item` is the size of the encoder's factors. A block of pre_acts comes on top.
     """
-    training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
+    training, d_in, d_out, latents = cfg.training, coder.d_in, coder.d_out, coder.num_latents
+    in_triton = cfg.machine.kernels != "torch" and not asks_for_cpu()
     k = k_at(0, training.k_decay_steps, coder)
-    active = min(4 * k, coder.num_latents) if coder.cfg.multi_topk else k
-    dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
-    floats = 2 * d_out  # the reconstruction and its error
+    active = min(4 * k, latents) if coder.cfg.multi_topk else k
+    matrix, floats = 4 * max(d_in, d_out), 2 * d_out  # the reconstruction and its error
     if item < 4:  # targets in float32, and what a transcoder reads
         floats += d_out + (d_in if coder.cfg.transcode else 0)
-    floats += 3 * d_out if dead else 0  # the residual, what dead latents make of it, the error
     floats += 2 * d_out if coder.cfg.multi_topk else 0  # the same of 4k latents
-    # Of every entry its activation, its latent and their gradients, as they come and by latent.
-    entries = _ENTRY * (active + dead)
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
-    found = rows * (4 * floats + inputs + entries)
+    # Of every entry its activation, its latent and their gradients, as they come and by latent.
+    found = rows * (4 * floats + inputs + _ENTRY * active)
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
-        found += 4 * coder.num_latents * max(d_in, d_out)
-    if cfg.machine.kernels != "torch" and not asks_for_cpu():
-        pieces = rows * max(active, dead) // _ENTRIES_TO_A_PIECE
-        found += 4 * pieces * max(d_in, d_out)
+        found += matrix * latents
+    if in_triton:
+        found += matrix * (rows * active // _ENTRIES_TO_A_PIECE)
+    if training.auxk_alpha:
+        found += rows * 4 * d_out  # what dead latents make of the error
+        dead = int(latents * _DEAD_SHARE)
+        if in_triton:  # all of the dead: activations, their gradients, and those of their weights
+            found += rows * 3 * item * dead + matrix * dead
+        else:
+            found += rows * _ENTRY * min(k_aux(d_out), latents)
     return found
 
 

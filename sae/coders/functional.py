@@ -175,7 +175,7 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, rows: Float[Tensor, "N D"]) -> "Moments":
         """The moments of one set of rows."""
-        count = torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)
+        count = torch.full((), len(rows), dtype=torch.float64, device=rows.device)
         total, total_sq = count.new_zeros(rows.shape[1]), count.new_zeros(())
         for block in rows.split(1024):  # the float64 copy stays small
             wide = block.double()

@@ -65,10 +65,8 @@ class FakeCuda(TorchDispatchMode):
         frame, place = sys._getframe(1), "elsewhere"
         while frame is not None:
             path = Path(frame.f_code.co_filename)
-            if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in (
-                "sae",
-                "train_sae.py",
-            ):
+            parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else ("",)
+            if parts[0] in ("sae", "train_sae.py"):
                 line = linecache.getline(str(path), frame.f_lineno).strip()
                 place = f"{path.relative_to(ROOT)}:{frame.f_lineno}: {line}"
                 break
@@ -87,6 +85,10 @@ class FakeCuda(TorchDispatchMode):
 
     def _answer_equal(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.ask("equal")
+        return True
+
+    def _answer_allclose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.ask("allclose")
         return True
 
     def _answer_nonzero(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -185,6 +187,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
             "torch.Tensor.backward": lambda loss: backward([loss]),
             "torch.autograd.grad": gradients,
             "sae.placement.ranks.ThreadPoolExecutor": _AtOnce,
+            # Of tensors without values it asks nothing, as of those that it traces.
+            "transformers.utils.import_utils.is_fake_tensor": lambda tensor: False,
         }.items():
             stack.enter_context(patch(target, replacement))
         # As FakeTensorMode does: a number becomes a tensor on the CPU, which is then seen to move.

@@ -48,15 +48,6 @@ CASES: dict[str, dict[str, Any]] = {
     "KL, padding": {"loss_fn": "kl", **PADDED},
     "KL, transcoders, excluded tokens": {"loss_fn": "kl", **MLPS, "exclude_tokens": (1, 2)},
 }
-# Questions of a step beside the one on whether it is sound, and the one of every log step.
-ALSO = {
-    # How many rows are left is up to the rows: one question per forward.
-    "excluded long rows": {"sae/lm/rows.py": 1},
-    "rows made elsewhere": {"sae/lm/rows.py": 1},
-    # The LM's own code asks whether its mask hides anything.
-    "padding": {"sae/lm/capture.py": 1},
-    "KL, padding": {"sae/lm/head.py": 2},
-}
 
 
 class Rows(list[dict[str, Tensor]]):
@@ -115,6 +106,14 @@ def test_a_step_asks_the_gpu_once_and_a_log_step_once_more(
     rows = data(tokens, flags.pop("padded", False))
     chosen = gpu_settings(settings)
     made_elsewhere = flags.pop("made_elsewhere", False)
+    # In a forward the LM's own code asks whether its mask hides a token, or its positions are those
+    # of several texts; and how many rows are too long depends on the rows.
+    of_forwards = {"sae/lm/rows.py": 1} if "exclude_norm" in flags else {}
+    forwards = flags.get("grad_acc_steps", 1)
+    if "loss_fn" in flags:
+        of_forwards["sae/lm/head.py"] = {"ce": 1, "kl": 2}[flags["loss_fn"]]
+    elif not made_elsewhere:
+        of_forwards["sae/lm/capture.py"] = forwards
     if "hookpoints" in flags or made_elsewhere:
         del chosen["layers"]
     with gpu_run(monkeypatch) as (gpu, begun):
@@ -135,10 +134,7 @@ def test_a_step_asks_the_gpu_once_and_a_log_step_once_more(
             if question.operator != "bincount":  # of the sort by latent
                 file = question.place.split(":")[0]
                 files[file] = files.get(file, 0) + 1
-        expected = {
-            "sae/training/bad_steps.py": 1 + (number % LOG_EVERY == 0),
-            **ALSO.get(case, {}),
-        }
+        expected = {"sae/training/bad_steps.py": 1 + (number % LOG_EVERY == 0), **of_forwards}
         assert files == expected, said(asked)
 
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 
 HERE = Path(__file__).parent
-GPU = "--device cuda --N 16384 --D 4096 --L 131072 --dead_share 0"
 COMMANDS = {
     "step": "step.py",
     "step_wide": "step.py --D 768 --L 24576 --k 64 --repeats 7",
@@ -26,15 +25,10 @@ COMMANDS = {
     "trace": "trace.py",
     "low_precision": "low_precision.py",
 }
-GPU_RUN = "--device cuda --lm random --width 4096 --num_latents 131072 --batch_size 64"
-GPU_COMMANDS = {
-    "step_gpu_k32": f"step.py {GPU} --k 32",
-    "step_gpu_k192": f"step.py {GPU} --k 192",
-    "run_gpu": f"run.py {GPU_RUN}",
-}
+GPU_COMMANDS = {"gpu": "gpu_check.py"}
 
 WIDE = "D = 768, L = 24576, k = 64: "
-RUN, GPU_RATIO = "targets.tokens_per_second.ratio", "bfloat16.ratio"
+RUN, GPU_STEP = "targets.tokens_per_second.ratio", "steps.N = 16384, D = 4096, L = 131072, k = "
 MEMORY, FVU, WAITS = "targets.peak_mb.ratio", "targets.fvu.ratio", "waiting_share"
 AUXK_32, AUXK_16, INT8 = "float32.auxk_ratio", "bfloat16.auxk_ratio", "low_precision"
 
@@ -86,10 +80,10 @@ ROWS = [
     Row("int8 search: held-out FVU / without", INT8, "fvu_ratio", 1.001, False, QUALITY),
     Row("share of a step that waits for data, from disk", "trace", f"disk.{WAITS}", 0.02, False),
     Row("the same, streaming", "trace", f"streaming.{WAITS}", 0.02, False),
-    Row("GPU, k = 32: step / product, bfloat16", "step_gpu_k32", GPU_RATIO, 1.6, False),
-    Row("GPU, k = 192: step / product, bfloat16", "step_gpu_k192", GPU_RATIO, 1.6, False),
-    Row("GPU, whole run, tokens/s / Sparsify's", "run_gpu", f"random.{RUN}", 2, True),
-    Row("GPU, peak memory / Sparsify's", "run_gpu", f"random.{MEMORY}", 0.5, False),
+    Row("GPU, k = 32: step / product, bfloat16", "gpu", f"{GPU_STEP}32.ratio", 1.6, False),
+    Row("GPU, k = 192: step / product, bfloat16", "gpu", f"{GPU_STEP}192.ratio", 1.6, False),
+    Row("GPU, whole run, tokens/s / Sparsify's", "gpu", f"run.random.{RUN}", 2, True),
+    Row("GPU, peak memory / Sparsify's", "gpu", f"run.random.{MEMORY}", 0.5, False),
 ]
 
 

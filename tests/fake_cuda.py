@@ -180,6 +180,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
     with ExitStack() as stack:
         for target, replacement in {
             "torch.cuda._lazy_init": lambda: None,
+            "torch.cuda.current_device": lambda: 0,
             "torch.cuda._exchange_device": lambda device: -1,
             "torch.cuda._maybe_exchange_device": lambda device: -1,
             "torch.Tensor.pin_memory": lambda tensor: gpu.pin(tensor),

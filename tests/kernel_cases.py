@@ -51,6 +51,36 @@ def outputs_and_gradients(
     return [out.detach(), *(t.grad for t in moved)]  # type: ignore[misc]  # each has one
 
 
+def losses_and_gradients(
+    ops: Functions,
+    tensors: list[Tensor],
+    k: int,
+    dead: Tensor,
+    k_dead: int,
+    device: torch.device | str = "cpu",
+    offset_by_row: bool = False,
+    through_out: bool = False,
+) -> list[Tensor]:
+    """sae_out, both errors, and the gradients of their weighted sum.
+
+    `through_out`: a loss of sae_out itself is added, as in end-to-end training.
+    """
+    moved = [t.detach().to(device, copy=True).requires_grad_() for t in tensors]
+    x, W_enc, b_enc, W_dec, pre_bias = moved
+    k_dead = min(k_dead, len(dead))
+    latents, of_dead = ops.encode_with_dead(
+        x, W_enc, b_enc, k, "topk", pre_bias, None, dead, k_dead
+    )
+    offset = (x * 0.3 + pre_bias) if offset_by_row else pre_bias
+    y = (2 * x + 1).detach()
+    out, error, dead_error = ops.reconstruct(latents, W_dec, offset, y, of_dead)
+    loss = error + dead_error / 32
+    if through_out:
+        loss = loss + (out * torch.arange(out.numel(), device=device).view_as(out).cos()).sum()
+    loss.backward()
+    return [out.detach(), error.detach(), dead_error.detach(), *(t.grad for t in moved)]
+
+
 UPDATED_SHAPES = [s for d in (1, 7, 16, 40, 100) for s in ((9, d), (d,))]
 
 

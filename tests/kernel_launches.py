@@ -109,8 +109,6 @@ class _OnMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__.startswith("bincount"):
-            return args[0].new_empty(args[-1])
         if func.__name__.startswith("_fused_adam"):
             return None
         return func(*args, **kwargs)
@@ -121,43 +119,46 @@ def training_launches() -> list[Launch]:
 
     A new kind, dtype or optimizer goes into these lists; a kernel needs no mention.
     """
-    kinds = [
-        SparseCoderConfig(num_latents=131072, k=32),
-        SparseCoderConfig(num_latents=65536, k=256, activation="groupmax"),
-        SparseCoderConfig(num_latents=4096, k=1, multi_topk=True),
-        SparseCoderConfig(num_latents=1000, k=5, transcode=True, skip_connection=True),
-    ]
-    dtypes, widths = (torch.float32, torch.bfloat16), (4096, 100)
+    kinds = {  # with the widths of their rows
+        SparseCoderConfig(num_latents=131072, k=32): 4096,
+        SparseCoderConfig(num_latents=65536, k=256, activation="groupmax"): 4096,
+        SparseCoderConfig(num_latents=4096, k=1, multi_topk=True): 2304,
+        SparseCoderConfig(num_latents=1000, k=5, transcode=True, skip_connection=True): 100,
+    }
+    dtypes, (largest, *_) = (torch.float32, torch.bfloat16), kinds
     fused = "torch.optim.optimizer._get_fused_kernels_supported_devices"
     in_triton = patch.object(Backend, "in_triton", lambda _, device: device.type == "meta")
     with noted_launches() as launches, _OnMeta(), in_triton, patch(fused, lambda: ["meta"]):
-        for cfg, dtype, width in itertools.product(kinds, dtypes, widths):
-            _steps(cfg, dtype, width, "signum", rows=16384)
-        for optimizer, dtype, width in itertools.product(get_args(OptimizerName), dtypes, widths):
-            _steps(kinds[0], dtype, width, optimizer, rows=100)
+        for dtype, (cfg, width) in itertools.product(dtypes, kinds.items()):
+            _step(cfg, dtype, width, "signum")
+            _step(cfg, dtype, width, "signum", with_dead=True)
+        for dtype, optimizer in itertools.product(dtypes, get_args(OptimizerName)):
+            _step(largest, dtype, 4096, optimizer)
+        _step(largest, torch.bfloat16, 4096, "signum", k=40960)  # as --k_decay_steps begins
     return launches
 
 
-def _steps(
-    cfg: SparseCoderConfig, dtype: torch.dtype, width: int, name: OptimizerName, rows: int
+def _step(
+    cfg: SparseCoderConfig,
+    dtype: torch.dtype,
+    width: int,
+    name: OptimizerName,
+    *,
+    with_dead: bool = False,
+    k: int | None = None,
 ) -> None:
     bank = CoderBank({"h": Widths(width, width)}, cfg, (0,), "meta", dtype)
-    coder = bank["h"]
-    optimizer = CoderOptimizer(coder, name)
+    coder, x = bank["h"], torch.empty(16384, width, device="meta", dtype=dtype)
     dead = torch.empty(coder.num_latents // 4, dtype=torch.int64, device="meta")
-    for k, of_dead in itertools.product((cfg.k, 10 * cfg.k), (None, dead)):
-        if cfg.activation == "groupmax" and k != cfg.k:
-            continue
-        x = torch.empty(rows, width, device="meta", dtype=dtype)
-        sums = StepSums(bank)
-        sums.add_targets("h", x)
-        errors = coder.errors(x, x, of_dead, k)
-        (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
-        sums.add("h", errors)
-        divide_gradients_(coder, sums.variance("h"))
-        optimizer.step(0, 10, 1)
-        assert coder.W_dec is not None, "a coder in training has a decoder"
-        coder.kernels.normalize_rows_(coder.W_dec)
+    optimizer, sums = CoderOptimizer(coder, name), StepSums(bank)
+    sums.add_targets("h", x)
+    errors = coder.errors(x, x, dead if with_dead else None, k)
+    (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
+    sums.add("h", errors)
+    divide_gradients_(coder, sums.variance("h"))
+    optimizer.step(0, 10, 1)
+    assert coder.W_dec is not None, "a coder in training has a decoder"
+    coder.kernels.normalize_rows_(coder.W_dec)
 
 
 class Report(NamedTuple):

@@ -115,16 +115,47 @@ def decode(latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"
     return torch.einsum("nk,nkd->nd", latents.acts, W_dec[latents.indices])
 
 
-def decode_with_dead(
-    latents: Latents, dead_latents: Latents, W_dec: Float[Tensor, "L D"]
-) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
-    """`decode` of the active latents, and of those that AuxK chose among the dead."""
-    return decode(latents, W_dec), decode(dead_latents, W_dec)
-
-
 def squared_error(y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     """sum ||y - y_hat||^2 over all rows, a function of y_hat: the target gets no gradient."""
     return (y.detach() - y_hat).pow(2).sum()
+
+
+class Reconstruction(NamedTuple):
+    """What `reconstruct` returns."""
+
+    sae_out: Float[Tensor, "N D"]
+    squared_error: Float[Tensor, ""]
+    """sum ||y - sae_out||^2."""
+    dead_error: Float[Tensor, ""] | None
+    """sum ||e - e_hat||^2, where dead latents are given."""
+
+
+def reconstruct(
+    latents: Latents,
+    W_dec: Float[Tensor, "L D"],
+    offset: Float[Tensor, "*N D"],
+    y: Float[Tensor, "N D"],
+    dead_latents: Latents | None = None,
+) -> Reconstruction:
+    """sae_out = decode(latents) + offset beside y, and AuxK's reconstruction of what is missing.
+
+    e = y - sae_out, which gets no gradient here, and e_hat = decode(dead_latents).
+
+    Source: Gao et al., appendix A.2 (AuxK).
+    """
+    sae_out = decode(latents, W_dec) + offset
+    error = squared_error(y, sae_out)
+    if dead_latents is None:
+        return Reconstruction(sae_out, error, None)
+    e_hat = decode(dead_latents, W_dec)
+    return Reconstruction(sae_out, error, squared_error(y - sae_out, e_hat))
+
+
+def linear(
+    x: Float[Tensor, "N D"], W: Float[Tensor, "D_out D"], matmul_dtype: torch.dtype | None = None
+) -> Float[Tensor, "N D_out"]:
+    """x W^T; `matmul_dtype` may be the precision of the factors, sums are of x's."""
+    return x @ W.mT
 
 
 def k_aux(d_out: int) -> int:
@@ -176,6 +207,9 @@ class Moments(NamedTuple):
     def of(cls, rows: Float[Tensor, "N D"]) -> "Moments":
         """The moments of one set of rows."""
         count = torch.full((), len(rows), dtype=torch.float64, device=rows.device)
+        if rows.is_cuda:  # one launch each, no copy in float64
+            total_sq = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+            return cls(count, rows.sum(0, dtype=torch.float64), total_sq)
         total, total_sq = count.new_zeros(rows.shape[1]), count.new_zeros(())
         for block in rows.split(1024):  # the float64 copy stays small
             wide = block.double()

@@ -159,13 +159,9 @@ class SparseCoder(nn.Module):
         """top W_dec + b_dec, without the skip connection."""
         k = top_acts.shape[-1]
         acts, indices = top_acts.reshape(-1, k).to(self.dtype), top_indices.reshape(-1, k)
-        out = self._reconstruct(self.kernels.Latents(acts, indices), self.b_dec)
-        return out.view(*top_acts.shape[:-1], self.d_out)
-
-    def _reconstruct(self, latents: Latents, offset: Tensor) -> Tensor:
-        """top W_dec + offset."""
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
-        return self.kernels.decode(latents, self.W_dec).add_(offset)
+        out = self.kernels.decode(self.kernels.Latents(acts, indices), self.W_dec).add_(self.b_dec)
+        return out.view(*top_acts.shape[:-1], self.d_out)
 
     def forward(
         self,
@@ -222,22 +218,19 @@ class SparseCoder(nn.Module):
         wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
         wide, dead_latents = self._encode_rows(rows, wide_k, dead)
         latents = self._narrow(rows, wide, k) if self.cfg.multi_topk else wide
-        offset = self.b_dec if self.W_skip is None else rows @ self.W_skip.mT + self.b_dec
-        if dead_latents is None:
-            sae_out, e_hat = self._reconstruct(latents, offset), None
-        else:
-            assert self.W_dec is not None, "this coder was loaded with decoder=False"
-            sae_out, e_hat = self.kernels.decode_with_dead(latents, dead_latents, self.W_dec)
-            sae_out = sae_out.add_(offset)
-        squared_error = self.kernels.squared_error(y_rows, sae_out)
-
+        offset = self.b_dec
+        if self.W_skip is not None:
+            offset = self.kernels.linear(rows, self.W_skip, self.matmul_dtype) + self.b_dec
+        assert self.W_dec is not None, "this coder was loaded with decoder=False"
+        arguments = (self.W_dec, offset, y_rows)
+        sae_out, squared_error, dead_error = self.kernels.reconstruct(
+            latents, *arguments, dead_latents
+        )
         auxk_error = multi_topk_error = squared_error.new_zeros(())
-        if dead is not None and e_hat is not None:
-            share = min(len(dead) / functional.k_aux(self.d_out), 1.0)
-            residual = (y_rows - sae_out).detach()
-            auxk_error = share * self.kernels.squared_error(residual, e_hat)
+        if dead is not None and dead_error is not None:
+            auxk_error = min(len(dead) / functional.k_aux(self.d_out), 1.0) * dead_error
         if self.cfg.multi_topk:
-            multi_topk_error = self.kernels.squared_error(y_rows, self._reconstruct(wide, offset))
+            multi_topk_error = self.kernels.reconstruct(wide, *arguments).squared_error
         return CoderErrors(
             sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error
         )

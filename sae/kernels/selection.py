@@ -1,10 +1,13 @@
 """From rows of inputs to their active latents: searched in C, or selected in chunks."""
 
+from types import ModuleType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import INT8_CANDIDATES, Activation
+from . import dense_products
 from .backend import Backend
 from .cpu import native
 
@@ -25,13 +28,17 @@ def active_latents(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Activations and indices of the `widths[0]` latents of `functional.encode`, in W_enc's dtype.
 
-    With `dead` also those of the `widths[1]` largest among these. The product is in the precision
-    of `inputs`.
+    With `dead` also those of the `widths[1]` largest among these; where `dense_products.pays`, as
+    activations of all the dead (`dense_products.AllOf`), in the dtype of `inputs`, which is the
+    precision of the product.
     """
     if widths[0] > len(W_enc):
         raise IndexError(f"k = {widths[0]} is more than the {len(W_enc)} latents")
     tops = [torch.empty(len(inputs), k, dtype=W_enc.dtype, device=W_enc.device) for k in widths]
     indices = [torch.empty(t.shape, dtype=torch.int64, device=t.device) for t in tops]
+    if dead is not None and dense_products.pays(backend, inputs, widths[1], len(dead)):
+        columns = dense_products.AllOf.padded(len(dead))
+        tops[1], indices[1] = inputs.new_zeros(len(inputs), columns), dead
     arguments = (inputs, W_enc.contiguous(), b_enc)
     searched = activation == "topk" and backend.in_c(W_enc, b_enc, table=inputs)
     if searched and backend.in_int8:
@@ -39,7 +46,7 @@ def active_latents(
     elif searched and native.searches(inputs.dtype):
         native.search(*arguments, inputs.dtype, tops, indices, dead)
     else:
-        _by_chunks(backend, *arguments, activation, tops, indices, dead)
+        _by_chunks(backend, *arguments, activation, widths, tops, indices, dead)
     return tops, indices
 
 
@@ -77,6 +84,7 @@ def _by_chunks(
     W_enc: Tensor,
     b_enc: Tensor,
     activation: Activation,
+    widths: tuple[int, ...],
     tops: list[Tensor],
     indices: list[Tensor],
     dead: Tensor | None,
@@ -84,14 +92,16 @@ def _by_chunks(
     W = W_enc
     if W.dtype != inputs.dtype:
         W = native.in_huge_pages(torch.empty_like(W_enc, dtype=inputs.dtype)).copy_(W_enc)
-    select = _Selection(backend, W, b_enc, activation, dead)
+    select = _Selection(backend, W, b_enc, activation, widths, dead)
     buffer = native.in_huge_pages(inputs.new_empty(_chunk_rows(inputs, len(W)), len(W)))
     for start in range(0, len(inputs), len(buffer)):
         rows = slice(start, start + len(buffer))
         pre_acts = buffer[: len(inputs[rows])]
-        select(inputs[rows], pre_acts, [t[rows] for t in tops], [i[rows] for i in indices])
-    for top_acts in tops:
-        torch.relu_(top_acts)
+        places = [i[rows] if i.ndim == 2 else i for i in indices]
+        select(inputs[rows], pre_acts, [t[rows] for t in tops], places)
+    for top_acts, places in zip(tops, indices, strict=True):
+        if places.ndim == 2:  # what is dense has no negatives
+            torch.relu_(top_acts)
 
 
 class _Selection:
@@ -103,9 +113,11 @@ class _Selection:
         W: Tensor,
         b_enc: Tensor,
         activation: Activation,
+        widths: tuple[int, ...],
         dead: Tensor | None,
     ) -> None:
-        self.W, self.activation, self.dead = W, activation, dead
+        self.W, self.activation, self.widths, self.dead = W, activation, widths, dead
+        self.triton = _triton(backend, W)
         self.in_c = activation == "topk" and backend.in_c(b_enc, table=W)
         # In C the bias is added while a row is looked at, in float32.
         self.bias = b_enc if self.in_c else b_enc.to(W.dtype)
@@ -123,14 +135,40 @@ class _Selection:
             native.select_largest(pre_acts, *(native.Wanted(*a, t, i) for a, t, i in found))
             return
         torch.addmm(self.bias, inputs, self.W.t(), out=pre_acts)
-        select = _top_k if self.activation == "topk" else _group_max
-        values, columns = select(pre_acts, tops[0].shape[1])
-        tops[0].copy_(values)
-        indices[0].copy_(columns)
-        if self.dead is not None:
-            values, columns = _top_k(pre_acts.index_select(1, self.dead), tops[1].shape[1])
-            tops[1].copy_(values)
-            indices[1].copy_(self.dead[columns])
+        if self.activation == "groupmax":
+            values, columns = _group_max(pre_acts, self.widths[0])
+            tops[0].copy_(values)
+            indices[0].copy_(columns)
+        else:
+            self._write_top_k(pre_acts, tops[0], indices[0])
+        if self.dead is None:
+            return
+        if indices[1].ndim == 1:
+            tops[1][:, : len(self.dead)] = pre_acts.index_select(1, self.dead)
+            if self.widths[1] < len(self.dead):
+                assert self.triton is not None, "dense products pay where there is Triton"
+                self.triton.keep_largest_(tops[1], self.widths[1])
+            else:
+                torch.relu_(tops[1])
+            return
+        self._write_top_k(pre_acts.index_select(1, self.dead), tops[1], indices[1])
+        indices[1].copy_(self.dead[indices[1]])
+
+    def _write_top_k(self, values: Tensor, top: Tensor, columns: Tensor) -> None:
+        if self.triton is not None:
+            self.triton.largest(values, top.shape[1], top, columns)
+            return
+        found = _top_k(values, top.shape[1])
+        top.copy_(found[0])
+        columns.copy_(found[1])
+
+
+def _triton(backend: Backend, W: Tensor) -> ModuleType | None:
+    if not backend.in_triton(W.device):
+        return None
+    from .cuda import selection  # there is no Triton where there is no GPU
+
+    return selection if W.dtype in selection.DTYPES else None
 
 
 def _chunk_rows(inputs: Tensor, num_latents: int) -> int:

@@ -3,10 +3,11 @@
 Every sum has a fixed order, so a step repeats bit for bit.
 """
 
+import functools
 import warnings
 from functools import cached_property
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,37 @@ def _triton(backend: Backend, device: torch.device) -> ModuleType | None:
     from .cuda import sparse_products  # there is no Triton where there is no GPU
 
     return sparse_products
+
+
+class Reconstructed(NamedTuple):
+    """What `reconstruct` returns."""
+
+    sae_out: Float[Tensor, "N D"]
+    difference: Float[Tensor, "N D"]
+    """sae_out - y."""
+    products: Float[Tensor, "N K"] | None
+    """<difference_n, table[indices_nj]>, where they come for free."""
+    squared_error: Float[Tensor, ""]
+
+
+def reconstruct(
+    backend: Backend, weights: Tensor, indices: Tensor, table: Tensor, offset: Tensor, y: Tensor
+) -> Reconstructed:
+    """sae_out_n = sum_j weights_nj table[indices_nj] + offset_n, beside y."""
+    triton = _triton(backend, table.device)
+    if triton and 0 < indices.shape[1] <= triton.MOST_AT_ONCE:
+        found = triton.reconstruct(weights, indices, table, offset, y)
+        sae_out, difference, products, squares = found
+        return Reconstructed(sae_out, difference, products, squares.sum())
+    sae_out = weighted_rows(backend, weights, indices, table).add_(offset)
+    difference = sae_out - y
+    return Reconstructed(sae_out, difference, None, square_sum(difference))
+
+
+def square_sum(rows: Tensor) -> Tensor:
+    """The sum of squares; torch.dot takes no more than 2^31 elements."""
+    blocks = rows.flatten().split(2**30)
+    return functools.reduce(torch.add, (torch.dot(block, block) for block in blocks))
 
 
 def weighted_rows(backend: Backend, weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
@@ -89,14 +121,32 @@ class ByLatent:
             return _Sorted(*native.sort_by_column(indices, self.num_latents))
         flat = indices.flatten()
         narrow = torch.int16 if self.num_latents <= 2**15 else torch.int32  # sorts faster
-        order = torch.sort(flat.to(narrow), stable=True).indices
-        counts = torch.bincount(flat, minlength=self.num_latents)
-        starts = F.pad(counts.cumsum(0), (1, 0)).int()
+        in_order, order = torch.sort(flat.to(narrow), stable=True)
+        # Counting them with bincount would ask the device how many there are.
+        latents = torch.arange(self.num_latents, dtype=narrow, device=flat.device)
+        starts = F.pad(torch.searchsorted(in_order, latents, right=True, out_int32=True), (1, 0))
         return _Sorted(starts, order, (order // indices.shape[1]).int())
 
     @cached_property
     def _counts(self) -> Int[Tensor, " L"]:
         return self._sorted.starts.diff().long()
+
+    @cached_property
+    def _pieces(self) -> Any:
+        triton = _triton(self.backend, self.indices.device)
+        return triton.cut(self._counts, self.indices.numel()) if triton else None
+
+    def weighted_rows(
+        self, weights: Float[Tensor, "N K"], table: Float[Tensor, "L D"]
+    ) -> Float[Tensor, "N D"]:
+        """out_n = sum_j weights_nj table[indices_nj]."""
+        return weighted_rows(self.backend, weights, self.indices, table)
+
+    def sampled_product(
+        self, rows: Float[Tensor, "N D"], table: Float[Tensor, "L D"]
+    ) -> Float[Tensor, "N K"]:
+        """out_nj = <rows_n, table[indices_nj]>."""
+        return sampled_product(self.backend, rows, table, self.indices)
 
     def sort(self, values: Float[Tensor, "N K"]) -> Float[Tensor, " E"]:
         """The entries' values in that order."""
@@ -121,19 +171,16 @@ class ByLatent:
         """
         starts, _, entry_rows = self._sorted
         if triton := _triton(self.backend, rows.device):
-            total = triton.sum_by_latent(
-                weights.to(rows.dtype), entry_rows, starts, self._counts, rows
-            )
-        elif self.backend.in_c(weights, table=rows):
+            where = (entry_rows, starts, self._counts, self._pieces)
+            return triton.sum_by_latent(weights, *where, rows, add_to)
+        if self.backend.in_c(weights, table=rows):
             return native.sum_rows(starts, entry_rows, weights, rows, add_to)
-        else:
-            total = F.embedding_bag(
-                entry_rows,
-                rows,
-                starts,
-                per_sample_weights=weights.to(rows.dtype),
-                mode="sum",
-                include_last_offset=True,
-            )
-        total = total.to(weights.dtype)
+        total = F.embedding_bag(
+            entry_rows,
+            rows.to(weights.dtype),
+            starts,
+            per_sample_weights=weights,
+            mode="sum",
+            include_last_offset=True,
+        )
         return total if add_to is None else add_to.add_(total)

@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from ..config import Activation, KernelChoice
 from . import updates
 from .backend import Backend
+from .dense_products import AllOf, wide_product
 from .selection import active_latents
-from .sparse_products import ByLatent, sampled_product, weighted_rows
+from .sparse_products import ByLatent, reconstruct, square_sum
 
 
 class Latents(NamedTuple):
@@ -31,8 +32,19 @@ class Latents(NamedTuple):
 
     acts: Float[Tensor, "N K"]
     indices: Int[Tensor, "N K"]
-    by_latent: ByLatent | None = None
-    """The entries sorted by latent, which the gradients of encoder and decoder share."""
+    by_latent: ByLatent | AllOf | None = None
+    """The entries sorted by latent, which the gradients of encoder and decoder share.
+
+    Of dead latents it may be `AllOf`: then `acts` are of all of them [N P], and `indices` [M].
+    """
+
+
+class Reconstruction(NamedTuple):
+    """Twin of `functional.Reconstruction`."""
+
+    sae_out: Float[Tensor, "N D"]
+    squared_error: Float[Tensor, ""]
+    dead_error: Float[Tensor, ""] | None
 
 
 class Kernels:
@@ -80,19 +92,32 @@ class Kernels:
 
     def decode(self, latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"]:
         """Twin of `functional.decode`."""
-        return _apply(_Decode, self.backend, W_dec, *latents)[0]
+        return _apply(_Decode, self.backend, W_dec, *latents)
 
-    def decode_with_dead(
-        self, latents: Latents, dead_latents: Latents, W_dec: Float[Tensor, "L D"]
-    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
-        """Twin of `functional.decode_with_dead`: both share the gradient of W_dec."""
-        return _apply(_Decode, self.backend, W_dec, *latents, *dead_latents)
+    def reconstruct(
+        self,
+        latents: Latents,
+        W_dec: Float[Tensor, "L D"],
+        offset: Float[Tensor, "*N D"],
+        y: Float[Tensor, "N D"],
+        dead_latents: Latents | None = None,
+    ) -> Reconstruction:
+        """Twin of `functional.reconstruct`: both share the gradient of W_dec."""
+        found = _apply(
+            _Reconstruct, self.backend, W_dec, offset, y.detach(), *latents, *(dead_latents or ())
+        )
+        return Reconstruction(found[0], found[1], found[2] if dead_latents else None)
 
-    def squared_error(
-        self, y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]
-    ) -> Float[Tensor, ""]:
-        """Twin of `functional.squared_error`; the gradient is of y_hat alone."""
-        return _apply(_SquaredError, y, y_hat)
+    def linear(
+        self,
+        x: Float[Tensor, "N D"],
+        W: Float[Tensor, "D_out D"],
+        matmul_dtype: torch.dtype | None = None,
+    ) -> Float[Tensor, "N D_out"]:
+        """Twin of `functional.linear`; the factors are in `matmul_dtype` on CUDA alone."""
+        if matmul_dtype in (None, x.dtype) or not x.is_cuda:
+            return x @ W.mT
+        return _apply(_Linear, x, W, matmul_dtype)
 
     def scale_and_project_(
         self, grad: Tensor, scale: Tensor, unit_rows: Tensor | None = None
@@ -138,14 +163,17 @@ class _Encode(torch.autograd.Function):
         matmul_dtype: torch.dtype | None,
         dead: Tensor | None,
         k_dead: int,
-    ) -> tuple[Tensor | ByLatent, ...]:
+    ) -> tuple[Tensor | ByLatent | AllOf, ...]:
         inputs = (x if pre_bias is None else x - pre_bias).to(matmul_dtype or W_enc.dtype)
         inputs = inputs.contiguous()
         widths = (k,) if dead is None else (k, k_dead)
         tops, indices = active_latents(backend, inputs, W_enc, b_enc, activation, widths, dead)
         ctx.save_for_backward(inputs, W_enc, *tops)
         ctx.backend = backend
-        ctx.orders = [ByLatent(backend, i, len(W_enc)) for i in indices]
+        ctx.orders = [
+            ByLatent(backend, i, len(W_enc)) if i.ndim == 2 else AllOf(i, len(W_enc), inputs.dtype)
+            for i in indices
+        ]
         ctx.mark_non_differentiable(*indices)
         ctx.set_materialize_grads(False)
         return tuple(t for found in zip(tops, indices, ctx.orders, strict=True) for t in found)
@@ -159,12 +187,12 @@ class _Encode(torch.autograd.Function):
         for top_acts, by_latent, grad_acts in zip(tops, ctx.orders, grads[::3], strict=True):
             if grad_acts is None:
                 continue
-            grad = torch.where(top_acts > 0, grad_acts, 0).to(W_enc.dtype)
+            grad = torch.where(top_acts > 0, grad_acts, 0).to(top_acts.dtype)
             sorted_grad = by_latent.sort(grad)
             if grad_b or grad_bias:
                 d_latents = _add(d_latents, by_latent.sum(sorted_grad))
             if grad_x:
-                d_x = _add(d_x, weighted_rows(ctx.backend, grad, by_latent.indices, W_enc))
+                d_x = _add(d_x, by_latent.weighted_rows(grad, W_enc))
             if grad_W:
                 d_W = by_latent.sum_rows(sorted_grad, inputs, add_to=d_W)
         # Gao et al., appendix D: sum the latents' gradients over rows, then multiply once.
@@ -178,52 +206,111 @@ def _add(total: Tensor | None, more: Tensor) -> Tensor:
 
 
 class _Decode(torch.autograd.Function):
-    """One or two `Latents`, of as many rows, to a reconstruction each."""
+    """`Latents` to what they add up to."""
 
     @staticmethod
-    def forward(ctx: Any, backend: Backend, W_dec: Tensor, *latents: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        backend: Backend,
+        W_dec: Tensor,
+        acts: Tensor,
+        indices: Tensor,
+        order: ByLatent | None,
+    ) -> Tensor:
+        # PyTorch's operators check what they index.
+        if backend.in_c(W_dec, acts) and not _within(indices, len(W_dec)):
+            raise IndexError(f"top_indices must be at least 0 and below {len(W_dec)}")
+        ctx.order = order or ByLatent(backend, indices, len(W_dec))
+        ctx.save_for_backward(W_dec, acts)
+        return ctx.order.weighted_rows(acts, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W_dec, acts = ctx.saved_tensors
+        d_W = d_acts = None
+        if ctx.needs_input_grad[2]:
+            d_acts = ctx.order.sampled_product(grad, W_dec)
+        if ctx.needs_input_grad[1]:
+            d_W = ctx.order.sum_rows(ctx.order.sort(acts), grad.contiguous())
+        return None, d_W, d_acts, None, None
+
+
+class _Reconstruct(torch.autograd.Function):
+    """One or two `Latents`, of as many rows, to sae_out and the errors of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: Backend, W_dec: Tensor, offset: Tensor, y: Tensor, *latents: Any
+    ) -> tuple[Tensor, ...]:
         acts, indices, orders = latents[::3], latents[1::3], latents[2::3]
-        ctx.backend = backend
         ctx.orders = [
             order or ByLatent(backend, i, len(W_dec))
             for i, order in zip(indices, orders, strict=True)
         ]
+        found = reconstruct(backend, acts[0], indices[0], W_dec, offset, y)
+        differences, errors = [found.difference], [found.squared_error]
+        if len(acts) > 1:  # AuxK reconstructs what is missing, y - sae_out
+            e_hat = ctx.orders[1].weighted_rows(acts[1], W_dec)
+            differences.append(e_hat.add_(found.difference))
+            errors.append(square_sum(differences[1]))
         ctx.save_for_backward(W_dec, *acts)
+        ctx.differences, ctx.products, ctx.offset = differences, found.products, offset.ndim
         ctx.set_materialize_grads(False)
-        for i in indices:  # PyTorch's operators check what they index
-            if backend.in_c(W_dec, *acts) and not _within(i, len(W_dec)):
-                raise IndexError(f"top_indices must be at least 0 and below {len(W_dec)}")
-        pairs = zip(acts, indices, strict=True)
-        return tuple(weighted_rows(backend, a, i, W_dec) for a, i in pairs)
+        return found.sae_out, *errors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> Any:
         W_dec, *acts = ctx.saved_tensors
-        d_W, d_latents = None, list[Tensor | None]()
-        for i, (top_acts, by_latent, grad) in enumerate(zip(acts, ctx.orders, grads, strict=True)):
-            d_acts = None
-            if grad is not None and ctx.needs_input_grad[2 + 3 * i]:
-                d_acts = sampled_product(ctx.backend, grad, W_dec, by_latent.indices)
-            if grad is not None and ctx.needs_input_grad[1]:
-                d_W = by_latent.sum_rows(by_latent.sort(top_acts), grad.contiguous(), add_to=d_W)
-            d_latents += [d_acts, None, None]
-        return None, d_W, *d_latents
+        _, grad_W, grad_offset, *_ = ctx.needs_input_grad
+        d_W = d_offset = None
+        d_latents = list[Tensor | None]([None] * 3 * len(acts))
+        for i, (top_acts, order, grad) in enumerate(zip(acts, ctx.orders, grads, strict=True)):
+            towards_out = grad_out if i == 0 else None
+            if grad is None and towards_out is None:
+                continue
+            # The gradient of sae_out, or e_hat, is factor * rows.
+            rows, products, factor = towards_out, None, 1.0
+            if grad is not None:
+                rows, ctx.differences[i] = ctx.differences[i], None
+                assert rows is not None, "the gradient of an error is taken once"
+                products = ctx.products if i == 0 and towards_out is None else None
+                factor = 2 * grad
+                if products is None:
+                    rows, factor = rows.mul_(factor), 1.0
+                    rows = rows if towards_out is None else rows.add_(towards_out)
+            assert rows is not None
+            if ctx.needs_input_grad[4 + 3 * i]:
+                d_latents[3 * i] = (
+                    order.sampled_product(rows, W_dec) if products is None else products * factor
+                )
+            if grad_W:
+                weights = top_acts if products is None else top_acts * factor
+                d_W = order.sum_rows(order.sort(weights), rows.contiguous(), add_to=d_W)
+            if grad_offset and i == 0:
+                d_offset = rows if ctx.offset == 2 else rows.sum(0)
+                d_offset = d_offset if products is None else d_offset * factor
+        return None, d_W, d_offset, None, *d_latents
 
 
-class _SquaredError(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """x W^T in float32 from factors in `dtype`, and so its gradients."""
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, y_hat: Tensor) -> Tensor:
-        difference = (y_hat - y).flatten()
-        ctx.save_for_backward(difference)
-        ctx.shape = y_hat.shape
-        return torch.dot(difference, difference)
+    def forward(ctx: Any, x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+        x, W = x.to(dtype), W.to(dtype)
+        ctx.save_for_backward(x, W)
+        return wide_product(x, W.mT)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (difference,) = ctx.saved_tensors
-        return None, difference.mul_(2 * grad).view(ctx.shape)  # its last use
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        d_x = wide_product(grad, W) if ctx.needs_input_grad[0] else None
+        d_W = wide_product(grad.mT, x) if ctx.needs_input_grad[1] else None
+        return d_x, d_W, None
 
 
 def _within(indices: Tensor, limit: int) -> bool:

@@ -195,6 +195,22 @@ def test_numbers_are_those_of_the_checked_in_results() -> None:
     assert "(scaling.svg)" in page and (ROOT / "docs/scaling.svg").is_file()
 
 
+def test_gpu_numbers_are_the_checked_in_ones() -> None:
+    """The table of steps on a GPU is the result file, in which nothing failed."""
+    from benchmarks.roofline import GPUS, SHAPES, enough_rows, parts, table
+
+    page = PAGES["docs/speed.md"]
+    result = json.loads((ROOT / "benchmarks/results/gpu.json").read_text())
+    assert table(result["steps"]) in page
+    assert result["failures"] == [] and result["machine"]["device"] in page
+    for shape in SHAPES:
+        found = {part.name: part for part in parts(*shape)}
+        n, d, latents, _ = shape
+        assert found["product"].flops == 2 * n * d * latents
+        assert found["update"].bytes == 10 * 4 * d * latents  # y, z and g read, y and z written
+        assert 8_000 < enough_rows(shape, GPUS[0]) < 11_000
+
+
 def test_exchange_numbers_are_the_checked_in_ones() -> None:
     """The tables of several processes say what the result file says, and it is minimal."""
     page = PAGES["docs/placement.md"]

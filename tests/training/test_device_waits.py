@@ -49,6 +49,7 @@ class Questions(TorchDispatchMode):
     """Counts operators that make the host wait for the device."""
 
     ASKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal")
+    ASKS += ("bincount",)
 
     def __init__(self) -> None:
         super().__init__()

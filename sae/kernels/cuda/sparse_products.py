@@ -7,9 +7,7 @@ repeats bit for bit. Nothing of size N x K x D exists.
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # Triton makes constants of what is annotated as such.
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,22 +15,13 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .launching import on_its_device
+
 _LONG = 1024  # entries of one latent from which its sum is cut into pieces
 _BLOCK = 512  # columns that one program works on
-
-
-_Launch = TypeVar("_Launch", bound=Callable[..., Any])
-
-
-def on_its_device(launch: _Launch) -> _Launch:
-    """Run a function on the device of its first argument: Triton asks which is the current one."""
-
-    @wraps(launch)
-    def there(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device_of(tensor):
-            return launch(tensor, *args, **kwargs)
-
-    return there  # type: ignore[return-value]  # it takes what `launch` takes
+_TILE = 8192  # elements of gathered rows that one program holds
+MOST_AT_ONCE = 256
+"""Active latents of a row whose rows of the table `reconstruct` holds at once."""
 
 
 @on_its_device
@@ -50,18 +39,72 @@ def weighted_rows(
 
 
 @on_its_device
+def reconstruct(
+    weights: Float[Tensor, "N K"],
+    indices: Int[Tensor, "N K"],
+    table: Float[Tensor, "L D"],
+    offset: Float[Tensor, "D"] | Float[Tensor, "N D"],
+    y: Float[Tensor, "N D"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out_n = sum_j weights_nj table[indices_nj] + offset_n, and what is asked of it, in one pass.
+
+    Also difference = out - y, its products <difference_n, table[indices_nj]> [N K], and
+    ||difference_n||^2 [N]. K is at most `MOST_AT_ONCE`.
+    """
+    (n, k), width = indices.shape, table.shape[1]
+    out, difference = table.new_empty(n, width), table.new_empty(n, width)
+    products, squares = table.new_empty(n, k), table.new_empty(n)
+    at_once = triton.next_power_of_2(k)
+    block = min(triton.next_power_of_2(width), max(16, _TILE // at_once))
+    _reconstruct[(n,)](
+        *(weights.contiguous(), indices.contiguous(), table.contiguous(), offset.contiguous()),
+        *(y.contiguous(), out, difference, products, squares, k, width),
+        offset.ndim - 1,
+        K=at_once,
+        BLOCK=block,
+    )
+    return out, difference, products, squares
+
+
+@on_its_device
 def sampled_product(
     rows: Float[Tensor, "N D"], table: Float[Tensor, "L D"], indices: Int[Tensor, "N K"]
 ) -> Float[Tensor, "N K"]:
     """out_nj = <rows_n, table[indices_nj]>."""
     n, k = indices.shape
     out = rows.new_empty(n, k)
-    block = _block(rows.shape[1])
-    _sampled_product[(n,)](
+    at_once = min(32, triton.next_power_of_2(k))
+    block = min(triton.next_power_of_2(rows.shape[1]), _TILE // at_once)
+    _sampled_product[(n, triton.cdiv(k, at_once))](
         *(rows.contiguous(), table.contiguous(), indices.contiguous(), out, k, rows.shape[1]),
+        K=at_once,
         BLOCK=block,
     )
     return out
+
+
+class Pieces(NamedTuple):
+    """Latents with many entries, cut up, so that no program works alone while others are done."""
+
+    owner: Int[Tensor, " P"]
+    """The latent of each piece; behind the last piece a number that no latent has."""
+    first: Int[Tensor, " L"]
+    """Each latent's first piece."""
+    count: Int[Tensor, " L"]
+    """Each latent's pieces, 0 where it is summed at once."""
+
+
+@on_its_device
+def cut(counts: Int[Tensor, " L"], entries: int) -> Pieces | None:
+    """Pieces of 1,024 entries of the latents that have more; None where none can have."""
+    # An upper bound of their number is known without asking the device.
+    bound = 2 * entries // _LONG
+    if not bound:
+        return None
+    count = torch.where(counts > _LONG, (counts + _LONG - 1) // _LONG, 0)
+    last = count.cumsum(0)
+    numbers = torch.arange(bound, device=counts.device)
+    return Pieces(torch.searchsorted(last, numbers, right=True), last - count, count)
 
 
 @on_its_device
@@ -70,37 +113,36 @@ def sum_by_latent(
     entry_rows: Int[Tensor, " E"],
     starts: Int[Tensor, " L"],
     counts: Int[Tensor, " L"],
+    pieces: Pieces | None,
     rows: Float[Tensor, "N D"],
+    add_to: Float[Tensor, "L D"] | None = None,
 ) -> Float[Tensor, "L D"]:
     """out_l = sum of weights_e rows[entry_rows_e] over the counts_l entries from starts_l on.
 
-    A latent with many entries is summed in pieces of 1,024, so that no program works alone while
-    all others are done; then the pieces are added in order.
+    In the dtype of `weights`, whatever that of `rows`; written over `add_to`, and added to it,
+    where that is given. A latent of several pieces is summed piece by piece; then these are added
+    in order.
     """
     latents, width = len(counts), rows.shape[1]
     rows, weights, entry_rows = rows.contiguous(), weights.contiguous(), entry_rows.contiguous()
-    out = rows.new_empty(latents, width)
+    out = weights.new_empty(latents, width) if add_to is None else add_to
     block = _block(width)
     columns = triton.cdiv(width, block)
-    # Pieces of the latents that have too many entries; an upper bound of their number is known
-    # without asking the device.
-    pieces = torch.where(counts > _LONG, (counts + _LONG - 1) // _LONG, 0)
-    last_piece = pieces.cumsum(0)
-    bound = 2 * len(weights) // _LONG
+    how = {"ADD": add_to is not None, "BLOCK": block}
     _short_sums[(latents, columns)](
-        *(weights, entry_rows, starts, counts, rows, out, width), LONG=_LONG, BLOCK=block
+        *(weights, entry_rows, starts, counts, rows, out, width), LONG=_LONG, **how
     )
-    if bound:
-        owner = torch.searchsorted(last_piece, torch.arange(bound, device=rows.device), right=True)
-        partial = torch.empty(bound, width, dtype=_wide(rows), device=rows.device)
-        first_piece = last_piece - pieces
-        _pieces[(bound, columns)](
-            *(weights, entry_rows, starts, counts, rows, owner, first_piece, partial),
-            *(latents, width),
+    if pieces is not None:
+        owner, first, count = pieces
+        partial = torch.empty(len(owner), width, dtype=_wide(weights), device=rows.device)
+        _pieces[(len(owner), columns)](
+            *(weights, entry_rows, starts, counts, rows, owner, first, partial, latents, width),
             LONG=_LONG,
             BLOCK=block,
         )
-        _sum_of_pieces[(latents, columns)](*(partial, first_piece, pieces, out, width), BLOCK=block)
+        _sum_of_pieces[(len(owner), columns)](
+            *(partial, owner, first, count, out, latents, width), **how
+        )
     return out
 
 
@@ -136,18 +178,67 @@ def _weighted_rows(weights, indices, table, out, k, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sampled_product(rows, table, indices, out, k, width, BLOCK: tl.constexpr):
+def _reconstruct(
+    weights,
+    indices,
+    table,
+    offset,
+    y,
+    out,
+    difference,
+    products,
+    squares,
+    k,
+    width,
+    offset_by_row,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
-    for j in range(k):
-        latent = tl.load(indices + row * k + j).to(tl.int64)
-        total = _wide_zeros(out, BLOCK)
-        for begin in range(0, width, BLOCK):
-            column = begin + tl.arange(0, BLOCK)
-            inside = column < width
-            a = tl.load(rows + row * width + column, mask=inside, other=0.0)
-            b = tl.load(table + latent * width + column, mask=inside, other=0.0)
-            total += a.to(total.dtype) * b.to(total.dtype)
-        tl.store(out + row * k + j, tl.sum(total, axis=0).to(out.dtype.element_ty))
+    j = tl.arange(0, K)
+    active = j < k
+    latent = tl.load(indices + row * k + j, mask=active, other=0).to(tl.int64)
+    product = _wide_zeros(out, K)
+    square = _wide_zeros(out, BLOCK)
+    weight = tl.load(weights + row * k + j, mask=active, other=0.0).to(product.dtype)
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < width
+        held = tl.load(
+            table + latent[:, None] * width + column[None, :],
+            mask=active[:, None] & inside[None, :],
+            other=0.0,
+        ).to(product.dtype)
+        total = tl.sum(held * weight[:, None], axis=0)
+        here = row * width + column
+        total += tl.load(offset + offset_by_row * row * width + column, mask=inside, other=0.0)
+        apart = total - tl.load(y + here, mask=inside, other=0.0)
+        tl.store(out + here, total, mask=inside)
+        tl.store(difference + here, apart, mask=inside)
+        square += apart * apart
+        product += tl.sum(held * apart[None, :], axis=1)
+    tl.store(products + row * k + j, product, mask=active)
+    tl.store(squares + row, tl.sum(square, axis=0))
+
+
+@triton.jit
+def _sampled_product(rows, table, indices, out, k, width, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * K + tl.arange(0, K)
+    active = j < k
+    latent = tl.load(indices + row * k + j, mask=active, other=0).to(tl.int64)
+    product = _wide_zeros(out, K)
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < width
+        a = tl.load(rows + row * width + column, mask=inside, other=0.0)
+        held = tl.load(
+            table + latent[:, None] * width + column[None, :],
+            mask=active[:, None] & inside[None, :],
+            other=0.0,
+        )
+        product += tl.sum(held.to(product.dtype) * a[None, :].to(product.dtype), axis=1)
+    tl.store(out + row * k + j, product.to(out.dtype.element_ty), mask=active)
 
 
 @triton.jit
@@ -162,7 +253,16 @@ def _entry_sum(weights, entry_rows, rows, begin, end, column, inside, total, wid
 
 @triton.jit
 def _short_sums(
-    weights, entry_rows, starts, counts, rows, out, width, LONG: tl.constexpr, BLOCK: tl.constexpr
+    weights,
+    entry_rows,
+    starts,
+    counts,
+    rows,
+    out,
+    width,
+    LONG: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     latent = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -174,6 +274,8 @@ def _short_sums(
         total = _entry_sum(
             weights, entry_rows, rows, begin, begin + count, column, inside, total, width
         )
+        if ADD:
+            total += tl.load(out + latent * width + column, mask=inside, other=0.0)
         tl.store(out + latent * width + column, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -207,14 +309,18 @@ def _pieces(
 
 
 @triton.jit
-def _sum_of_pieces(partial, first_piece, pieces, out, width, BLOCK: tl.constexpr):
-    latent = tl.program_id(0).to(tl.int64)
-    count = tl.load(pieces + latent).to(tl.int64)
-    if count > 0:
+def _sum_of_pieces(
+    partial, owner, first_piece, pieces, out, latents, width, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    piece = tl.program_id(0).to(tl.int64)
+    latent = tl.load(owner + piece).to(tl.int64)
+    # One program per latent works; pieces behind the last have no latent.
+    if tl.load(first_piece + latent, mask=latent < latents, other=-1) == piece:
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
-        begin = tl.load(first_piece + latent).to(tl.int64)
         total = _wide_zeros(partial, BLOCK)
-        for piece in range(begin, begin + count):
-            total += tl.load(partial + piece * width + column, mask=inside, other=0.0)
+        for i in range(piece, piece + tl.load(pieces + latent).to(tl.int64)):
+            total += tl.load(partial + i * width + column, mask=inside, other=0.0)
+        if ADD:
+            total += tl.load(out + latent * width + column, mask=inside, other=0.0)
         tl.store(out + latent * width + column, total.to(out.dtype.element_ty), mask=inside)

@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .sparse_products import on_its_device
+from .launching import on_its_device
 
 _BLOCK = 4096  # columns at a time
 

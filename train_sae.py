@@ -48,7 +48,7 @@ from sae.runs.folder import open_run, recorded_flags, run_folder
 from sae.runs.lock import unlock
 from sae.runs.norm_limits import limit_norms
 from sae.runs.outcome import keep_best, summarize
-from sae.training.bad_steps import BadSteps, Metrics, bad_number
+from sae.training.bad_steps import BadSteps, Metrics, ask, bad_number
 from sae.training.end_to_end import EndToEnd
 from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
@@ -138,14 +138,10 @@ def train(
     capture = limit_norms(capture, cfg.model.exclude_norm, first_batches(), folder, resumes, ranks)
 
     # For each coder an optimizer and a record of what fires.
-    optimizers = {
-        name: CoderOptimizer(coder, training.optimizer, training.lr, training.adam_8bit)
-        for name, coder in bank.items()
-    }
-    firing = {
-        name: FiringRecord(coder.num_latents, training.dead_feature_threshold, coder.device)
-        for name, coder in bank.items()
-    }
+    update = training.optimizer, training.lr, training.adam_8bit
+    optimizers = {name: CoderOptimizer(coder, *update) for name, coder in bank.items()}
+    silence = training.dead_feature_threshold
+    firing = {n: FiringRecord(c.num_latents, silence, c.device) for n, c in bank.items()}
     state = TrainingState(exchange, bank, optimizers, firing)
     evaluate = partial(held_out_figures, capture, state, source, held_out)
     rehearse_end(folder, capture, state, source, held_out)
@@ -203,15 +199,16 @@ def train(
         for name, coder in bank.items():
             metrics |= sums.losses(name)
             metrics[f"grad_norm/{name}"] = divide_gradients_(coder, sums.variance(name))
+        seen = {name: (sums.fired[name], rows[bank.hookpoint[name]]) for name in firing}
+        metrics, dead_then = ask(metrics, firing, seen)  # the step's one question to the device
         bad = bad_number(metrics, ranks)
         if bad is None:
             for name, optimizer in optimizers.items():
                 optimizer.step(step, total_steps, training.lr_warmup_steps)
-                count = rows[bank.hookpoint[name]]
-                firing[name].add_step_(sums.fired[name], count)
+                firing[name].add_step_(*seen[name], dead_then[name])
                 # EDIT: what is logged.
                 metrics[f"lr/{name}"] = optimizer.lr
-                metrics[f"l0/{name}"] = sums.fired[name].sum() / count
+                metrics[f"l0/{name}"] = sums.fired[name].sum() / rows[bank.hookpoint[name]]
                 metrics[f"dead_share/{name}"] = firing[name].dead_share()
                 metrics[f"k/{name}"] = k[name]
         else:

@@ -7,6 +7,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the CPU to a GPU it is copied while the GPU is at work."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Token ids, padding, and tokens that are context alone; None for a mask that hides none."""
@@ -16,6 +23,13 @@ class TokenBatch:
     """False for padding, which the LM does not see."""
     counted: Bool[Tensor, "B S"] | None = None
     """False for tokens that the LM reads and no coder is trained on."""
+    host: "TokenBatch | None" = None
+    """Of a batch on a GPU the one on the CPU that it was copied from."""
+
+    @property
+    def on_host(self) -> "TokenBatch":
+        """The same batch where looking at it does not wait for a GPU, if there is such a one."""
+        return self if self.host is None else self.host
 
     @classmethod
     def of(cls, tokens: "TokenBatch | Tensor") -> "TokenBatch":
@@ -26,10 +40,9 @@ class TokenBatch:
         """The batch on a device; to a GPU it is copied while the GPU is at work."""
         if device.type == self.ids.device.type:
             return self
-        masks = (self.ids, self.attended, self.counted)
-        moved = [None if t is None else t.pin_memory().to(device, non_blocking=True) for t in masks]
-        assert moved[0] is not None
-        return TokenBatch(moved[0], moved[1], moved[2])
+        attended = None if self.attended is None else copied(self.attended, device)
+        counted = None if self.counted is None else copied(self.counted, device)
+        return TokenBatch(copied(self.ids, device), attended, counted, host=self)
 
     def rows(self) -> Bool[Tensor, "B S"] | None:
         """Which tokens may be rows: those read and counted; None for all of them."""

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "--fake-cuda" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 from tiny_lms import WITH_HEAD, make_with_head
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--faults`: only what is marked so, which takes about an hour."""
     parser.addoption("--faults", action="store_true", help="the long faults, and their figures")
     parser.addoption("--architectures", action="store_true", help="every module of every LM")
+    parser.addoption("--fake-cuda", action="store_true", help="runs on a GPU that is not there")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,12 +41,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         fault = item.path.name in ("test_faults.py", "test_hostile.py", "test_interruptions.py")
         long_fault = item.get_closest_marker("faults") is not None
         architecture = item.get_closest_marker("architectures") is not None
+        on_fake_gpu = item.get_closest_marker("fake_cuda") is not None
         if config.getoption("--faults"):
             wanted = fault
         elif config.getoption("--architectures"):
             wanted = architecture
+        elif config.getoption("--fake-cuda"):
+            wanted = on_fake_gpu
         else:
-            wanted = not long_fault and not architecture
+            wanted = not long_fault and not architecture and not on_fake_gpu
         if wanted:
             kept.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
@@ -61,7 +65,9 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the table of the long tests, and keep it beside what was not tried this time."""
     figures = config.stash.get(FIGURES, [])
-    kinds = [kind for kind in ("faults", "architectures") if config.getoption(f"--{kind}")]
+    kinds = [
+        kind for kind in ("faults", "architectures", "fake-cuda") if config.getoption(f"--{kind}")
+    ]
     if not kinds or not figures:
         return
     width = max(len(fault) for fault, _ in figures)

@@ -23,14 +23,26 @@ class FiringRecord:
         self.recent = torch.zeros_like(self.since_fired)
         """Times each latent was active since `clear_recent`, over `recent_rows` rows."""
         self.recent_rows = 0
+        self.dead_count: int | None = None
+        """How many latents are dead, where that has been asked of the device."""
 
-    def add_step_(self, counts: Int[Tensor, " L"], rows: int) -> None:
-        """Count an optimizer step of `rows` rows, of which `counts` activated each latent."""
-        self.since_fired += rows
-        self.since_fired[counts > 0] = 0
+    def add_step_(self, counts: Int[Tensor, " L"], rows: int, dead: int | None = None) -> None:
+        """Count an optimizer step of `rows` rows, of which `counts` activated each latent.
+
+        `dead` is how many are dead then, if it is known.
+        """
+        self.since_fired = self._since_fired_after(counts, rows)
+        self.dead_count = dead
         self.tokens += rows
         self.recent += counts
         self.recent_rows += rows
+
+    def dead_after(self, counts: Int[Tensor, " L"], rows: int) -> Int[Tensor, ""]:
+        """How many latents will be dead once such a step is counted."""
+        return (self._since_fired_after(counts, rows) > self.threshold).sum()
+
+    def _since_fired_after(self, counts: Tensor, rows: int) -> Tensor:
+        return (self.since_fired + rows).masked_fill_(counts > 0, 0)
 
     def dead_mask(self) -> Bool[Tensor, " L"]:
         """Latents that have not fired in more than `threshold` tokens: those AuxK may revive."""
@@ -63,16 +75,23 @@ class FiringRecord:
         """Restore what `state_tensors` returned."""
         self.since_fired.copy_(tensors["firing.since_fired"])
         self.recent.copy_(tensors["firing.recent"])
+        self.dead_count = None
         self.tokens = int(tensors["firing.tokens"])
         self.recent_rows = int(tensors["firing.recent_rows"])
 
 
 def dead_latents(records: dict[str, FiringRecord]) -> dict[str, Int[Tensor, " M"] | None]:
-    """Numbers of each coder's dead latents, None where none are; one transfer from the device."""
-    masks = [record.dead_mask() for record in records.values()]
-    counts = torch.stack([mask.sum() for mask in masks]).tolist() if masks else []
-    found = zip(records, masks, counts, strict=True)
+    """Numbers of each coder's dead latents, None where none are.
+
+    Where it is not known how many they are, one transfer from the device tells of all coders.
+    """
+    unknown = [record for record in records.values() if record.dead_count is None]
+    counts = torch.stack([r.dead_mask().sum() for r in unknown]).tolist() if unknown else []
+    for record, count in zip(unknown, counts, strict=True):
+        record.dead_count = count
     return {
-        name: mask.nonzero_static(size=count).squeeze(1) if count else None
-        for name, mask, count in found
+        name: record.dead_mask().nonzero_static(size=record.dead_count).squeeze(1)
+        if record.dead_count
+        else None
+        for name, record in records.items()
     }

@@ -92,7 +92,8 @@ class Capture:
             if len(seen) == len(self.hookpoints) and not sharded:
                 raise _LastHookpoint
 
-        fast = fast_linear_layers() if self.fast_linear else nullcontext()
+        on_cpu = batch.ids.device.type == "cpu"
+        fast = fast_linear_layers() if self.fast_linear and on_cpu else nullcontext()
         stops = suppress(_LastHookpoint)
         with _hooks(modules, self.hookpoints, store), torch.no_grad(), stops, fast:
             self.lm.base_model(**lm_inputs(batch))
@@ -101,7 +102,7 @@ class Capture:
                 f"hookpoint {absent[0]} does not run when {type(self.lm).__name__} reads text: "
                 f"take it out of --hookpoints"
             )
-        return {name: seen[name] for name in self.hookpoints}
+        return self.rule.leave_out_long({name: seen[name] for name in self.hookpoints})
 
 
 def lm_inputs(batch: TokenBatch) -> dict[str, Tensor]:

@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..batch import TokenBatch
+from ..batch import TokenBatch, copied
 from ..flag_checks import UsageError
 from .capture import is_sharded, lm_inputs
 from .rows import first_tensor
@@ -38,17 +38,26 @@ def predictions_made(tokens: TokenBatch | Int[Tensor, "B S"]) -> tuple[int, int]
     batch = TokenBatch.of(tokens)
     if batch.attended is None:
         return batch.ids[:, 1:].numel(), batch.ids.numel()
-    return int(_predicted(batch).sum()), int(batch.attended.sum())
+    attended = batch.on_host.attended
+    assert attended is not None
+    return int(_predicted(attended).sum()), int(attended.sum())
 
 
-def _predicted(batch: TokenBatch) -> Tensor:
-    assert batch.attended is not None
-    return batch.attended[:, :-1] & batch.attended[:, 1:]
+def _predicted(attended: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S-1"]:
+    """Tokens that predict the next one: neither is padding."""
+    return attended[:, :-1] & attended[:, 1:]
 
 
 def _read(hidden: Float[Tensor, "B S D"], batch: TokenBatch) -> Float[Tensor, "N D"]:
     """The hidden states of tokens that are no padding."""
-    return hidden.flatten(0, 1) if batch.attended is None else hidden[batch.attended]
+    rows = hidden.flatten(0, 1)
+    attended = batch.on_host.attended
+    return rows if attended is None else rows[_numbers(attended, rows.device)]
+
+
+def _numbers(mask: Bool[Tensor, "B S"], device: torch.device) -> Int[Tensor, " N"]:
+    """Where a mask of the CPU is set, on a device that is not asked how many they are."""
+    return copied(mask.flatten().nonzero().squeeze(1), device)
 
 
 def cross_entropy(
@@ -60,11 +69,12 @@ def cross_entropy(
     def loss(rows: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits(lm, rows), targets, reduction="sum")
 
-    rows, targets = hidden[:, :-1], batch.ids[:, 1:]
-    if batch.attended is None:
-        return _over_chunks(lm, loss, batch, rows.flatten(0, 1), targets.flatten())
-    predicted = _predicted(batch)
-    return _over_chunks(lm, loss, batch, rows[predicted], targets[predicted])
+    rows, targets = hidden[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten()
+    attended = batch.on_host.attended
+    if attended is not None:
+        predicted = _numbers(_predicted(attended), rows.device)
+        rows, targets = rows[predicted], targets[predicted]
+    return _over_chunks(lm, loss, batch, rows, targets)
 
 
 def kl_divergence(

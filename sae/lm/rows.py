@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batch import TokenBatch
+from ..batch import TokenBatch, copied
 from ..flag_checks import UsageError
 from .hookpoints import parse
 
@@ -18,6 +18,15 @@ from .hookpoints import parse
 _JOINS_HEADS = re.compile(
     r"(attn|attention)([\w.]*\.)?(o|wo|o_proj|out_proj|c_proj|dense|out_lin|out)$", re.IGNORECASE
 )
+
+
+class Kept(NamedTuple):
+    """The tokens of a batch that have rows."""
+
+    mask: Bool[Tensor, " B*S"]
+    """Which they are."""
+    numbers: Int[Tensor, " N"]
+    """Where they are, in order: indexing by the mask would ask a GPU how many they are."""
 
 
 class HookpointRows(NamedTuple):
@@ -48,16 +57,20 @@ class RowRule:
     heads: int = 1
     """Attention heads that a width is made of where a module does not show them."""
 
-    def kept(self, batch: TokenBatch) -> Bool[Tensor, "B S"] | None:
+    def kept(self, batch: TokenBatch) -> Kept | None:
         """Which tokens have rows, but for those too long; None for all of them."""
-        kept = batch.rows()
+        host = batch.on_host
+        kept = host.rows()
         if self.exclude_tokens:
-            excluded = torch.isin(batch.ids, batch.ids.new_tensor(self.exclude_tokens))
+            excluded = torch.isin(host.ids, host.ids.new_tensor(self.exclude_tokens))
             kept = ~excluded if kept is None else kept & ~excluded
         if self.exclude_positions:
-            later = self._later(batch)
+            later = self._later(host)
             kept = later if kept is None else kept & later
-        return kept
+        if kept is None:
+            return None
+        mask, device = kept.flatten(), batch.ids.device
+        return Kept(copied(mask, device), copied(mask.nonzero().squeeze(1), device))
 
     def _later(self, batch: TokenBatch) -> Bool[Tensor, "B S"]:
         """Tokens behind the first `exclude_positions` of their sequence; padding has no place."""
@@ -70,10 +83,10 @@ class RowRule:
         entering: Tensor | None,
         leaving: Tensor,
         batch: TokenBatch,
-        kept: Tensor | None,
+        kept: Kept | None,
         inputs: bool,
     ) -> HookpointRows:
-        """The rows of a hookpoint among what its module reads and returns.
+        """The rows of a hookpoint among what its module reads and returns, long ones among them.
 
         `kept` is that of the batch. Raises UsageError for what is not one row per token.
         """
@@ -82,20 +95,40 @@ class RowRule:
         if inputs:  # an embedding takes token ids: no activations
             x = leaving[..., :0] if entering is None else entering
             x = self.flat(hookpoint, "input", x, batch)
-        chosen = self.fitting(hookpoint, y, None if kept is None else kept.flatten())
-        y_rows = y.clone() if chosen is None else y[chosen]
-        if not inputs:
-            return HookpointRows(y_rows, y_rows, chosen)
-        return HookpointRows(x.clone() if chosen is None else x[chosen], y_rows, chosen)
+        if kept is None:
+            y_rows = y.clone()
+            return HookpointRows(x.clone() if inputs else y_rows, y_rows, None)
+        y_rows = y[kept.numbers]
+        return HookpointRows(x[kept.numbers] if inputs else y_rows, y_rows, kept.mask)
 
-    def fitting(self, hookpoint: str, y: Tensor, kept: Tensor | None) -> Tensor | None:
-        """Of the kept tokens those whose row is not too long, [B*S]."""
+    def leave_out_long(self, found: dict[str, HookpointRows]) -> dict[str, HookpointRows]:
+        """The rows without those that are too long.
+
+        A GPU is asked once how many are left at each hookpoint.
+        """
+        fits = {name: self._fits(name, found[name].y) for name in found if name in self.norm_limits}
+        counts = torch.stack([mask.sum() for mask in fits.values()]).tolist() if fits else []
+        left = dict(found)
+        for (name, mask), count in zip(fits.items(), counts, strict=True):
+            x, y, kept = found[name]
+            numbers = mask.nonzero_static(size=count).squeeze(1)
+            rows = y[numbers]
+            whole = mask if kept is None else kept.masked_scatter(kept, mask)
+            left[name] = HookpointRows(rows if x is y else x[numbers], rows, whole)
+        return left
+
+    def fitting(self, hookpoint: str, y: Float[Tensor, "B*S D"], kept: Kept | None) -> Kept | None:
+        """Of the kept tokens those whose row is not too long; a GPU is asked how many they are."""
         if hookpoint not in self.norm_limits:
             return kept
+        fits = self._fits(hookpoint, y)
+        mask = fits if kept is None else kept.mask & fits
+        return Kept(mask, mask.nonzero().squeeze(1))
+
+    def _fits(self, hookpoint: str, y: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
         norm = torch.linalg.vector_norm(y.float(), dim=1)
         # What is not finite is for the step to find, and not to be passed over.
-        fits = ~(norm > self.norm_limits[hookpoint]) | norm.isinf()
-        return fits if kept is None else kept & fits
+        return ~(norm > self.norm_limits[hookpoint]) | norm.isinf()
 
     def flat(
         self, hookpoint: str, part: str, tensor: Tensor, batch: TokenBatch

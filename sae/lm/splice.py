@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..batch import TokenBatch
 from .hookpoints import Place, parse
-from .rows import RowRule, first_tensor
+from .rows import Kept, RowRule, first_tensor
 
 _OUTPUTS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
@@ -41,7 +41,6 @@ def spliced(
     # Whether modules run is up to flags and the data, not to which tokens a batch happens to hold:
     # ranks that ran other modules would have other sums.
     kept = rule.kept(batch)
-    kept = None if kept is None else kept.flatten()
     modules = dict(lm.base_model.named_modules())
     samples: dict[str, Any] = {}  # made before anything is replaced
     for name in () if run_modules or kept is not None else replace:
@@ -61,7 +60,7 @@ def _with_new_rows(
     name: str,
     function: Replacement,
     batch: TokenBatch,
-    kept: Tensor | None,
+    kept: Kept | None,
     x: Tensor | None,
     y: Tensor | None,
     dtype: torch.dtype,
@@ -72,12 +71,12 @@ def _with_new_rows(
     x_rows = rows if x is None or not is_whole_module else rule.flat(name, "input", x, batch)
     like = x if y is None else y
     assert x_rows is not None and like is not None, "a module that does not run has an input"
-    mask = kept if rows is None else rule.fitting(name, rows, kept)
-    if mask is None:
+    chosen = kept if rows is None else rule.fitting(name, rows, kept)
+    if chosen is None:
         return rule.put(name, like, function(x_rows, rows).to(dtype), batch)
     assert rows is not None, "tokens that are no rows keep what they have"
-    new = function(x_rows[mask], rows[mask]).to(dtype)
-    return rule.put(name, like, rows.masked_scatter(mask.unsqueeze(1), new), batch)
+    new = function(x_rows[chosen.numbers], rows[chosen.numbers]).to(dtype)
+    return rule.put(name, like, rows.masked_scatter(chosen.mask.unsqueeze(1), new), batch)
 
 
 def _replaced(

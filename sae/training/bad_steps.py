@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..coders.firing import FiringRecord
 from ..flag_checks import UsageError
 from ..placement.ranks import Ranks
 
@@ -58,6 +59,22 @@ class BadSteps:
             )
         elif self._ranks.main:
             print(f"{said}: no update; {made_of}", file=sys.stderr)
+
+
+def ask(
+    metrics: Metrics, firing: dict[str, FiringRecord], seen: dict[str, tuple[Tensor, int]]
+) -> tuple[Metrics, dict[str, int]]:
+    """Metrics as numbers, and how many latents of each coder are dead once the step is counted.
+
+    `seen` is what `FiringRecord.add_step_` will be given. What a step must know of the device is
+    asked here, in one transfer: the host waits until all that is queued there is done.
+    """
+    dead = {f"dead after/{name}": firing[name].dead_after(*seen[name]) for name in firing}
+    numbers = as_numbers({**metrics, **dead})
+    return (
+        {name: numbers[name] for name in metrics},
+        {name: int(numbers[f"dead after/{name}"]) for name in firing},
+    )
 
 
 def as_numbers(metrics: Metrics) -> dict[str, float]:

@@ -82,7 +82,7 @@ class EndToEnd:
         else:
             loss, positions = kl_divergence(self.lm, hidden, clean, tokens), read
         loss.backward()
-        found = torch.stack([loss.detach(), loss.new_tensor(positions)]).double()
+        found = torch.stack([loss.detach(), loss.new_full((), positions)]).double()
         sums.lm_loss = found if sums.lm_loss is None else sums.lm_loss + found
 
     @torch.no_grad()

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batch import TokenBatch
+from ..batch import TokenBatch, copied
 from ..config import Widths
 from ..data.blocks import shuffled
 from ..flag_checks import UsageError
 from ..lm.capture import Pairs
-from ..lm.rows import RowRule
+from ..lm.rows import HookpointRows, RowRule
 
 Rows = Float[Tensor, "*rows D"] | tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D_out"]]
 """What a coder is trained on, or what a transcoder reads and what it predicts."""
@@ -47,9 +47,9 @@ class GivenBatch(TokenBatch):
         assert self.pairs is not None
         moved: Pairs = {}
         for name, (x, y) in self.pairs.items():
-            there = y.to(device)
-            moved[name] = (there if x is y else x.to(device), there)
-        return GivenBatch(self.ids.to(device), pairs=moved)
+            there = copied(y, device)
+            moved[name] = (there if x is y else copied(x, device), there)
+        return GivenBatch(copied(self.ids, device), pairs=moved)
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,8 @@ class GivenRows:
     def __call__(self, batch: TokenBatch) -> Pairs:
         """The rows of a batch that the rule keeps."""
         assert isinstance(batch, GivenBatch) and batch.pairs is not None
-        kept: Pairs = {}
-        for name, (x, y) in batch.pairs.items():
-            fits = self.rule.fitting(name, y, None)
-            y_rows = y if fits is None else y[fits]
-            x_rows = x if fits is None else x[fits]
-            kept[name] = (x_rows if self.inputs else y_rows, y_rows)
-        return kept
+        rows = {name: HookpointRows(x, y, None) for name, (x, y) in batch.pairs.items()}
+        return {name: (x, y) for name, (x, y, _) in self.rule.leave_out_long(rows).items()}
 
     def _items(self, numbers: list[int]) -> Iterator[Mapping[str, Rows]]:
         """The items of these numbers, which ascend where items cannot be had by number."""

@@ -84,9 +84,9 @@ def test_everything_in_a_run_counts_the_same_steps(
         updates.setdefault(id(self), []).append(step)
         update(self, step, *args)
 
-    def counted_add_step_(self: FiringRecord, counts: Tensor, rows: int) -> None:
+    def counted_add_step_(self: FiringRecord, counts: Tensor, rows: int, *known: Any) -> None:
         fired.setdefault(id(self), []).append((counts.clone(), rows))
-        add_step_(self, counts, rows)
+        add_step_(self, counts, rows, *known)
 
     def noted_dead_latents(records: dict[str, FiringRecord]) -> dict[str, Tensor | None]:
         dead.append(dead_latents(records))

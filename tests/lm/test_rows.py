@@ -130,7 +130,8 @@ def test_rows_that_are_no_numbers_are_not_passed_over() -> None:
     """NaN and Inf are for the step to find: a limit leaves out what is long."""
     y = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0], [9.0, 0.0]])
     fits = RowRule(norm_limits={"h": 3.0}).fitting("h", y, None)
-    assert fits is not None and fits.tolist() == [True, True, True, False]
+    assert fits is not None and fits.mask.tolist() == [True, True, True, False]
+    assert fits.numbers.tolist() == [0, 1, 2]
 
 
 def test_few_far_rows_are_told_from_many() -> None:

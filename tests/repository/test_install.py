@@ -1,6 +1,7 @@
 """The project installs as a package: with its C, its page template and its command."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -113,3 +114,10 @@ def test_dependencies_are_those_that_were_tried() -> None:
     required = project["dependencies"] + project["optional-dependencies"]["zero3"]
     for requirement in required:
         assert requirement in tried or requirement.startswith("torch>="), requirement
+
+
+def test_the_torch_for_cuda_is_of_the_pinned_version() -> None:
+    """What --fake-cuda installs is the release that everything else was tried with."""
+    files = (ROOT / "requirements.txt", ROOT / "tests/requirements-cuda.txt")
+    found = [re.findall(r"^torch={2,3}(\S+)$", file.read_text(), re.MULTILINE) for file in files]
+    assert found[0] == found[1] and len(found[0]) == 1

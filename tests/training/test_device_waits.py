@@ -18,6 +18,7 @@ from sae.config import Widths
 from sae.kernels.twins import Kernels
 from sae.lm import linear
 from sae.placement.ranks import _ahead
+from sae.training.bad_steps import ask
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
 from sae.training.step_sums import StepSums
@@ -94,6 +95,23 @@ def test_dead_latents_of_all_coders_are_one_transfer() -> None:
     for i in range(1, 5):
         assert torch.equal(found[f"layers.{i}"], torch.arange(3 * i))  # type: ignore[arg-type]  # not None
     assert dead_latents({}) == {}
+
+
+def test_a_step_asks_once_for_all_that_it_must_know() -> None:
+    """Metrics, and which latents are dead after the step, are one transfer, before the update."""
+    records = {f"layers.{i}": FiringRecord(32, 10) for i in range(3)}
+    seen = {name: (torch.arange(32) % (3 + i), 11) for i, name in enumerate(records)}
+    with Questions() as questions:
+        numbers, dead = ask({"fvu/h": torch.tensor(0.5), "lr/h": 2.0}, records, seen)
+        assert questions.asked in ([], ["_local_scalar_dense"])
+        questions.asked.clear()
+        for name, record in records.items():
+            record.add_step_(*seen[name], dead[name])
+        found = dead_latents(records)
+    assert questions.asked == []
+    assert numbers == {"fvu/h": 0.5, "lr/h": 2.0}
+    for i, name in enumerate(records):  # those that did not fire in 11 tokens
+        assert torch.equal(found[name], torch.arange(0, 32, 3 + i))  # type: ignore[arg-type]  # not None
 
 
 def test_dead_latents_by_number_and_by_mask_are_the_same() -> None:

@@ -34,11 +34,13 @@ def spliced(
     """Inside, the LM reads `tokens` with the rows of every hookpoint replaced.
 
     Tokens that `rule` counts out keep what they have. Without `run_modules` a module does not run
-    at all and gets no output rows, unless such tokens need them. Afterwards the LM is whole again.
+    at all and gets no output rows, unless `rule` or masks can count tokens out, which would need
+    them. Afterwards the LM is whole again.
     """
     batch, rule = TokenBatch.of(tokens), rule or RowRule()
+    # Whether modules run is up to flags and the data, not to which tokens a batch happens to hold:
+    # ranks that ran other modules would have other sums.
     kept = rule.kept(batch)
-    kept = None if kept is None or len(kept.numbers) == len(kept.mask) else kept
     modules = dict(lm.base_model.named_modules())
     samples: dict[str, Any] = {}  # made before anything is replaced
     for name in () if run_modules or kept is not None else replace:

@@ -26,6 +26,8 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "none
 
 INT8_CANDIDATES = 2
 """Latents per active one whose pre-activations an int8 search computes in full."""
+DENSE_WEIGHTS = 2**31
+"""Rows times dead latents up to which AuxK is dense on CUDA: 4.3 GB of activations in bfloat16."""
 
 _TOO_MANY = 2**46
 

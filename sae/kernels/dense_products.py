@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..config import DENSE_WEIGHTS
 from .backend import Backend
 
 # Bytes that a gathered entry moves weigh as much as the multiplications of so many latents: at
@@ -11,13 +12,9 @@ from .backend import Backend
 _LATENTS_PER_ENTRY = {torch.float32: 40, torch.bfloat16: 500, torch.float16: 500}
 
 
-MOST_WEIGHTS = 2**31
-"""Weights of all rows and latents from which entries are taken instead: 4.3 GB in bfloat16."""
-
-
 def pays(backend: Backend, inputs: Tensor, k: int, latents: int) -> bool:
     """Whether k of so many latents per row are better summed by dense products than by entries."""
-    if not backend.in_triton(inputs.device) or len(inputs) * latents > MOST_WEIGHTS:
+    if not backend.in_triton(inputs.device) or len(inputs) * latents > DENSE_WEIGHTS:
         return False
     return latents <= _LATENTS_PER_ENTRY.get(inputs.dtype, 0) * k
 

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from ..coders.bank import CoderBank, costs
 from ..coders.functional import k_aux
 from ..coders.sparse_coder import SparseCoder
-from ..config import Widths
+from ..config import DENSE_WEIGHTS, Widths
 from ..flag_checks import UsageError
-from ..kernels.dense_products import MOST_WEIGHTS
 from ..lm.capture import measure_widths
 from ..lm.hookpoints import text_config, text_layers
 from ..lm.loading import find_hookpoints
@@ -135,7 +134,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     in_triton = cfg.machine.kernels != "torch" and not asks_for_cpu()
     of_dead = rows * _ENTRY * dead
     if dead and in_triton:  # activations and gradients of all dead latents, at worst of all
-        of_dead = max(of_dead, 2 * item * min(rows * coder.num_latents, MOST_WEIGHTS))
+        of_dead = max(of_dead, 2 * item * min(rows * coder.num_latents, DENSE_WEIGHTS))
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
     found = rows * (4 * floats + inputs + _ENTRY * active) + of_dead
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added

@@ -53,9 +53,8 @@ def largest(
 def keep_largest_(values: Float[Tensor, "N W"], k: int) -> None:
     """Set all but the k largest entries of every row, and those below 0, to 0."""
     n, width = values.shape
-    _keep_largest[(n,)](
-        values, k, width, BITS=_bits(values), BLOCK=min(_BLOCK, triton.next_power_of_2(width))
-    )
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    _keep_largest[(n,)](values, k, width, BITS=_bits(values), BLOCK=block, num_warps=8)
 
 
 def _group(width: int, k: int) -> int:

@@ -4,7 +4,7 @@ Every sum runs in one order, entry by entry, in float32 (float64 for float64): n
 repeats bit for bit. Nothing of size N x K x D exists.
 """
 
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportCallIssue=false
 # Triton makes constants of what is annotated as such.
 
 from typing import NamedTuple
@@ -62,6 +62,7 @@ def reconstruct(
         offset.ndim - 1,
         K=at_once,
         BLOCK=block,
+        num_warps=8,
     )
     return out, difference, products, squares
 

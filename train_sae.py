@@ -119,8 +119,11 @@ def train(
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
     seeds, cost = training.init_seeds, costs(widths, cfg.coder, training.init_seeds)
-    exchange = Exchange(ranks, cost, machine.distribute_modules, machine.layer_to_rank)
-    bank = CoderBank(exchange.trained_here(widths), cfg.coder, seeds, ranks.device, dtype, kernels)
+    by_hand = machine.layer_to_rank, machine.ranks_per_coder
+    exchange = Exchange(ranks, cost, machine.distribute_modules, *by_hand)
+    here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups)
+    with ranks.together():
+        bank = CoderBank(here, cfg.coder, seeds, ranks.device, *how)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     with ranks.main_first():
@@ -138,14 +141,10 @@ def train(
     capture = limit_norms(capture, cfg.model.exclude_norm, first_batches(), folder, resumes, ranks)
 
     # For each coder an optimizer and a record of what fires.
-    optimizers = {
-        name: CoderOptimizer(coder, training.optimizer, training.lr, training.adam_8bit)
-        for name, coder in bank.items()
-    }
-    firing = {
-        name: FiringRecord(coder.num_latents, training.dead_feature_threshold, coder.device)
-        for name, coder in bank.items()
-    }
+    update = training.optimizer, training.lr, training.adam_8bit
+    optimizers = {name: CoderOptimizer(coder, *update) for name, coder in bank.items()}
+    silence = training.dead_feature_threshold
+    firing = {n: FiringRecord(c.num_latents, silence, c.device) for n, c in bank.items()}
     state = TrainingState(exchange, bank, optimizers, firing)
     evaluate = partial(held_out_figures, capture, state, source, held_out)
     rehearse_end(folder, capture, state, source, held_out)

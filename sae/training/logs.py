@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -45,10 +44,7 @@ class RunLog:
     def start(self, held_out_tokens: int, kernels: str) -> None:
         """Open the tracker, record flags and owners, and say what will be trained, by what."""
         exchange, ranks, flags = self._exchange, self._exchange.ranks, self._flags
-        table = [
-            " ".join(name for name, owner in exchange.owner.items() if owner == rank) or "nothing"
-            for rank in range(ranks.world)
-        ]
+        table = [" ".join(exchange.owned_by(r)) or "nothing" for r in range(ranks.world)]
         if ranks.main:
             print(f"kernels on {ranks.device.type}: {kernels}")
             print(
@@ -107,10 +103,7 @@ class RunLog:
         found = {}
         for name, record in state.firing.items():
             found[f"log10_firing_frequency/{name}"] = record.frequencies().float().cpu()
-            decoder = state.bank[name].W_dec
-            assert decoder is not None, "a coder in training has a decoder"
-            norms = torch.linalg.vector_norm(decoder.detach(), dim=1)
-            found[f"decoder_norm/{name}"] = norms.float().cpu()
+            found[f"decoder_norm/{name}"] = state.bank[name].decoder_norms().float().cpu()
         for name, values in self._exchange.merge(found).items():
             if len(values):
                 show_histogram(self._accelerator, name, values, step)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_lm
-from launched_runs import HOOKPOINTS, MEETINGS, REPLICAS_AND_OWNERS, STEPS, Runs
+from launched_runs import HOOKPOINTS, KINDS, MEETINGS, REPLICAS_AND_OWNERS, SHARED, STEPS, Runs
 from torch import Tensor
 
 
-@pytest.mark.parametrize("name", REPLICAS_AND_OWNERS)
+@pytest.mark.parametrize("name", [*REPLICAS_AND_OWNERS, *SHARED])
 def test_every_placement_is_the_same_run(runs: Runs, name: str) -> None:
     """Curves, held-out figures and final weights equal those of one process."""
     runs.assert_same("one", name)
@@ -20,9 +20,21 @@ def test_every_placement_is_the_same_run(runs: Runs, name: str) -> None:
 
 def test_transcoders_are_the_same_in_every_placement(runs: Runs) -> None:
     """Inputs and targets travel to the owner together: the weights are those of one process."""
-    for one, other in (("coded-one", "coded owners"), ("tuned one", "tuned replicas")):
+    tuned = [("tuned one", other) for other in ("tuned replicas", "tuned shared")]
+    for one, other in (("coded-one", "coded owners"), *tuned):
         for key, tensor in runs.weights(one).items():
             torch.testing.assert_close(runs.weights(other)[key], tensor, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coders_that_ranks_share_are_the_same_of_every_kind(runs: Runs, kind: str) -> None:
+    """Groupmax, a falling k, and every optimizer: shared coders end as those of one process."""
+    one, shared = f"{kind} one", f"{kind} shared"
+    if kind == "muon":  # which orthogonalizes in bfloat16: rounding becomes visible
+        for key, tensor in runs.weights(one).items():
+            torch.testing.assert_close(runs.weights(shared)[key], tensor, rtol=0, atol=2e-4)
+    else:
+        runs.assert_same(one, shared)
 
 
 def test_end_to_end_training_is_the_same_in_replicas(runs: Runs) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..flag_checks import UsageError
@@ -90,19 +90,21 @@ def write_index(folder: Path, stem: str, tensors: Mapping[str, Tensor], piece: P
 class Stored:
     """The tensors of `folder` / `stem`, in one file or in pieces; a context that keeps them open.
 
-    Raises UsageError for an index that is none; OSError and SafetensorError for damaged files.
+    Raises UsageError for files that are missing or damaged.
     """
 
     def __init__(self, folder: Path, stem: str) -> None:
         whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         self.path = index if index.exists() and not whole.exists() else whole
         """The file that stands for all, for messages."""
-        self._stack = ExitStack()
-        try:
-            self._open(folder)
-        except BaseException:
-            self._stack.close()
-            raise
+        with ExitStack() as self._stack:
+            try:
+                self._open(folder)
+            except (SafetensorError, OSError) as error:
+                raise UsageError(
+                    f"{self.path} cannot be read ({error}): the file is damaged"
+                ) from None
+            self._stack = self._stack.pop_all()
 
     def _open(self, folder: Path) -> None:
         self._dims: dict[str, int] = {}

@@ -6,12 +6,12 @@ CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, 
 A coder that several ranks hold is in pieces, as `pieces.py` says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 from natsort import natsorted
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,34 +40,40 @@ def write(
         write_index(folder, "sae", plain, piece)
 
 
+@contextmanager
+def opened(folder: Path) -> Iterator[tuple[SparseCoderConfig, int, int, Stored]]:
+    """Config, d_in, d_out and the tensors of one coder, which fit each other.
+
+    Raises UsageError for a folder that is not a coder's, a damaged file, or shapes that do not fit
+    `cfg.json`; no tensor is read before the shapes are known to fit.
+    """
+    cfg, rest = SparseCoderConfig.from_json(folder / "cfg.json")
+    d_in = rest["d_in"]
+    with Stored(folder, "sae") as stored:
+        file, shapes = stored.path, stored.shapes
+        if strange := stored.types - _DTYPES:
+            raise UsageError(f"{file} holds {', '.join(strange)}, not floating point")
+        d_out = (*shapes.get("b_dec", ()), d_in)[0]
+        expected = shapes_of(cfg, d_in, d_out)
+        if shapes != expected:
+            raise UsageError(
+                f"{file} holds {shapes}, but {folder / 'cfg.json'} describes {expected}: "
+                f"it is not a sparse coder of this kind, or one of the two was changed"
+            )
+        yield cfg, d_in, d_out, stored
+
+
 def read(
     folder: Path, *, decoder: bool = True, parts: Mapping[str, Part] | None = None
 ) -> tuple[SparseCoderConfig, int, int, dict[str, Tensor]]:
-    """Config, d_in, d_out and tensors of one coder; W_dec only with `decoder`.
+    """Config, d_in, d_out and tensors of one coder, which `opened` checks; W_dec with `decoder`.
 
-    Of the tensors named in `parts` only these. Raises UsageError for a folder that is not a
-    coder's, a damaged file, or shapes that do not fit `cfg.json`; no tensor is read before the
-    shapes are known to fit.
+    Of the tensors named in `parts` only these.
     """
-    cfg, rest = SparseCoderConfig.from_json(folder / "cfg.json")
-    d_in, file = rest["d_in"], folder / "sae.safetensors"
-    try:
-        with Stored(folder, "sae") as stored:
-            file, shapes = stored.path, stored.shapes
-            if strange := stored.types - _DTYPES:
-                raise UsageError(f"{file} holds {', '.join(strange)}, not floating point")
-            d_out = (*shapes.get("b_dec", ()), d_in)[0]
-            expected = shapes_of(cfg, d_in, d_out)
-            if shapes != expected:
-                raise UsageError(
-                    f"{file} holds {shapes}, but {folder / 'cfg.json'} describes {expected}: "
-                    f"it is not a sparse coder of this kind, or one of the two was changed"
-                )
-            wanted = [name for name in shapes if decoder or name != "W_dec"]
-            found = {name: stored.read(name, (parts or {}).get(name)) for name in wanted}
-            return cfg, d_in, d_out, found
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} cannot be read ({error}): the file is damaged") from None
+    with opened(folder) as (cfg, d_in, d_out, stored):
+        wanted = [name for name in stored.shapes if decoder or name != "W_dec"]
+        found = {name: stored.read(name, (parts or {}).get(name)) for name in wanted}
+    return cfg, d_in, d_out, found
 
 
 def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -108,13 +107,8 @@ def _write_state(folder: Path, found: dict[str, Tensor], piece: Piece | None) ->
 
 def read_state(folder: Path, piece: Piece | None) -> dict[str, Tensor]:
     """What was saved to resume a coder from, or what a rank with this piece of it needs."""
-    path = folder / file_name(_RESUME, None)
-    try:
-        with Stored(folder, _RESUME) as stored:
-            path = stored.path
-            return stored.read_all(piece)
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
+    with Stored(folder, _RESUME) as stored:
+        return stored.read_all(piece)
 
 
 def check_room(run: Path, state: TrainingState) -> None:

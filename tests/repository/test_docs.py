@@ -54,7 +54,8 @@ def commands(page: str) -> list[list[str]]:
 
 def config_of(command: str) -> Any:
     """The config that a command of `python -m sae` parses into."""
-    return getattr(importlib.import_module(f"sae.judge.{command}"), COMMANDS[command].config)
+    module = importlib.import_module(f"sae.{COMMANDS[command].room}.{command}")
+    return getattr(module, COMMANDS[command].config)
 
 
 def test_readme_is_short() -> None:

@@ -55,14 +55,6 @@ class Exchange:
         """Whether this rank writes the coders of a hookpoint to disk, or its part of them."""
         return self.ranks.rank in self.owner[hookpoint]
 
-    def owned_by(self, rank: int) -> list[str]:
-        """The hookpoints that a rank owns, in words: of those that it shares, which part."""
-        return [
-            name if len(them) == 1 else f"{name} ({rank - them.start + 1} of {len(them)})"
-            for name, them in self.owner.items()
-            if rank in them
-        ]
-
     def sum_replicas_(self, *tensors: Tensor) -> None:
         """Sum tensors in place over ranks where coders are replicas; an only owner has the sum."""
         if not self.distributed:

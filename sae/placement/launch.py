@@ -31,7 +31,12 @@ _MPI = {
 
 def on_cpu() -> bool:
     """Whether the run uses the CPU: there is no GPU, or the launch file says `use_cpu: true`."""
-    return not torch.cuda.is_available() or _is_set("ACCELERATE_USE_CPU")
+    return not torch.cuda.is_available() or asks_for_cpu()
+
+
+def asks_for_cpu() -> bool:
+    """Whether the launch file says `use_cpu: true`."""
+    return _is_set("ACCELERATE_USE_CPU")
 
 
 def sharded() -> bool:

@@ -75,3 +75,12 @@ def read_owners(items: Iterable[str]) -> dict[str, range]:
 def shown(ranks: range) -> str:
     """A range of ranks as `read_owners` reads it."""
     return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+
+
+def owned_by(owner: dict[str, range], rank: int) -> list[str]:
+    """The hookpoints that a rank owns, in words: of those that it shares, which part."""
+    return [
+        name if len(ranks) == 1 else f"{name} ({rank - ranks.start + 1} of {len(ranks)})"
+        for name, ranks in owner.items()
+        if rank in ranks
+    ]

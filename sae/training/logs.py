@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..config import Tracker
 from ..placement.exchange import Exchange
+from ..placement.owners import owned_by
 from .bad_steps import Metrics, as_numbers
 from .state import TrainingState
 from .trackers import open_tracker, show_histogram
@@ -44,7 +45,8 @@ class RunLog:
     def start(self, held_out_tokens: int, kernels: str) -> None:
         """Open the tracker, record flags and owners, and say what will be trained, by what."""
         exchange, ranks, flags = self._exchange, self._exchange.ranks, self._flags
-        table = [" ".join(exchange.owned_by(r)) or "nothing" for r in range(ranks.world)]
+        owned = [owned_by(exchange.owner, rank) for rank in range(ranks.world)]
+        table = [" ".join(names) or "nothing" for names in owned]
         if ranks.main:
             print(f"kernels on {ranks.device.type}: {kernels}")
             print(

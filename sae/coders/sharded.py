@@ -359,7 +359,8 @@ class _Best(torch.autograd.Function):
     """The k best of all ranks' candidates, ties by number: (acts, their latents' numbers), [N k].
 
     A candidate travels as one whole number: the bits of its activation, which is not negative, so
-    that they are in the order of the values, above the latent's number from the far end.
+    that they are in the order of the values, above the latent's number from the far end. Each rank
+    gets all candidates of some rows, and sends their k best to all.
     """
 
     @staticmethod
@@ -370,9 +371,13 @@ class _Best(torch.autograd.Function):
         bits = acts.detach().abs().view(torch.int32).long()
         keys = numbers.new_full((len(acts), k), -1)
         keys[:, : acts.shape[1]] = (bits << 32) | (_NUMBERS - numbers)
-        best, place = torch.cat(group.gather(keys), dim=1).topk(k, dim=1)
-        ctx.width, ctx.k = acts.shape[1], k
-        ctx.save_for_backward(torch.where(place // k == group.rank, place % k, k))
+        lengths = [len(share(len(acts), rank, group.size)) for rank in range(group.size)]
+        of_my_rows = [(lengths[group.rank], k)] * group.size
+        candidates = group.exchange(list(keys.split(lengths)), of_my_rows)
+        mine = torch.cat(candidates, dim=1).topk(k, dim=1).values  # the largest first
+        best = torch.cat(group.exchange([mine] * group.size, [(n, k) for n in lengths]))
+        keys = keys[:, : acts.shape[1]].contiguous()
+        ctx.save_for_backward(keys >= best[:, -1:], torch.searchsorted(-best, -keys))
         found = _NUMBERS - (best & _NUMBERS)
         ctx.mark_non_differentiable(found)
         return (best >> 32).int().view(torch.float32), found
@@ -380,7 +385,6 @@ class _Best(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[None, Tensor, None, None]:
-        (column,) = ctx.saved_tensors
-        # The last column takes what belongs to other ranks.
-        mine = grad.new_zeros(len(grad), ctx.k + 1).scatter_(1, column, grad)
-        return None, mine[:, : ctx.width].contiguous(), None, None
+        chosen, place = ctx.saved_tensors
+        mine = grad.gather(1, place.clamp(max=grad.shape[1] - 1))
+        return None, mine.masked_fill_(~chosen, 0), None, None

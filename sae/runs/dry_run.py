@@ -186,11 +186,11 @@ def _rank_memory(
         rows = world * tokens
     # Of one coder at a time: input, target, reconstruction and its gradient.
     widest = max((c.d_in + 3 * c.W_dec.shape[1] for c in coders if c.W_dec is not None), default=0)
-    # Candidates of all ranks that share it, as they arrive and in order.
+    # Where ranks share coders, candidates of 8 bytes: sent, received, in order, sent, received.
     k = cfg.coder.k * (4 if cfg.coder.multi_topk else 1)
     if training.auxk_alpha > 0:
         k += max((k_aux(coder.d_out) for coder in coders), default=0)
-    widest += 4 * k * max((group.size for group in groups.values()), default=0)
+    widest += 5 * 2 * k if groups else 0
     working = 4 * rows * widest // training.micro_acc_steps
     lm = lm_parameters * (1 if cfg.model.load_in_8bit else item)
     return RankMemory(lm, weights, weights, state, in_flight * item + working)

@@ -193,7 +193,7 @@ def train(
         # One denominator for all rows of the step; one update, which leaves decoders unit-norm.
         exchange.sum_replicas_(*sums.tensors(), *bank.gradients())
         rows = ranks.sum_counts(sums.rows)
-        metrics: Metrics = ranks.traffic()
+        metrics: Metrics = {}
         if end_to_end is not None:
             metrics[training.loss_fn] = sums.mean_lm_loss()
             end_to_end.combine_gradients_(sums)
@@ -212,6 +212,7 @@ def train(
                 metrics[f"l0/{name}"] = sums.fired[name].sum() / count
                 metrics[f"dead_share/{name}"] = firing[name].dead_share()
                 metrics[f"k/{name}"] = k[name]
+            metrics |= ranks.traffic()
         else:
             sequences = order[step * sequences_per_step :][:sequences_per_step]
             bad_steps.skip(bad, step + 1, sequences)

@@ -210,11 +210,17 @@ def make(folder: Path) -> Runs:
     made.cut("two share", "shared, two to three")
     made.cut("two share", "shared, then whole")
     made.cut("two owners", "whole, then shared")
-    three |= {"other total": "--batch_size 6 --resume", **shared[3]}
+    shutil.copytree(folder / "runs" / "two share", folder / "runs" / "pieces")
+    from_pieces = f"--batch_size 4 --distribute_modules --finetune {folder}/runs/pieces"
+    three |= {"other total": "--batch_size 6 --resume", **shared[3], "from pieces": from_pieces}
+    three["from pieces, shared"] = f"{from_pieces} --ranks_per_coder 3"
     made.launch(None, 3, three, {})
 
     four = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("four ")}
     four["idle"] = "--batch_size 3 --distribute_modules --layer_to_rank layers.0=3 layers.1=3"
+    four["sparse"] = f"--batch_size 3 {WIDE} 4 --auxk_alpha 0 --no-multi_topk"
+    four["too few groups"] = "--batch_size 3 --distribute_modules --activation groupmax --k 2 "
+    four["too few groups"] += "--layer_to_rank layers.0=0-2"
     made.launch(None, 4, {**four, **shared[4]}, {})
 
     one_step = "--batch_size 6 --max_examples 12 --eval_tokens 16 --hookpoints layers.4 "

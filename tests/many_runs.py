@@ -106,6 +106,9 @@ def watch(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             held["coders"] = list(self.hookpoint)
+            held["shapes"] = {
+                n: {k: list(p.shape) for k, p in c.named_parameters()} for n, c in self.items()
+            }
 
     patch.setattr(train_sae, "Capture", Capture)
     patch.setattr(train_sae, "CoderBank", Bank)

@@ -66,10 +66,15 @@ def shared_latents(cfg: SparseCoderConfig, num_latents: int, size: int) -> list[
     shared = cfg.k if in_groups else num_latents
     if shared < size:
         what = f"k = {cfg.k} groups of latents (groupmax)" if in_groups else f"{shared} latents"
-        raise UsageError(
-            f"--ranks_per_coder {size}: a coder has {what}, too few for so many ranks: lower it"
-        )
+        raise UsageError(_too_many(size, what))
     return [share(num_latents, rank, size, num_latents // shared) for rank in range(size)]
+
+
+def _too_many(size: int, what: str) -> str:
+    return (
+        f"--ranks_per_coder or --layer_to_rank: {size} ranks cannot share a coder of {what}: give "
+        f"it fewer ranks"
+    )
 
 
 class ShardedCoder(SparseCoder):
@@ -97,10 +102,7 @@ class ShardedCoder(SparseCoder):
         latents = shared_latents(cfg, self.num_latents, group.size)
         columns = [share(self.d_out, rank, group.size) for rank in range(group.size)]
         if self.d_out < group.size:
-            raise UsageError(
-                f"--ranks_per_coder {group.size}: a coder's output has {self.d_out} columns, too "
-                f"few for so many ranks: lower it"
-            )
+            raise UsageError(_too_many(group.size, f"{self.d_out} columns of output"))
         self.cuts = {"encoder.weight": (0, latents), "encoder.bias": (0, latents)}
         self.cuts |= {"W_dec": (1, columns), "W_skip": (0, columns)}
         """By parameter the dimension that it is cut along, and the indices that each rank has."""
@@ -108,11 +110,8 @@ class ShardedCoder(SparseCoder):
         self.piece = Piece(group.rank, group.size, parts)
         mine = columns[group.rank]
         self.columns = slice(mine.start, mine.stop)
-        held = (
-            self._drawn(latents[group.rank], generator)
-            if torch.device(device).type != "meta"
-            else {}
-        )
+        planned = torch.device(device).type == "meta"
+        held = {} if planned else self._drawn(latents[group.rank], generator)
         for name, parameter in list(self.named_parameters()):
             shape = list(parameter.shape)
             if part := self.piece.part_of(name):
@@ -339,7 +338,10 @@ class _Copied(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None]
         for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True):
-            found.append(ctx.group.sum_(grad.clone()) if needed and grad is not None else None)
+            if not needed or grad is None:
+                found.append(None)
+            else:
+                found.append(ctx.group.sum_(grad.clone(memory_format=torch.contiguous_format)))
         return tuple(found)
 
 

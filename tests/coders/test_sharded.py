@@ -1,5 +1,6 @@
 """Coders that several ranks hold compute what one does; the ranks are threads of this process."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -237,12 +238,34 @@ def test_what_travels_is_sparse() -> None:
         assert in_all["sum"] - by_row["sum"] == ring * (2 * 512 * 4 + 4)
 
 
+def test_no_rows_are_no_error() -> None:
+    """Without rows, or with fewer than ranks, errors and gradients are those of one rank."""
+    cfg = SaeConfig(num_latents=40, k=5)
+    for n in (0, 1, 2):
+        x = torch.randn(n, D)
+        whole = made(cfg)
+        whole.errors(x, x).squared_error.backward()
+
+        def on_a_rank(group: ThreadGroup, x: Tensor = x) -> SparseCoder:
+            coder = made(cfg, group)
+            coder.errors(x, x).squared_error.backward()
+            return coder
+
+        for coder in on_ranks(3, on_a_rank):
+            for name, parameter in whole.named_parameters():
+                gradient = dict(coder.named_parameters())[name].grad
+                assert parameter.grad is not None
+                torch.testing.assert_close(gradient, held(coder, name, parameter.grad))
+
+
 def test_what_cannot_be_shared_is_refused_by_name() -> None:
     """Fewer groups, latents or columns than ranks."""
     for cfg, d, size, what in (
         (SaeConfig(num_latents=40, k=2, activation="groupmax"), 8, 3, "k = 2 groups of latents"),
         (SaeConfig(num_latents=2, k=2), 8, 3, "2 latents"),
-        (SaeConfig(num_latents=40, k=2), 2, 3, "output has 2 columns"),
+        (SaeConfig(num_latents=40, k=2), 2, 3, "2 columns of output"),
     ):
-        with pytest.raises(UsageError, match=f"--ranks_per_coder {size}: .*{what}"):
+        with pytest.raises(
+            UsageError, match=f"--ranks_per_coder .* {size} ranks .*{re.escape(what)}"
+        ):
             on_ranks(size, lambda group, d=d, cfg=cfg: ShardedCoder(group, d, cfg))

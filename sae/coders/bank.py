@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import SparseCoderConfig, Widths
 from ..flag_checks import UsageError
 from ..formats.hub import coder_folder
-from ..formats.sparsify import newest_coders, read, shapes_of
+from ..formats.sparsify import newest_coders, opened, shapes_of
 from ..kernels.twins import Kernels
 from .functional import Moments
 from .sharded import Group, ShardedCoder
@@ -115,28 +115,34 @@ class CoderBank(nn.Module):
 
         Raises UsageError where a hookpoint is missing there or a shape or kind differs.
         """
-        local = Path(source).is_dir()
         for name, coder in self.items():
             try:
-                folder = newest_coders(Path(source)) / name if local else coder_folder(source, name)
-                if not folder.is_dir():
-                    raise UsageError(f"it has no {name}; give the folder that holds {name}")
-                parts = coder.piece.parts if coder.piece else {}
-                cfg, d_in, d_out, tensors = read(folder, parts=parts)
+                tensors = _weights_for(coder, name, source)
             except UsageError as error:
                 raise UsageError(f"--finetune {source}: {error}") from None
-            if cfg.transcode != coder.cfg.transcode:
-                kind = "a transcoder" if cfg.transcode else "an SAE"
-                raise UsageError(f"--finetune {source}: {name} there is {kind}: see --transcode")
-            mine = shapes_of(coder.cfg, coder.d_in, coder.d_out)
-            theirs = shapes_of(cfg, d_in, d_out)
-            if mine != theirs:
-                raise UsageError(
-                    f"--finetune {source}: {name} has {theirs} there and {mine} here: set "
-                    f"--num_latents, --skip_connection and the model as there"
-                )
             coder.load_state_dict(tensors)
             coder.normalize_decoder_()
+
+
+def _weights_for(coder: SparseCoder, name: str, source: str) -> dict[str, Tensor]:
+    """Of the weights of a trained coder those that `coder` has here."""
+    if Path(source).is_dir():
+        folder = newest_coders(Path(source)) / name
+    else:
+        folder = coder_folder(source, name)
+    if not folder.is_dir():
+        raise UsageError(f"it has no {name}; give the folder that holds {name}")
+    with opened(folder) as (cfg, _, _, stored):
+        if cfg.transcode != coder.cfg.transcode:
+            kind = "a transcoder" if cfg.transcode else "an SAE"
+            raise UsageError(f"{name} there is {kind}: see --transcode")
+        mine = shapes_of(coder.cfg, coder.d_in, coder.d_out)
+        if mine != stored.shapes:
+            raise UsageError(
+                f"{name} has {stored.shapes} there and {mine} here: set --num_latents, "
+                f"--skip_connection and the model as there"
+            )
+        return stored.read_all(coder.piece)
 
 
 def costs(

@@ -6,7 +6,7 @@ CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, 
 A coder that several ranks hold is in pieces, as `pieces.py` says.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
-from .pieces import Part, Piece, Stored, file_name, is_first, write_index
+from .pieces import Piece, Stored, file_name, is_first, write_index
 
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 
@@ -64,16 +64,12 @@ def opened(folder: Path) -> Iterator[tuple[SparseCoderConfig, int, int, Stored]]
 
 
 def read(
-    folder: Path, *, decoder: bool = True, parts: Mapping[str, Part] | None = None
+    folder: Path, *, decoder: bool = True
 ) -> tuple[SparseCoderConfig, int, int, dict[str, Tensor]]:
-    """Config, d_in, d_out and tensors of one coder, which `opened` checks; W_dec with `decoder`.
-
-    Of the tensors named in `parts` only these.
-    """
+    """Config, d_in, d_out and tensors of one coder, which `opened` checks; W_dec with `decoder`."""
     with opened(folder) as (cfg, d_in, d_out, stored):
         wanted = [name for name in stored.shapes if decoder or name != "W_dec"]
-        found = {name: stored.read(name, (parts or {}).get(name)) for name in wanted}
-    return cfg, d_in, d_out, found
+        return cfg, d_in, d_out, {name: stored.read(name) for name in wanted}
 
 
 def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:

@@ -91,7 +91,9 @@ class ShardedMuon(torch.optim.Muon):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 1 - momentum)
                 update = p.grad.lerp(average, momentum) if group["nesterov"] else average
                 dim, cuts = self._layout[p]

@@ -16,7 +16,6 @@ from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, Usa
 from sae.coders.sharded import ShardedCoder
 from sae.formats import export
 from sae.formats.pieces import Part, Stored
-from sae.formats.sparsify import read
 
 KINDS = {
     "sae": SaeConfig(num_latents=23, k=3),
@@ -57,11 +56,12 @@ def test_pieces_open_as_one_coder(tmp_path: Path, kind: str, size: int) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
     parts = {"encoder.weight": Part(0, range(3, 19)), "encoder.bias": Part(0, range(22, 23))}
     parts |= {"W_dec": Part(0, range(2, 9)), "b_dec": Part(0, range(1, 2))}
-    found = read(tmp_path / "c", parts=parts)[3]
-    for name, (_, indices) in parts.items():
-        assert torch.equal(found[name], state[name][indices.start : indices.stop]), name
-    columns = read(tmp_path / "c", parts={"W_dec": Part(1, range(1, 4))})[3]["W_dec"]
-    assert torch.equal(columns, state["W_dec"][:, 1:4])
+    with Stored(tmp_path / "c", "sae") as stored:
+        for name, part in parts.items():
+            expected = state[name][part.indices.start : part.indices.stop]
+            assert torch.equal(stored.read(name, part), expected), name
+        columns = stored.read("W_dec", Part(1, range(1, 4)))
+        assert torch.equal(columns, state["W_dec"][:, 1:4])
 
 
 def test_no_number_is_written_twice(tmp_path: Path) -> None:

@@ -50,15 +50,18 @@ REPLICAS_AND_OWNERS = {
 WIDE = "--distribute_modules --ranks_per_coder"
 MIXED = "layers.0=0-1 layers.1=2 layers.1.mlp=1-2 layers.2=0"
 SHARED = {
-    "two share": f"--batch_size 6 {WIDE} 2 --save_best",
-    "two share, pieces": f"--batch_size 3 --grad_acc_steps 2 --micro_acc_steps 3 {WIDE} 2",
-    "three share": f"--batch_size 4 {WIDE} 3",
-    "some are shared": f"--batch_size 4 --distribute_modules --layer_to_rank {MIXED}",
-    "shared, two to three": f"--batch_size 4 {WIDE} 3 --resume",
-    "shared, then whole": "--batch_size 4 --distribute_modules --resume",
-    "whole, then shared": f"--batch_size 4 {WIDE} 3 --resume",
-    "four share": f"--batch_size 3 {WIDE} 4",
-    "two and two share": f"--batch_size 3 {WIDE} 2",
+    2: {
+        "two share": f"--batch_size 6 {WIDE} 2 --save_best",
+        "two share, pieces": f"--batch_size 3 --grad_acc_steps 2 --micro_acc_steps 3 {WIDE} 2",
+    },
+    3: {
+        "three share": f"--batch_size 4 {WIDE} 3",
+        "some are shared": f"--batch_size 4 --distribute_modules --layer_to_rank {MIXED}",
+        "shared, two to three": f"--batch_size 4 {WIDE} 3 --resume",
+        "shared, then whole": "--batch_size 4 --distribute_modules --resume",
+        "whole, then shared": f"--batch_size 4 {WIDE} 3 --resume",
+    },
+    4: {"four share": f"--batch_size 3 {WIDE} 4", "two and two share": f"--batch_size 3 {WIDE} 2"},
 }
 # Runs of other kinds, by one process and by so many that share each coder; groupmax has 4 groups.
 KINDS = {
@@ -182,12 +185,10 @@ def make(folder: Path) -> Runs:
     jobs = {name: f"--batch_size 12 {flags}" for name, flags in one.items()}
     made.launch(None, 1, jobs, {"kl one": causal})
 
-    shared: dict[int, dict[str, str]] = {2: {}, 3: {}, 4: {}}
+    shared = {world: dict(runs) for world, runs in SHARED.items()}
     for kind, (flags, world) in KINDS.items():
         shared[world][f"{kind} shared"] = f"--batch_size {12 // world} {WIDE} {world} {flags}"
     shared[2]["tuned shared"] = f"--batch_size 6 {WIDE} 2 {tuned}"
-    for name, flags in SHARED.items():
-        shared[12 // (int(flags.split()[1]) * (2 if "pieces" in name else 1))][name] = flags
 
     two = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("two ")}
     two |= shared[2]

@@ -204,6 +204,7 @@ class ShardedKernels(Kernels):
     def __init__(self, kernels: Kernels, group: Group, first_latent: int, num_latents: int) -> None:
         self.backend = kernels.backend
         self.group, self.first_latent, self.num_latents = group, first_latent, num_latents
+        self._known_dead: tuple[Tensor, Tensor] | None = None
 
     def encode(
         self,
@@ -234,10 +235,7 @@ class ShardedKernels(Kernels):
         k_dead: int,
     ) -> tuple[Latents, Latents]:
         """Twin of `functional.encode_with_dead`; `dead` is in ascending order."""
-        first = self.first_latent
-        ends = torch.tensor([first, first + len(W_enc)], device=dead.device)
-        start, stop = torch.searchsorted(dead, ends).tolist()
-        mine = dead[start:stop] - first
+        mine = self._dead_here(dead, len(W_enc))
         x, pre_bias = _copied(self.group, x, pre_bias)
         here = self._candidates(k, activation, W_enc)
         arguments = (x, W_enc, b_enc, here, activation, pre_bias, matmul_dtype)
@@ -248,6 +246,15 @@ class ShardedKernels(Kernels):
         else:
             found, of_dead = super().encode_with_dead(*arguments, mine, min(k_dead, len(mine)))
         return self._best(found, k), self._best(of_dead, k_dead)
+
+    def _dead_here(self, dead: Tensor, held: int) -> Tensor:
+        """Of the dead latents those held here, numbered from the first that is."""
+        # The host asks the device once per step, whose forwards share one tensor.
+        if self._known_dead is None or self._known_dead[0] is not dead:
+            ends = torch.tensor([0, held], device=dead.device) + self.first_latent
+            start, stop = torch.searchsorted(dead, ends).tolist()
+            self._known_dead = dead, dead[start:stop] - self.first_latent
+        return self._known_dead[1]
 
     def _candidates(self, k: int, activation: Activation, W_enc: Tensor) -> int:
         """How many of its latents a rank proposes; with groupmax the largest of each group."""

@@ -103,6 +103,22 @@ def test_shared_coders_compute_what_the_definition_says(kind: str, size: int) ->
                 torch.testing.assert_close(parameter.grad, theirs)
 
 
+def test_dead_latents_are_those_of_the_step() -> None:
+    """Other dead latents in the next step are found anew, on a rank that had none too."""
+    cfg = KINDS["topk"]
+    steps = [torch.tensor([1, 2]), torch.tensor([1, 30]), torch.arange(L)]
+    x, y = rows(cfg)
+    expected = [made(cfg).errors(x, y, dead).auxk_error for dead in steps]
+
+    def on_a_rank(group: ThreadGroup) -> list[Tensor]:
+        coder = made(cfg, group)
+        return [coder.errors(x, y, dead).auxk_error for dead in steps for _ in range(2)]
+
+    for found in on_ranks(4, on_a_rank):
+        torch.testing.assert_close(found[::2], expected)
+        torch.testing.assert_close(found[1::2], expected)
+
+
 def test_ties_go_to_the_smaller_number() -> None:
     """Of latents with the same activation, on whichever ranks, those with small numbers win."""
     cfg = SaeConfig(num_latents=12, k=5)

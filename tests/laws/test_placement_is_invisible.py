@@ -4,6 +4,7 @@ The law of the owner table and that of one recipe, which say why, have files of 
 """
 
 import json
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from training_runs import tensors_of
 
 
-@pytest.mark.parametrize("name", [*REPLICAS_AND_OWNERS, *SHARED])
+@pytest.mark.parametrize("name", [*REPLICAS_AND_OWNERS, *chain(*SHARED.values())])
 def test_every_placement_is_the_same_run(runs: Runs, name: str) -> None:
     """Curves, held-out figures and final weights equal those of one process."""
     runs.assert_same("one", name)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coders.sharded import ShardedCoder, share
+from ..coders.sharded import ShardedCoder
+from ..coders.sharded_kernels import share
 from ..coders.sparse_coder import SparseCoder
 from ..config import OptimizerName
 from ..flag_checks import UsageError

@@ -88,7 +88,7 @@ def train(
     `lm` and `dataset` (with `input_ids` or text, or a tensor of token blocks) replace the names in
     `cfg`; `activations` ({hookpoint: rows} items) both. Raises UsageError for what users can mend.
     """
-    training, machine, folder = cfg.training, cfg.machine, run_folder(cfg)
+    training, machine, data, folder = cfg.training, cfg.machine, cfg.data, run_folder(cfg)
 
     # The launch. Ranks that were not started alike, or do not know each other, end here.
     dtype = launch.working_dtype(machine.mixed_precision)
@@ -97,11 +97,11 @@ def train(
     if given is None:
         skeleton, hookpoints = find_hookpoints(cfg.model, lm, head)
     accelerator = Accelerator(**launch.arguments(folder, cfg.run.log_with, dtype, machine.timeout))
-    ranks = launch.connect(accelerator, machine.timeout)
+    ranks = launch.connect(accelerator, machine.timeout, machine.deterministic)
     kernels = Kernels(machine.kernels)
     kernels_description = kernels.describe(ranks.device)
-    sequences_per_step = training.batch_size * training.grad_acc_steps * ranks.world
-    flags = recorded_flags(cfg, given or lm, given or dataset, sequences_per_step)
+    per_step = training.batch_size * training.grad_acc_steps * ranks.world  # sequences
+    flags = recorded_flags(cfg, given or lm, given or dataset, per_step)
     resumes = open_run(folder, flags, cfg, ranks)
 
     # The frozen language model, no more of it than the hookpoints need; or rows made elsewhere.
@@ -112,29 +112,30 @@ def train(
         widths = measure_widths(lm, hookpoints, ranks.device)
         rule = RowRule(cfg.model.exclude_tokens, cfg.model.exclude_positions)
         capture = Capture(lm, hookpoints, rule, cfg.coder.transcode, machine.kernels != "torch")
-        capture = checked(capture, cfg.data.ctx_len)
+        capture = checked(capture, data.ctx_len)
         about_lm = token_limits(lm), lm.name_or_path
-        tokens_of_lm = partial(load_tokens, cfg.data, cfg.model, *about_lm, dataset)
+        tokens_of_lm = partial(load_tokens, data, cfg.model, *about_lm, dataset)
     else:
         capture, widths = given, given.widths
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
     seeds, cost = training.init_seeds, costs(widths, cfg.coder, training.init_seeds)
-    exchange = Exchange(ranks, cost, machine.distribute_modules, machine.layer_to_rank)
-    bank = CoderBank(exchange.trained_here(widths), cfg.coder, seeds, ranks.device, dtype, kernels)
+    by_hand = machine.layer_to_rank, machine.ranks_per_coder
+    exchange = Exchange(ranks, cost, machine.distribute_modules, *by_hand)
+    here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups)
+    with ranks.together():
+        bank = CoderBank(here, cfg.coder, seeds, ranks.device, *how)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     source = given or ranks.main_first(tokens_of_lm)
-    held_out, trained_on = split_blocks(
-        source, cfg.data.eval_tokens, cfg.data.max_examples, sequences_per_step
-    )
-    total_steps = len(trained_on) // sequences_per_step
+    held_out, trained_on = split_blocks(source, data.eval_tokens, data.max_examples, per_step)
+    total_steps = len(trained_on) // per_step
     if not resumes:
         check_warmup(training, total_steps)
-    order = source.order(trained_on, cfg.data.shuffle_seed)[: total_steps * sequences_per_step]
+    order = source.order(trained_on, data.shuffle_seed)[: total_steps * per_step]
 
     # Rows too long to be trained on, by those of the first step.
-    first_batches = partial(ranks.batches, source, order[:sequences_per_step], training.batch_size)
+    first_batches = partial(ranks.batches, source, order[:per_step], training.batch_size)
     capture = limit_norms(capture, cfg.model.exclude_norm, first_batches(), folder, resumes, ranks)
 
     # For each coder an optimizer and a record of what fires.
@@ -152,6 +153,7 @@ def train(
         first_step, seconds = checkpoint.restore(folder, source.fingerprint, state)
     elif training.finetune is not None:
         ranks.main_first(bank.load_pretrained, training.finetune)
+        bank.normalize_decoders_()
     else:
         bank.center_(*first_moments(capture, first_batches(), ranks))
     end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None
@@ -159,7 +161,7 @@ def train(
 
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
     log.start(len(held_out) * source.block_len, kernels_description)
-    remaining = order[first_step * sequences_per_step :]
+    remaining = order[first_step * per_step :]
     batches = ranks.batches(source, remaining, training.batch_size)
     signals.training_begins()
     for step in range(first_step, total_steps):
@@ -192,7 +194,7 @@ def train(
         # One denominator for all rows of the step; one update, which leaves decoders unit-norm.
         exchange.sum_replicas_(*sums.tensors(), *bank.gradients())
         rows = ranks.sum_counts(sums.rows)
-        metrics: Metrics = ranks.traffic()
+        metrics: Metrics = {}
         if end_to_end is not None:
             metrics[training.loss_fn] = sums.mean_lm_loss()
             end_to_end.combine_gradients_(sums)
@@ -211,8 +213,9 @@ def train(
                 metrics[f"l0/{name}"] = sums.fired[name].sum() / rows[bank.hookpoint[name]]
                 metrics[f"dead_share/{name}"] = firing[name].dead_share()
                 metrics[f"k/{name}"] = k[name]
+            metrics |= ranks.traffic()
         else:
-            sequences = order[step * sequences_per_step :][:sequences_per_step]
+            sequences = order[step * per_step :][:per_step]
             bad_steps.skip(bad, step + 1, sequences)
             metrics = {"skipped_steps": float(bad_steps.skipped)}
         log.step(step + 1, metrics, max(rows.values()), state)

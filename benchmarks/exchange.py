@@ -7,6 +7,11 @@ project's two modes. `all-gather` is the scheme of Sparsify's --distribute_modul
 outputs of every hookpoint go to all ranks, one hookpoint after another, and its owner trains before
 the next one is sent. A step is everything but the LM. `--paper` prints what the same counting says
 of Llama-3-70B, from bandwidths that are stated and with nothing measured.
+
+    python benchmarks/exchange.py --modes owners shared --out benchmarks/results/sharing.json
+
+`shared`: all ranks hold each coder together. What they send is computed on paper too, for a decoder
+that is cut by columns, as here, and by latents, and for 16 million latents on 64 GPUs.
 """
 
 import argparse
@@ -39,6 +44,7 @@ from sae.training.optim import CoderOptimizer
 
 SHAPE = {"hookpoints": 8, "D": 256, "L": 4096, "k": 32, "rows": 4096}
 MODES = ("replicas", "owners", "all-gather")
+SHARED = "shared"
 
 
 def train_step(mode: str, exchange: Exchange, bank: CoderBank, rules: Any, pairs: Pairs) -> None:
@@ -73,7 +79,7 @@ def train_step(mode: str, exchange: Exchange, bank: CoderBank, rules: Any, pairs
         rules[name].step(0, 1000, 0)
 
 
-def worker(repeats: int) -> dict[str, dict[str, float]]:
+def worker(modes: list[str], repeats: int) -> dict[str, dict[str, float]]:
     """Every mode, in turns, on the ranks of this launch."""
     torch.set_num_threads(1)
     if int(os.environ["WORLD_SIZE"]) > 1:
@@ -87,15 +93,17 @@ def worker(repeats: int) -> dict[str, dict[str, float]]:
     pairs = {
         name: (torch.randn(rows, w.d_in), torch.randn(rows, w.d_out)) for name, w in widths.items()
     }
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     received: dict[str, float] = {}
     parts = {}
-    for mode in MODES:
-        exchange = Exchange(ranks, costs(widths, cfg, (0,)), mode != "replicas")
-        bank = CoderBank(exchange.trained_here(widths), cfg, (0,), "cpu")
+    for mode in modes:
+        each = ranks.world if mode == SHARED else 1
+        exchange = Exchange(ranks, costs(widths, cfg, (0,)), mode != "replicas", (), each)
+        here, groups = exchange.trained_here(widths), exchange.groups
+        bank = CoderBank(here, cfg, (0,), "cpu", groups=groups)
         parts[mode] = (exchange, bank, {n: CoderOptimizer(c, "signum") for n, c in bank.items()})
     for _ in range(repeats + 1):
-        for mode in MODES:
+        for mode in modes:
             if ranks.world > 1:
                 dist.barrier()
             ranks.clear_traffic()
@@ -107,7 +115,7 @@ def worker(repeats: int) -> dict[str, dict[str, float]]:
             received[mode] = ranks.traffic().get(f"bytes_received/rank{ranks.rank}", 0.0)
     return {
         mode: {"step_ms": 1e3 * statistics.median(seconds[mode][1:]), "received": received[mode]}
-        for mode in MODES
+        for mode in modes
     }
 
 
@@ -160,6 +168,69 @@ def paper(gpus: int, hookpoints: int) -> dict[str, Any]:
     }
 
 
+def sharing(d: int, latents: int, k: int, gpus: int, rows: int) -> dict[str, Any]:
+    """Bytes that a rank receives in a step for one SAE that all ranks share, where sums are rings.
+
+    A row travels in bfloat16, a candidate in 8 bytes, all else in float32. Norms: the decoder's
+    rows times their gradients, and times themselves.
+    """
+    ring, others = 2 * (gpus - 1) / gpus, (gpus - 1) / gpus
+    candidates = ring * k * 8
+    return {
+        **{"D": d, "L": latents, "k": k, "gpus": gpus, "rows": rows},
+        "bytes_a_row": {
+            "the row itself": others * d * 2,
+            "decoder by columns": candidates + ring * k * 4,
+            "decoder by latents": candidates + ring * d * 4,
+        },
+        "bytes_a_step": {"norms, by columns": ring * 2 * latents * 4},
+    }
+
+
+def wide_paper() -> dict[str, Any]:
+    """16 million latents on 64 GPUs: memory, bytes and seconds of a step without the LM."""
+    found = sharing(4096, 2**24, 256, 64, 131_072)
+    d, latents, k, gpus, rows = (found[n] for n in ("D", "L", "k", "gpus", "rows"))
+    gigabyte = {
+        "weights, gradients, momentum": 3 * 2 * latents * d * 4 / gpus,
+        "counts of what fires": 4 * latents * 8,
+        "rows received, joined, in float32": rows * d * (2 + 2 + 4),
+        "candidates": 5 * rows * k * 8,
+        "output, error and gradient": 3 * rows * d * 4 / gpus,
+    }
+    columns = found["bytes_a_row"]["decoder by columns"]
+    moved = rows * found["bytes_a_row"]["the row itself"], rows * columns
+    seconds = {
+        "rows": moved[0] / ASSUMED["network"],
+        "candidates, gradients of activations": moved[1] / ASSUMED["network"],
+        "norms": found["bytes_a_step"]["norms, by columns"] / ASSUMED["network"],
+        "coder": ASSUMED["step_over_product"] * 2 * rows * d * latents / gpus / ASSUMED["flops"],
+    }
+    return {
+        **found,
+        "GB_per_gpu": {name: n / 1e9 for name, n in gigabyte.items()},
+        "GB_per_gpu_total": sum(gigabyte.values()) / 1e9,
+        "GB_of_the_whole_coder": 3 * 2 * latents * d * 4 / 1e9,
+        "seconds": seconds,
+        "seconds_per_step": sum(seconds.values()),
+    }
+
+
+def show_sharing(case: dict[str, Any]) -> None:
+    shape = {name: case[name] for name in ("D", "L", "k", "gpus", "rows")}
+    print("\none SAE on all ranks, on paper:", shape)
+    for unit in ("bytes_a_row", "bytes_a_step"):
+        for name, moved in case[unit].items():
+            print(f"  {name:36} {moved:15,.0f} {unit.replace('_', ' ')}")
+    for name, gigabytes in case.get("GB_per_gpu", {}).items():
+        print(f"  {name:36} {gigabytes:15.2f} GB on a GPU")
+    for name, seconds in case.get("seconds", {}).items():
+        print(f"  {name:36} {seconds:15.3f} s")
+    if "seconds" in case:
+        print(f"  {'together':36} {case['GB_per_gpu_total']:15.2f} GB on a GPU")
+        print(f"  {'step':36} {case['seconds_per_step']:15.3f} s")
+
+
 def show_paper(case: dict[str, Any]) -> None:
     print(f"\nLlama-3-70B on {case['gpus']} GPUs, {case['hookpoints']} hookpoints, on paper")
     for name, gigabytes in case["GB_per_gpu"].items():
@@ -177,12 +248,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--modes", nargs="+", default=[*MODES], choices=[*MODES, SHARED])
     parser.add_argument("--paper", action="store_true", help="no measurement")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.worker:
-        found = worker(args.repeats)
+        found = worker(args.modes, args.repeats)
         (args.worker / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
     result: dict[str, Any] = {"machine": machine("cpu"), "shape": SHAPE, "assumed": ASSUMED}
@@ -190,20 +262,26 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             launch += ["--nproc_per_node", str(world), __file__, "--worker", folder]
-            subprocess.run([*launch, "--repeats", str(args.repeats)], check=True)
+            launch += ["--repeats", str(args.repeats), "--modes", *args.modes]
+            subprocess.run(launch, check=True)
             found = [json.loads(f.read_text()) for f in sorted(Path(folder).iterdir())]
         if world == args.ranks[0]:
             print(f"{SHAPE} on {result['machine']}")
             print(f"{'ranks':>5} {'mode':10} {'MB received by a rank':>22} {'step ms':>9}")
         result[f"ranks_{world}"] = {}
-        for mode in MODES:
+        for mode in args.modes:
             received = max(rank[mode]["received"] for rank in found)
             step = max(rank[mode]["step_ms"] for rank in found)
             result[f"ranks_{world}"][mode] = {"received_bytes": received, "step_ms": step}
             print(f"{world:5} {mode:10} {received / 1e6:22.2f} {step:9.1f}")
-    result["paper"] = [paper(8, 8), paper(64, 80)]
-    for case in result["paper"]:
-        show_paper(case)
+    if SHARED in args.modes:
+        result["paper"] = [sharing(4096, 2**20, 64, 8, 16_384), wide_paper()]
+        for case in result["paper"]:
+            show_sharing(case)
+    else:
+        result["paper"] = [paper(8, 8), paper(64, 80)]
+        for case in result["paper"]:
+            show_paper(case)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -12,16 +12,18 @@ from .placement.entry import run_as_script
 
 
 class Command(NamedTuple):
-    """A module of `judge` with a config and a `main`; imported when it is asked for."""
+    """A module with a config and a `main`; imported when it is asked for."""
 
     config: str
     about: str
+    room: str = "judge"
 
 
 COMMANDS = {
     "evaluate": Command("EvaluateConfig", "figures of trained coders on held-out text"),
     "features": Command("FeaturesConfig", "a page of what the latents stand for"),
     "compare": Command("CompareConfig", "runs side by side"),
+    "export": Command("ExportConfig", "coders in files for other programs", "formats"),
 }
 
 
@@ -46,7 +48,7 @@ def main() -> None:
                 + (f", did you mean {near[0]}?" if near else "")
                 + f" There are {', '.join(COMMANDS)}"
             )
-        module = import_module(f".judge.{name}", __package__)
+        module = import_module(f".{COMMANDS[name].room}.{name}", __package__)
         config = getattr(module, COMMANDS[name].config)
         cfg = tyro.cli(
             config,

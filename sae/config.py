@@ -285,12 +285,16 @@ class MachineConfig:
     """bf16 runs the LM and the encoder product in bfloat16; auto: on GPUs that have it."""
     kernels: Annotated[KernelChoice, MAY_CHANGE] = "auto"
     """native: C or, on CUDA, Triton; auto: if it can be had; int8: C, searching latents in int8."""
+    deterministic: Annotated[bool, MAY_CHANGE] = False
+    """The LM too repeats bit for bit on a GPU, with slower operators; coders always do."""
     compile: Annotated[bool, MAY_CHANGE] = False
     """Compile the LM's blocks by torch.compile, except those with hookpoints inside."""
     distribute_modules: Annotated[bool, MAY_CHANGE] = False
     """Keep each coder on one rank only, and send that rank the rows of all ranks."""
     layer_to_rank: Annotated[tuple[str, ...], MAY_CHANGE] = ()
-    """Owners by hand, "layers.0=0 layers.1=1" or a .json file; default: by cost."""
+    """Owners by hand, "layers.0=0 layers.1=1-3" or a .json file; default: by cost."""
+    ranks_per_coder: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
+    """Ranks that share each coder, for coders too large for one."""
     timeout: Annotated[float, MAY_CHANGE] = 10.0
     """Minutes that a rank waits for another before the run ends."""
 
@@ -298,6 +302,8 @@ class MachineConfig:
         check_values(self)
         if self.layer_to_rank and not self.distribute_modules:
             refuse(self, "layer_to_rank", "says where coders live: add --distribute_modules")
+        if self.ranks_per_coder > 1 and not self.distribute_modules:
+            refuse(self, "ranks_per_coder", "says where coders live: add --distribute_modules")
         if not 0 < self.timeout < 1e6:
             refuse(self, "timeout", "must be a number of minutes above 0")
 

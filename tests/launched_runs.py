@@ -45,9 +45,35 @@ REPLICAS_AND_OWNERS = {
     "four replicas": "--batch_size 3",
     "four owners": "--batch_size 3 --distribute_modules",
 }
+# Coders that several ranks share, of 128 latents and 32 columns, which three ranks cannot share
+# evenly; and beside such coders others that one rank has whole.
+WIDE = "--distribute_modules --ranks_per_coder"
+MIXED = "layers.0=0-1 layers.1=2 layers.1.mlp=1-2 layers.2=0"
+SHARED = {
+    2: {
+        "two share": f"--batch_size 6 {WIDE} 2 --save_best",
+        "two share, pieces": f"--batch_size 3 --grad_acc_steps 2 --micro_acc_steps 3 {WIDE} 2",
+    },
+    3: {
+        "three share": f"--batch_size 4 {WIDE} 3",
+        "some are shared": f"--batch_size 4 --distribute_modules --layer_to_rank {MIXED}",
+        "shared, two to three": f"--batch_size 4 {WIDE} 3 --resume",
+        "shared, then whole": "--batch_size 4 --distribute_modules --resume",
+        "whole, then shared": f"--batch_size 4 {WIDE} 3 --resume",
+    },
+    4: {"four share": f"--batch_size 3 {WIDE} 4", "two and two share": f"--batch_size 3 {WIDE} 2"},
+}
+# Runs of other kinds, by one process and by so many that share each coder; groupmax has 4 groups.
+KINDS = {
+    "groupmax": ("--activation groupmax", 3),
+    "decay": ("--k_decay_steps 8", 4),
+    "muon": ("--optimizer muon", 4),
+    "signum": ("--optimizer signum", 3),
+}
 SHARDED = {
     "sharded replicas": "--batch_size 6",
     "sharded owners": "--batch_size 6 --distribute_modules",
+    "sharded and shared": f"--batch_size 6 {WIDE} 2",
 }
 # A fresh transcoder predicts the mean of the first step, where the gradient of b_dec is rounding,
 # which Adam divides by its own size. Replicas, which round otherwise, start from trained ones.
@@ -155,10 +181,17 @@ def make(folder: Path) -> Runs:
 
     tuned = f"{CODED} --finetune {folder}/runs/coded-one"
     one = {"one": "", "coded-one": CODED, "tuned one": tuned, "kl one": KL}
+    one |= {f"{kind} one": flags for kind, (flags, _) in KINDS.items()}
     jobs = {name: f"--batch_size 12 {flags}" for name, flags in one.items()}
     made.launch(None, 1, jobs, {"kl one": causal})
 
+    shared = {world: dict(runs) for world, runs in SHARED.items()}
+    for kind, (flags, world) in KINDS.items():
+        shared[world][f"{kind} shared"] = f"--batch_size {12 // world} {WIDE} {world} {flags}"
+    shared[2]["tuned shared"] = f"--batch_size 6 {WIDE} 2 {tuned}"
+
     two = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("two ")}
+    two |= shared[2]
     two["coded owners"] = f"--batch_size 6 {CODED} --distribute_modules"
     two["tuned replicas"] = f"--batch_size 6 {tuned}"
     two["kl replicas"] = f"--batch_size 3 --grad_acc_steps 2 {KL}"
@@ -175,11 +208,21 @@ def make(folder: Path) -> Runs:
     made.cut("two owners", "other total")
     names = ("three owners", "replicas, two to three", "owners, two to three")
     three = {name: REPLICAS_AND_OWNERS[name] for name in names}
-    made.launch(None, 3, {**three, "other total": "--batch_size 6 --resume"}, {})
+    made.cut("two share", "shared, two to three")
+    made.cut("two share", "shared, then whole")
+    made.cut("two owners", "whole, then shared")
+    shutil.copytree(folder / "runs" / "two share", folder / "runs" / "pieces")
+    from_pieces = f"--batch_size 4 --distribute_modules --finetune {folder}/runs/pieces"
+    three |= {"other total": "--batch_size 6 --resume", **shared[3], "from pieces": from_pieces}
+    three["from pieces, shared"] = f"{from_pieces} --ranks_per_coder 3"
+    made.launch(None, 3, three, {})
 
     four = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("four ")}
     four["idle"] = "--batch_size 3 --distribute_modules --layer_to_rank layers.0=3 layers.1=3"
-    made.launch(None, 4, four, {})
+    four["sparse"] = f"--batch_size 3 {WIDE} 4 --auxk_alpha 0 --no-multi_topk"
+    four["too few groups"] = "--batch_size 3 --distribute_modules --activation groupmax --k 2 "
+    four["too few groups"] += "--layer_to_rank layers.0=0-2"
+    made.launch(None, 4, {**four, **shared[4]}, {})
 
     one_step = "--batch_size 6 --max_examples 12 --eval_tokens 16 --hookpoints layers.4 "
     one_step += "--mixed_precision"

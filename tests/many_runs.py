@@ -109,10 +109,13 @@ def watch(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             held["coders"] = list(self.hookpoint)
+            held["shapes"] = {
+                n: {k: list(p.shape) for k, p in c.named_parameters()} for n, c in self.items()
+            }
 
     patch.setattr(train_sae, "Capture", Capture)
     patch.setattr(train_sae, "CoderBank", Bank)
-    load_lm, save, load = train_sae.load_lm, SparseCoder.save_to_disk, checkpoint.load_file
+    load_lm, save, load = train_sae.load_lm, SparseCoder.save_to_disk, checkpoint.read_state
 
     def watched_load_lm(*args: Any) -> Any:
         with watched_memory(held):
@@ -122,13 +125,13 @@ def watch(patch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
         held["saved"].append(path.name)
         save(coder, path)
 
-    def watched_load(path: Path) -> Any:
-        held["restored"].append(path.parent.name)
-        return load(path)
+    def watched_load(folder: Path, piece: Any) -> Any:
+        held["restored"].append(folder.name)
+        return load(folder, piece)
 
     patch.setattr(train_sae, "load_lm", watched_load_lm)
     patch.setattr(SparseCoder, "save_to_disk", watched_save)
-    patch.setattr(checkpoint, "load_file", watched_load)
+    patch.setattr(checkpoint, "read_state", watched_load)
     if sharded():
         watch_engine(patch, held, orders)
 

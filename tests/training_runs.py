@@ -1,5 +1,6 @@
 """Runs of the real script's `train`, and what they leave, for the tests."""
 
+import json
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -67,8 +68,22 @@ def weights(summary: dict[str, Any], file: str = "sae.safetensors") -> dict[str,
     """Every tensor of one file of every coder of a run."""
     found = {}
     for name, figures in summary["hookpoints"].items():
-        for key, tensor in load_file(Path(figures["path"]) / file).items():
+        for key, tensor in tensors_of(Path(figures["path"]), file).items():
             found[f"{name}/{key}"] = tensor
+    return found
+
+
+def tensors_of(folder: Path, file: str) -> dict[str, Tensor]:
+    """The tensors of a file, put together where an index says that they are in pieces."""
+    if (folder / file).exists():
+        return load_file(folder / file)
+    index = json.loads((folder / f"{file}.index.json").read_text())
+    names = sorted({name for files in index["weight_map"].values() for name in files})
+    opened = {name: load_file(folder / name) for name in names}
+    dims, found = index["metadata"]["dims"], {}
+    for key, files in index["weight_map"].items():
+        pieces = [opened[name][key] for name in files]
+        found[key] = torch.cat(pieces, dims[key]) if key in dims else pieces[0]
     return found
 
 

@@ -1,7 +1,8 @@
 """All coders of a run: one per hookpoint and seed."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 
 from ..config import SparseCoderConfig, Widths
 from ..flag_checks import UsageError
-from ..formats.sparsify import newest_coders
+from ..formats.hub import coder_folder
+from ..formats.sparsify import newest_coders, opened, shapes_of
 from ..kernels.twins import Kernels
 from .functional import Moments
+from .sharded import Group, ShardedCoder
 from .sparse_coder import SparseCoder
 
 
@@ -29,10 +32,12 @@ class CoderBank(nn.Module):
         device: str | torch.device,
         matmul_dtype: torch.dtype = torch.float32,
         kernels: Kernels | None = None,
+        groups: Mapping[str, Group] | None = None,
     ) -> None:
         """Coders at the hookpoints of `widths`.
 
-        `matmul_dtype`: the encoders' products, forward and backward; weights are float32.
+        `matmul_dtype`: the encoders' products, forward and backward; weights are float32. Of the
+        coders at the hookpoints in `groups` only what this rank of the group holds.
         """
         super().__init__()
         self.transcode = cfg.transcode
@@ -41,13 +46,14 @@ class CoderBank(nn.Module):
         self.hookpoint: dict[str, str] = {}
         self._coders = nn.ModuleDict()
         for hookpoint, width in widths.items():
-            d_in = _d_in(width, cfg)
+            d_in, group = _d_in(width, cfg), (groups or {}).get(hookpoint)
+            make = SparseCoder if group is None else partial(ShardedCoder, group)
             for seed in seeds:
                 name = hookpoint if len(seeds) == 1 else f"{hookpoint}.seed{seed}"
                 # Every hookpoint and seed draws its own weights, whatever else is in the run. Of a
                 # seed torch's generator reads 32 bits.
                 own = zlib.crc32(f"{hookpoint} {seed}".encode())
-                coder = SparseCoder(
+                coder = make(
                     d_in,
                     cfg,
                     device,
@@ -56,7 +62,8 @@ class CoderBank(nn.Module):
                     generator=torch.Generator().manual_seed(own),
                 )
                 coder.matmul_dtype = matmul_dtype
-                coder.kernels = kernels or coder.kernels
+                if kernels is not None:
+                    coder.use(kernels)
                 self.hookpoint[name] = hookpoint
                 self._coders[_key(name)] = coder
 
@@ -108,29 +115,38 @@ class CoderBank(nn.Module):
 
         Raises UsageError where a hookpoint is missing there or a shape or kind differs.
         """
-        local = Path(source).is_dir()
         for name, coder in self.items():
             try:
-                if local and not (newest_coders(Path(source)) / name).is_dir():
-                    raise UsageError(f"it has no {name}; give the folder that holds {name}")
-                if local:
-                    other = SparseCoder.load_from_disk(newest_coders(Path(source)) / name)
-                else:
-                    other = SparseCoder.load_from_hub(source, name)
+                tensors = _weights_for(coder, name, source)
             except UsageError as error:
                 raise UsageError(f"--finetune {source}: {error}") from None
-            if other.cfg.transcode != coder.cfg.transcode:
-                kind = "a transcoder" if other.cfg.transcode else "an SAE"
-                raise UsageError(f"--finetune {source}: {name} there is {kind}: see --transcode")
-            mine = {n: tuple(p.shape) for n, p in coder.named_parameters()}
-            theirs = {n: tuple(p.shape) for n, p in other.named_parameters()}
-            if mine != theirs:
-                raise UsageError(
-                    f"--finetune {source}: {name} has {theirs} there and {mine} here: set "
-                    f"--num_latents, --skip_connection and the model as there"
-                )
-            coder.load_state_dict(other.state_dict())
+            coder.load_state_dict(tensors)
+
+    def normalize_decoders_(self) -> None:
+        """Scale every row of every decoder to unit norm, where decoders are so."""
+        for _, coder in self.items():
             coder.normalize_decoder_()
+
+
+def _weights_for(coder: SparseCoder, name: str, source: str) -> dict[str, Tensor]:
+    """Of the weights of a trained coder those that `coder` has here."""
+    if Path(source).is_dir():
+        folder = newest_coders(Path(source)) / name
+    else:
+        folder = coder_folder(source, name)
+    if not folder.is_dir():
+        raise UsageError(f"it has no {name}; give the folder that holds {name}")
+    with opened(folder) as (cfg, _, _, stored):
+        if cfg.transcode != coder.cfg.transcode:
+            kind = "a transcoder" if cfg.transcode else "an SAE"
+            raise UsageError(f"{name} there is {kind}: see --transcode")
+        mine = shapes_of(coder.cfg, coder.d_in, coder.d_out)
+        if mine != stored.shapes:
+            raise UsageError(
+                f"{name} has {stored.shapes} there and {mine} here: set --num_latents, "
+                f"--skip_connection and the model as there"
+            )
+        return stored.read_all(coder.piece)
 
 
 def costs(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
 from ..formats import hub, sparsify
+from ..formats.pieces import Piece
 from ..kernels.twins import Kernels, Latents
 from . import functional
 
@@ -75,6 +76,9 @@ class SparseCoder(nn.Module):
     kernels: Kernels = Kernels()
     """What computes: the kernels of the run, or `functional`, the specification."""
 
+    piece: Piece | None = None
+    """What is here of a coder that several ranks hold; None: all."""
+
     def __init__(
         self,
         d_in: int,
@@ -101,9 +105,8 @@ class SparseCoder(nn.Module):
         self.matmul_dtype: torch.dtype | None = None
 
         host = "meta" if torch.device(device).type == "meta" else "cpu"
-        bound = 1 / math.sqrt(d_in)
         weight = torch.empty(self.num_latents, d_in, device=host, dtype=dtype)
-        weight.uniform_(-bound, bound, generator=generator)
+        weight = self.draw(weight, generator)
         self.encoder = nn.Linear(d_in, self.num_latents, device="meta", dtype=dtype)
         self.encoder.weight = nn.Parameter(weight.to(device))
         self.encoder.bias = nn.Parameter(torch.zeros(self.num_latents, device=device, dtype=dtype))
@@ -120,6 +123,12 @@ class SparseCoder(nn.Module):
             self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, device=device, dtype=dtype))
         self.normalize_decoder_()
 
+    @staticmethod
+    def draw(weight: Float[Tensor, "L D"], generator: torch.Generator | None) -> Tensor:
+        """Rows of the encoder as it starts, uniform in +- 1 / sqrt(D), in place."""
+        bound = 1 / math.sqrt(weight.shape[1])
+        return weight.uniform_(-bound, bound, generator=generator)
+
     @property
     def device(self) -> torch.device:
         return self.encoder.weight.device
@@ -127,6 +136,10 @@ class SparseCoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.encoder.weight.dtype
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute by these kernels."""
+        self.kernels = kernels
 
     def encode(self, x: Float[Tensor, "*rows D"], k: int | None = None) -> EncoderOutput:
         """The `k` (default: the config's) active latents of every row of `x`."""
@@ -219,9 +232,7 @@ class SparseCoder(nn.Module):
         wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
         wide, dead_latents = self._encode_rows(rows, wide_k, dead)
         latents = self._narrow(rows, wide, k) if self.cfg.multi_topk else wide
-        offset = self.b_dec
-        if self.W_skip is not None:
-            offset = self.kernels.linear(rows, self.W_skip, self.matmul_dtype) + self.b_dec
+        offset = self._offset(rows)
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
         arguments = (self.W_dec, offset, y_rows)
         sae_out, squared_error, dead_error = self.kernels.reconstruct(
@@ -235,6 +246,12 @@ class SparseCoder(nn.Module):
         return CoderErrors(
             sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error
         )
+
+    def _offset(self, rows: Tensor) -> Tensor:
+        """What is added to the latents' sum."""
+        if self.W_skip is None:
+            return self.b_dec
+        return self.kernels.linear(rows, self.W_skip, self.matmul_dtype) + self.b_dec
 
     def _narrow(self, rows: Tensor, wide: Latents, k: int) -> Latents:
         """The k active latents among the 4k, without a second product where topk allows it."""
@@ -257,9 +274,24 @@ class SparseCoder(nn.Module):
             return
         self.kernels.normalize_rows_(self.W_dec)
 
+    def whole(self, sae_out: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """What `errors` returned as `sae_out`, with all columns."""
+        return sae_out
+
+    @torch.no_grad()
+    def decoder_norms(self) -> Float[Tensor, " L"]:
+        """||W_dec_l|| of every latent."""
+        assert self.W_dec is not None, "a coder in training has a decoder"
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
+
+    def total(self, by_parameter: dict[str, Tensor]) -> Tensor:
+        """The sum of numbers that are each of one parameter."""
+        return sum(by_parameter.values(), self.b_dec.new_zeros(()))
+
     def save_to_disk(self, path: Path | str) -> None:
-        """Write `cfg.json` and `sae.safetensors` into the folder `path`."""
-        sparsify.write(Path(path), self.cfg, self.d_in, self.d_out, self.state_dict())
+        """Write `cfg.json` and `sae.safetensors` into the folder `path`, or what is here of it."""
+        tensors = self.state_dict()
+        sparsify.write(Path(path), self.cfg, self.d_in, self.d_out, tensors, self.piece)
 
     @staticmethod
     def load_from_disk(

@@ -2,63 +2,78 @@
 
 CODERS/<name>/cfg.json          what the coder is
 CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, if any, W_skip
+
+A coder that several ranks hold is in pieces, as `pieces.py` says.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 from natsort import natsorted
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
+from .pieces import Piece, Stored, file_name, is_first, write_index
 
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
 def write(
-    folder: Path, cfg: SparseCoderConfig, d_in: int, d_out: int, tensors: dict[str, Tensor]
+    folder: Path,
+    cfg: SparseCoderConfig,
+    d_in: int,
+    d_out: int,
+    tensors: dict[str, Tensor],
+    piece: Piece | None = None,
 ) -> None:
-    """Write one coder's two files."""
+    """Write one coder's two files, or the files of the rank that holds this `piece` of it."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(plain, folder / "sae.safetensors")
-    cfg.to_json(folder / "cfg.json", d_in, d_out)
+    save_file(piece.cut(plain) if piece else plain, folder / file_name("sae", piece))
+    if is_first(piece):
+        cfg.to_json(folder / "cfg.json", d_in, d_out)
+    if piece is not None:
+        write_index(folder, "sae", plain, piece)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[tuple[SparseCoderConfig, int, int, Stored]]:
+    """Config, d_in, d_out and the tensors of one coder, which fit each other.
+
+    Raises UsageError for a folder that is not a coder's, a damaged file, or shapes that do not fit
+    `cfg.json`; no tensor is read before the shapes are known to fit.
+    """
+    cfg, rest = SparseCoderConfig.from_json(folder / "cfg.json")
+    d_in = rest["d_in"]
+    with Stored(folder, "sae") as stored:
+        file, shapes = stored.path, stored.shapes
+        if strange := stored.types - _DTYPES:
+            raise UsageError(f"{file} holds {', '.join(strange)}, not floating point")
+        d_out = (*shapes.get("b_dec", ()), d_in)[0]
+        expected = shapes_of(cfg, d_in, d_out)
+        if shapes != expected:
+            raise UsageError(
+                f"{file} holds {shapes}, but {folder / 'cfg.json'} describes {expected}: "
+                f"it is not a sparse coder of this kind, or one of the two was changed"
+            )
+        yield cfg, d_in, d_out, stored
 
 
 def read(
     folder: Path, *, decoder: bool = True
 ) -> tuple[SparseCoderConfig, int, int, dict[str, Tensor]]:
-    """Config, d_in, d_out and tensors of one coder; W_dec only with `decoder`.
-
-    Raises UsageError for a folder that is not a coder's, a damaged file, or shapes that do not
-    fit `cfg.json`; no tensor is read before the shapes are known to fit.
-    """
-    cfg, rest = SparseCoderConfig.from_json(folder / "cfg.json")
-    d_in = rest["d_in"]
-    file = folder / "sae.safetensors"
-    try:
-        with safe_open(file, framework="pt", device="cpu") as stored:
-            slices = {name: stored.get_slice(name) for name in list(stored.keys())}
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            if strange := {s.get_dtype() for s in slices.values()} - _DTYPES:
-                raise UsageError(f"{file} holds {', '.join(strange)}, not floating point")
-            d_out = (*shapes.get("b_dec", ()), d_in)[0]
-            expected = _shapes(cfg, d_in, d_out)
-            if shapes != expected:
-                raise UsageError(
-                    f"{file} holds {shapes}, but {folder / 'cfg.json'} describes {expected}: "
-                    f"it is not a sparse coder of this kind, or one of the two was changed"
-                )
-            wanted = [name for name in shapes if decoder or name != "W_dec"]
-            return cfg, d_in, d_out, {name: stored.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} cannot be read ({error}): the file is damaged") from None
+    """Config, d_in, d_out and tensors of one coder, which `opened` checks; W_dec with `decoder`."""
+    with opened(folder) as (cfg, d_in, d_out, stored):
+        wanted = [name for name in stored.shapes if decoder or name != "W_dec"]
+        return cfg, d_in, d_out, {name: stored.read(name) for name in wanted}
 
 
-def _shapes(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a coder."""
     latents = cfg.latents(d_in)
     shapes: dict[str, tuple[int, ...]] = {
         "encoder.weight": (latents, d_in),

@@ -113,7 +113,8 @@ def held_out_figures(
                     # A folder may hold SAEs beside transcoders.
                     errors = coder.errors(x if coder.cfg.transcode else y, y)
                     active = errors.top_acts > 0
-                    cosine = F.cosine_similarity(errors.sae_out, y.float(), dim=1).sum()
+                    sae_out = coder.whole(errors.sae_out)
+                    cosine = F.cosine_similarity(sae_out, y.float(), dim=1).sum()
                     sums[name] += torch.stack([errors.squared_error, cosine, active.sum()])
                     fired[name].index_add_(0, errors.top_indices[active], active[active].double())
         totals = [t for seen in moments.values() for t in seen]

@@ -14,7 +14,8 @@ _LATENTS_PER_ENTRY = {torch.float32: 40, torch.bfloat16: 500, torch.float16: 500
 
 def pays(backend: Backend, inputs: Tensor, k: int, latents: int) -> bool:
     """Whether k of so many latents per row are better summed by dense products than by entries."""
-    if not backend.in_triton(inputs.device) or len(inputs) * latents > DENSE_WEIGHTS:
+    possible = backend.dense and backend.in_triton(inputs.device)
+    if not possible or len(inputs) * latents > DENSE_WEIGHTS:
         return False
     return latents <= _LATENTS_PER_ENTRY.get(inputs.dtype, 0) * k
 

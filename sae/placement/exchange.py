@@ -1,4 +1,4 @@
-"""Which rank owns which hookpoint, and the rows that travel to their owners."""
+"""Which ranks own which hookpoint, and the rows that travel to their owners."""
 
 import zlib
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..lm.capture import Pairs, count_rows
-from .owners import plan_owners, read_owners
+from .groups import connect_groups
+from .owners import plan_owners, read_owners, shown
 from .ranks import Ranks
 
 T = TypeVar("T")
@@ -19,19 +20,31 @@ T = TypeVar("T")
 class Exchange:
     """The owner table of a run, and what it means for rows and for sums.
 
-    Distributed modules: a coder lives on the rank that owns its hookpoint, which gets the rows of
-    all ranks. Otherwise every rank trains a replica of every coder on its own rows, sums are taken
-    over ranks, and the owner is the one that writes the coder to disk.
+    Distributed modules: a coder lives on the rank that owns its hookpoint, or in parts on several,
+    and each of these gets the rows of all ranks. Otherwise every rank trains a replica of every
+    coder on its own rows, sums are taken over ranks, and the owner is the one that writes the coder
+    to disk.
     """
 
     def __init__(
-        self, ranks: Ranks, costs: dict[str, int], distributed: bool, fixed: tuple[str, ...] = ()
+        self,
+        ranks: Ranks,
+        costs: dict[str, int],
+        distributed: bool,
+        fixed: tuple[str, ...] = (),
+        ranks_per_coder: int = 1,
     ) -> None:
         """`costs` of the hookpoints, and those placed by hand, as `read_owners` reads them."""
-        owner = plan_owners(costs, ranks.world, read_owners(fixed))
-        ranks.same({f"--layer_to_rank of {name}": rank for name, rank in owner.items()})
+        owner = plan_owners(costs, ranks.world, read_owners(fixed), ranks_per_coder)
+        ranks.same({f"--layer_to_rank of {name}": shown(them) for name, them in owner.items()})
         self.ranks, self.owner = ranks, owner
         self.distributed = distributed and ranks.world > 1
+        self.groups = connect_groups(owner, ranks)
+        """By hookpoint the ranks that hold its coders together, of those that this rank holds."""
+        if any(len(them) > 1 for them in owner.values()):
+            spread = spread_over_machines(owner, ranks.machines())
+            for line in spread if ranks.main else ():
+                print(line)
 
     def trained_here(self, by_hookpoint: dict[str, T]) -> dict[str, T]:
         """Of a dictionary by hookpoint, those whose coders this rank trains."""
@@ -39,8 +52,8 @@ class Exchange:
         return {name: value for name, value in here if not self.distributed or self.owns(name)}
 
     def owns(self, hookpoint: str) -> bool:
-        """Whether this rank is the one that writes the coders of a hookpoint to disk."""
-        return self.owner[hookpoint] == self.ranks.rank
+        """Whether this rank writes the coders of a hookpoint to disk, or its part of them."""
+        return self.ranks.rank in self.owner[hookpoint]
 
     def sum_replicas_(self, *tensors: Tensor) -> None:
         """Sum tensors in place over ranks where coders are replicas; an only owner has the sum."""
@@ -54,7 +67,7 @@ class Exchange:
     def to_owners(self, pairs: Pairs) -> Pairs:
         """Of the hookpoints trained here, the rows of all ranks that see them, in rank order.
 
-        Distributed modules: one all-to-all of uneven splits carries every row to its owner and
+        Distributed modules: one all-to-all of uneven splits carries every row to its owners and
         nowhere else, in the dtype it was captured in. Otherwise a rank keeps its own rows.
         """
         if not self.distributed:
@@ -64,7 +77,9 @@ class Exchange:
         dtype = reduce(torch.promote_types, (t.dtype for pair in pairs.values() for t in pair))
         parts: list[list[Tensor]] = [[] for _ in range(ranks.world)]
         for hookpoint, pair in pairs.items():
-            parts[self.owner[hookpoint]] += [t.to(dtype) for t in _distinct(pair)]
+            rows = [t.to(dtype) for t in _distinct(pair)]
+            for rank in self.owner[hookpoint]:
+                parts[rank] += rows
         mine, parts[me] = parts[me], []  # what stays here does not travel
         sent = torch.cat([t.flatten() for part in parts for t in part] or [_nothing(mine)])
         owned = {name: _distinct(pair) for name, pair in pairs.items() if self.owns(name)}
@@ -99,6 +114,17 @@ class Exchange:
         found = self.ranks.gather_all([digest, *count_rows(pairs).values()])
         assert all(theirs == digest for theirs, *_ in found), "ranks captured different tensors"
         return [dict(zip(pairs, counts, strict=True)) for _, *counts in found]
+
+
+def spread_over_machines(owner: dict[str, range], machines: list[int]) -> list[str]:
+    """A line for each coder whose ranks are not all on one machine; `machines` of all ranks."""
+    found = {name: {machines[rank] for rank in ranks} for name, ranks in owner.items()}
+    return [
+        f"--ranks_per_coder {len(owner[name])}: {name} is on ranks {shown(owner[name])}, which are "
+        f"on {len(where)} machines: what they send each other in a step goes over the network"
+        for name, where in found.items()
+        if len(where) > 1
+    ]
 
 
 def no_rows(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -159,8 +159,15 @@ def arguments(
     return {**found, "deepspeed_plugin": plugin}
 
 
-def connect(accelerator: Accelerator, timeout_minutes: float) -> Ranks:
-    """The ranks of this launch. Raises UsageError if a process takes itself for the only one."""
+def connect(accelerator: Accelerator, timeout_minutes: float, deterministic: bool = False) -> Ranks:
+    """The ranks of this launch. Raises UsageError if a process takes itself for the only one.
+
+    `deterministic`: from here on PyTorch's operators repeat bit for bit on a GPU, or raise.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
     launched = os.environ.get("WORLD_SIZE", "1")
     # Several processes on the CPU are MPI's to accelerate: it sets an address and starts one.
     address_for_one = {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys()

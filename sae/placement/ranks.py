@@ -29,7 +29,7 @@ class Ranks:
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
         self.main = self.rank == 0
-        self.device = device
+        self.device, self.timeout_minutes = device, timeout_minutes
         self._bytes = [0, 0]
         # Objects are exchanged by gloo: a collective on the GPU would wait for its queued kernels.
         timeout = timedelta(minutes=timeout_minutes)
@@ -79,6 +79,15 @@ class Ranks:
         found = [torch.zeros(len(values), dtype=torch.int64) for _ in range(self.world)]
         dist.all_gather(found, torch.tensor(list(map(int, values))), group=self._cpu)
         return [part.tolist() for part in found]
+
+    @property
+    def _machine(self) -> int:
+        """The first rank on this rank's machine."""
+        return self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
+
+    def machines(self) -> list[int]:
+        """The machine of every rank, by its first rank."""
+        return self.gather(self._machine)
 
     def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
         """Counts by name, the names the same on every rank, added up over the ranks."""
@@ -135,8 +144,7 @@ class Ranks:
         """
         if self.world == 1:
             return work(*arguments)
-        turn = liveness.next_turn()
-        machine = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
+        turn, machine = liveness.next_turn(), self._machine
         if not self.main:
             liveness.wait_for_turn(0 if self.rank == machine else machine, turn)
         found = work(*arguments)

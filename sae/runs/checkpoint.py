@@ -4,20 +4,24 @@ RUN/step_1000/manifest.json            format, step, and the SHA-256 of every fi
 RUN/step_1000/<coder>/cfg.json         what other programs read, with
 RUN/step_1000/<coder>/sae.safetensors  the coder's weights
 RUN/step_1000/<coder>/resume.safetensors   the training point, optimizer state, firing record
+
+Of a coder on several ranks both are in pieces, which `formats/pieces.py` describes.
 """
 
 import hashlib
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
+from ..formats.pieces import Piece, Stored, file_name, own_files, write_index
 from ..placement.ranks import Ranks
 from ..training.optim import state_bytes
 from ..training.state import TrainingState
@@ -27,7 +31,7 @@ from .json_files import disk_errors, flush, read_json, write_json
 FORMAT = 2
 """Format 1 had no checksum of the manifest itself."""
 
-RESUME_FILE = "resume.safetensors"
+_RESUME = "resume"  # before .safetensors
 
 _HARMLESS = {".json", ".html", ".md", ".txt"}  # what people and commands put beside coders
 
@@ -56,19 +60,23 @@ def save(
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
     digests: dict[str, str] = {}
+    mine = [name for name in bank.hookpoint if exchange.owns(bank.hookpoint[name])]
+    with ExitStack() as stack:
+        # Ranks that share a coder compute this together, which a full disk must not cut short.
+        trained = {name: stack.enter_context(optimizers[name].trained()) for name in mine}
+        with ranks.together(), disk_errors(run, step):
+            if not aside.is_dir():
+                raise UsageError(
+                    f"--save_dir {run.parent}: {aside} was made by rank 0 and is not there on this "
+                    f"rank: give a folder that all machines share"
+                )
+            for name, coder in trained.items():
+                coder.save_to_disk(aside / name)
     with ranks.together(), disk_errors(run, step):
-        if not aside.is_dir():
-            raise UsageError(
-                f"--save_dir {run.parent}: {aside} was made by rank 0 and is not there on this "
-                f"rank: give a folder that all machines share"
-            )
-        for name in filter(lambda name: exchange.owns(bank.hookpoint[name]), bank.hookpoint):
-            with optimizers[name].trained():
-                bank[name].save_to_disk(aside / name)
+        for name in mine:
             found = {**optimizers[name].state_tensors(), **firing[name].state_tensors()}
-            tensors = {key: t.detach().cpu().contiguous() for key, t in found.items()}
-            save_file(tensors, aside / name / RESUME_FILE)
-            for file in sorted((aside / name).iterdir()):
+            _write_state(aside / name, found, bank[name].piece)
+            for file in own_files(aside / name, bank[name].piece):
                 digests[file.relative_to(aside).as_posix()] = _digest(file)
                 flush(file)
             flush(aside / name)
@@ -88,6 +96,19 @@ def save(
                 # First a name that nothing takes for a checkpoint: half deleted it must not be
                 # found.
                 shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
+
+
+def _write_state(folder: Path, found: dict[str, Tensor], piece: Piece | None) -> None:
+    tensors = {key: t.detach().cpu().contiguous() for key, t in found.items()}
+    save_file(piece.cut(tensors) if piece else tensors, folder / file_name(_RESUME, piece))
+    if piece is not None:
+        write_index(folder, _RESUME, tensors, piece)
+
+
+def read_state(folder: Path, piece: Piece | None) -> dict[str, Tensor]:
+    """What was saved to resume a coder from, or what a rank with this piece of it needs."""
+    with Stored(folder, _RESUME) as stored:
+        return stored.read_all(piece)
 
 
 def check_room(run: Path, state: TrainingState) -> None:
@@ -123,12 +144,8 @@ def restore(run: Path, data: dict[str, int], state: TrainingState) -> tuple[int,
             f"saved; give the same data, or start a new run with --finetune"
         )
     with ranks.together():
-        for name, _ in state.bank.items():
-            path = folder / name / RESUME_FILE
-            try:
-                tensors = load_file(path)
-            except (SafetensorError, OSError) as error:
-                raise UsageError(f"{path} cannot be read ({error}): the file is damaged") from None
+        for name, coder in state.bank.items():
+            tensors = read_state(folder / name, coder.piece)
             state.optimizers[name].load_state_tensors(tensors)
             state.firing[name].load_state_tensors(tensors)
     return manifest["step"], manifest["wall_seconds"]

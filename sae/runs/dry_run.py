@@ -1,10 +1,15 @@
-"""What a run would hold and where, from flags, launch file and LM config: no weights, no data."""
+"""What a run would hold and where, from flags, launch file and LM config: no weights, no data.
+
+Where that is too much, a placement in which it fits.
+"""
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank, costs
@@ -15,13 +20,17 @@ from ..flag_checks import UsageError
 from ..lm.capture import measure_widths
 from ..lm.hookpoints import text_config, text_layers
 from ..lm.loading import find_hookpoints
-from ..placement.launch import asks_for_cpu, read_mpi, sharded, working_dtype
-from ..placement.owners import plan_owners, read_owners
+from ..placement.groups import Group
+from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
+from ..placement.owners import owned_by, plan_owners, read_owners
 from ..training.optim import state_bytes
 from ..training.schedules import k_at
 
 _ENTRY = 32  # bytes of one active latent of one row
 _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
+
+_GIB = 2**30
+_SHARE = 7 / 8  # of the memory; a layer of the LM, and a block of rows in an encoder, need the rest
 
 
 class RankMemory(NamedTuple):
@@ -50,15 +59,14 @@ def show_plan(cfg: Any) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     lm, hookpoints = find_hookpoints(cfg.model)
     parameters, widths = sum(p.numel() for p in lm.parameters()), _widths(lm, hookpoints)
-    fixed = read_owners(cfg.machine.layer_to_rank)
-    owner = plan_owners(costs(widths, cfg.coder, cfg.training.init_seeds), world, fixed)
+    owner = _owners(cfg, world, widths)
     replicas = world == 1 or not cfg.machine.distribute_modules
+    plan = memory_by_rank(cfg, world, parameters, widths, owner)
     rows = [["rank", *(name.replace("_", " ") for name in RankMemory._fields), "GiB", "coders of"]]
-    for rank in range(1 if replicas else world):
-        mine = {name: w for name, w in widths.items() if replicas or owner[name] == rank}
-        memory = rank_memory(cfg, world, parameters, widths, mine)
-        sizes = [f"{size / 2**30:.2f}" for size in (*memory, sum(memory))]
+    for rank, memory in enumerate(plan):
+        sizes = [f"{size / _GIB:.2f}" for size in (*memory, sum(memory))]
         who = "each" if replicas and world > 1 else str(rank)
+        mine = widths if replicas else owned_by(owner, rank)
         rows.append([who, *sizes, " ".join(mine) or "nothing"])
     sequences = cfg.training.batch_size * cfg.training.grad_acc_steps * world
     transcode = cfg.coder.transcode
@@ -72,6 +80,53 @@ def show_plan(cfg: Any) -> None:
     columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join([*map(str.rjust, row, columns), row[-1]]))
+    if line := advice(cfg, world, parameters, widths, max(map(sum, plan))):
+        print(line)
+
+
+def _owners(cfg: Any, world: int, widths: dict[str, Widths]) -> dict[str, range]:
+    weight = costs(widths, cfg.coder, cfg.training.init_seeds)
+    fixed = read_owners(cfg.machine.layer_to_rank)
+    return plan_owners(weight, world, fixed, cfg.machine.ranks_per_coder)
+
+
+def advice(
+    cfg: Any, world: int, lm_parameters: int, widths: dict[str, Widths], fullest: float
+) -> str | None:
+    """How to place coders where the `fullest` rank holds too much, in words; else nothing."""
+    memory, whose = _memory()
+    room = _SHARE * memory
+    if fullest <= room or cfg.training.uses_lm_loss:
+        return None
+    said = f"{fullest / _GIB:.1f} GiB are too much for {whose} {memory / _GIB:.0f} GiB, of which "
+    said += "the LM's forward needs some"
+    least = fullest
+    for each in (n for n in range(1, world + 1) if world % n == 0):
+        machine = {"distribute_modules": True, "layer_to_rank": (), "ranks_per_coder": each}
+        other = replace(cfg, machine=replace(cfg.machine, **machine))
+        try:
+            owner = _owners(other, world, widths)
+            held = max(map(sum, memory_by_rank(other, world, lm_parameters, widths, owner)))
+        except UsageError:  # a coder that so many cannot share
+            continue
+        least = min(least, held)
+        if held <= room:
+            flags = "--distribute_modules" + (f" --ranks_per_coder {each}" if each > 1 else "")
+            return f"{said}: with {flags} the fullest rank holds {held / _GIB:.1f} GiB"
+    return (
+        f"{said}, and no --ranks_per_coder brings the fullest of {world} ranks below "
+        f"{least / _GIB:.1f} GiB: take more ranks, a smaller --batch_size, or fewer latents"
+    )
+
+
+def _memory() -> tuple[int, str]:
+    """Bytes of memory for each rank, and whose they are."""
+    if torch.cuda.is_available() and not on_cpu():
+        return torch.cuda.get_device_properties(0).total_memory, "this GPU with its"
+    if asks_for_cpu():
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "a rank of this machine's"
+    return 80 * _GIB, "a GPU of"
 
 
 def _widths(lm: PreTrainedModel, hookpoints: list[str]) -> dict[str, Widths]:
@@ -89,29 +144,58 @@ def _widths(lm: PreTrainedModel, hookpoints: list[str]) -> dict[str, Widths]:
         return dict.fromkeys(hookpoints, Widths(width, width))
 
 
-def rank_memory(
-    cfg: Any, world: int, lm_parameters: int, widths: dict[str, Widths], mine: dict[str, Widths]
+def memory_by_rank(
+    cfg: Any, world: int, lm_parameters: int, widths: dict[str, Widths], owner: dict[str, range]
+) -> list[RankMemory]:
+    """What each rank holds; of replicas, which all hold the same, one."""
+    distributed = cfg.machine.distribute_modules and world > 1
+    return [
+        _rank_memory(cfg, world, lm_parameters, widths, owner, rank if distributed else None)
+        for rank in range(world if distributed else 1)
+    ]
+
+
+def _rank_memory(
+    cfg: Any,
+    world: int,
+    lm_parameters: int,
+    widths: dict[str, Widths],
+    owner: dict[str, range],
+    rank: int | None,
 ) -> RankMemory:
-    """What a rank that trains the coders of `mine` holds."""
+    """What a rank holds that trains its own coders or, where it has no number, all."""
     training = cfg.training
     item = working_dtype(cfg.machine.mixed_precision).itemsize
     if sharded():
         lm_parameters = -(-lm_parameters // world) + min(_live_parameters(), lm_parameters)
-    bank = CoderBank(mine, cfg.coder, training.init_seeds, "meta")
+    mine = {name: w for name, w in widths.items() if rank is None or rank in owner[name]}
+    groups = {
+        name: Group(rank - owner[name].start, len(owner[name]))
+        for name in mine
+        if rank is not None and len(owner[name]) > 1
+    }
+    bank = CoderBank(mine, cfg.coder, training.init_seeds, "meta", groups=groups)
     coders = [coder for _, coder in bank.items()]
     weights = sum(4 * p.numel() for coder in coders for p in coder.parameters())
     state = sum(state_bytes(coder, training.optimizer, training.adam_8bit) for coder in coders)
 
-    tokens = training.batch_size * cfg.data.ctx_len
-    captured = tokens * _captured_width(widths, cfg.coder.transcode)
-    in_flight, rows = captured, tokens
-    if cfg.machine.distribute_modules and world > 1:
-        own = tokens * _captured_width(mine, cfg.coder.transcode)
+    tokens = rows = training.batch_size * cfg.data.ctx_len
+    inputs = cfg.coder.transcode
+    width = {name: w.d_out + (w.d_in if inputs else 0) for name, w in widths.items()}
+    in_flight = tokens * sum(width.values())
+    if rank is not None:
+        sent = sum(w * len([r for r in owner[name] if r != rank]) for name, w in width.items())
+        own = sum(width[name] for name in mine)
         # Sent, received, and joined with what was here already.
-        in_flight += (captured - own) + (world - 1) * own + world * own
+        in_flight += tokens * (sent + (world - 1) * own + world * own)
         rows = world * tokens
     piece = -(-rows // training.micro_acc_steps)
     working = max((step_bytes(cfg, coder, piece, item) for coder in coders), default=0)
+    if groups:  # candidates of 8 bytes: sent, received, in order, sent, received
+        k = cfg.coder.k * (4 if cfg.coder.multi_topk else 1)
+        if training.auxk_alpha > 0:
+            k += max((k_aux(coder.d_out) for coder in coders), default=0)
+        working += 5 * 8 * k * piece
     lm = lm_parameters * (1 if cfg.model.load_in_8bit else item)
     return RankMemory(lm, weights, weights, state, in_flight * item + working)
 
@@ -143,10 +227,6 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
         pieces = rows * max(active, dead) // _ENTRIES_TO_A_PIECE
         found += 4 * pieces * max(d_in, d_out)
     return found
-
-
-def _captured_width(widths: dict[str, Widths], transcode: bool) -> int:
-    return sum(w.d_out + (w.d_in if transcode else 0) for w in widths.values())
 
 
 def _live_parameters() -> int:

@@ -5,9 +5,11 @@ RUN/summary.json    at the end of the run
 """
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..formats.pieces import is_first
 from ..training.state import TrainingState
 from .json_files import disk_errors, read_json, write_json
 
@@ -18,28 +20,53 @@ def keep_best(run: Path, step: int, fvu: dict[str, float], state: TrainingState)
     Raises UsageError, on all ranks, if the disk does not take it.
     """
     exchange, bank = state.exchange, state.bank
+    mine = [name for name, hookpoint in bank.hookpoint.items() if exchange.owns(hookpoint)]
+    # Ranks that share a coder write together; the first of them decides nothing alone.
+    first = {name for name in mine if is_first(bank[name].piece)}
     with exchange.ranks.together(), disk_errors(run, step):
-        for name, coder in bank.items():
-            if not exchange.owns(bank.hookpoint[name]):
-                continue
-            final = run / "best" / name
-            aside, old = run / f"best_{name}.tmp", run / f"best_{name}.old.tmp"
-            if old.exists() and not final.exists():  # cut off between the two renames
-                old.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-            record = final / "fvu.json"
-            if record.exists() and read_json(record)["fvu"] <= fvu[name]:
-                continue
-            # Not inside best/, which holds one folder per coder and nothing else.
-            shutil.rmtree(aside, ignore_errors=True)
-            with state.optimizers[name].trained():
-                coder.save_to_disk(aside)
-            write_json(aside / "fvu.json", {"step": step, "fvu": fvu[name]})
+        for name in first:
+            _tidy(run, name)
+    with exchange.ranks.together():
+        better = [name for name in mine if fvu[name] < _lowest(run, name)]
+    with ExitStack() as stack:
+        trained = {n: stack.enter_context(state.optimizers[n].trained()) for n in better}
+        with exchange.ranks.together(), disk_errors(run, step):
+            for name, coder in trained.items():
+                coder.save_to_disk(_aside(run, name))
+                if name in first:
+                    write_json(_aside(run, name) / "fvu.json", {"step": step, "fvu": fvu[name]})
+    with exchange.ranks.together(), disk_errors(run, step):
+        for name in first & {*better}:
+            final, old = run / "best" / name, _old(run, name)
             final.parent.mkdir(exist_ok=True)
             if final.exists():
                 final.rename(old)
-            aside.rename(final)
+            _aside(run, name).rename(final)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(run: Path, name: str) -> Path:
+    # Not inside best/, which holds one folder per coder and nothing else.
+    return run / f"best_{name}.tmp"
+
+
+def _old(run: Path, name: str) -> Path:
+    return run / f"best_{name}.old.tmp"
+
+
+def _tidy(run: Path, name: str) -> None:
+    """Clear away what was left where `keep_best` was cut off."""
+    final, old = run / "best" / name, _old(run, name)
+    if old.exists() and not final.exists():  # between the two renames
+        old.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_aside(run, name), ignore_errors=True)
+
+
+def _lowest(run: Path, name: str) -> float:
+    """The lowest held-out FVU of a coder so far."""
+    record = run / "best" / name / "fvu.json"
+    return read_json(record)["fvu"] if record.exists() else float("inf")
 
 
 def summarize(

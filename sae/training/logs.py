@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..config import Tracker
 from ..placement.exchange import Exchange
+from ..placement.owners import owned_by
 from .bad_steps import Metrics, as_numbers
 from .state import TrainingState
 from .trackers import open_tracker, show_histogram
@@ -45,10 +45,8 @@ class RunLog:
     def start(self, held_out_tokens: int, kernels: str) -> None:
         """Open the tracker, record flags and owners, and say what will be trained, by what."""
         exchange, ranks, flags = self._exchange, self._exchange.ranks, self._flags
-        table = [
-            " ".join(name for name, owner in exchange.owner.items() if owner == rank) or "nothing"
-            for rank in range(ranks.world)
-        ]
+        owned = [owned_by(exchange.owner, rank) for rank in range(ranks.world)]
+        table = [" ".join(names) or "nothing" for names in owned]
         if ranks.main:
             print(f"kernels on {ranks.device.type}: {kernels}")
             print(
@@ -107,10 +105,7 @@ class RunLog:
         found = {}
         for name, record in state.firing.items():
             found[f"log10_firing_frequency/{name}"] = record.frequencies().float().cpu()
-            decoder = state.bank[name].W_dec
-            assert decoder is not None, "a coder in training has a decoder"
-            norms = torch.linalg.vector_norm(decoder.detach(), dim=1)
-            found[f"decoder_norm/{name}"] = norms.float().cpu()
+            found[f"decoder_norm/{name}"] = state.bank[name].decoder_norms().float().cpu()
         for name, values in self._exchange.merge(found).items():
             if len(values):
                 show_histogram(self._accelerator, name, values, step)

@@ -21,11 +21,12 @@ def divide_gradients_(coder: SparseCoder, total_variance: Tensor) -> Tensor:
     grad /= total_variance, and for unit-norm decoders g -= (g . w) w row by row: the part along a
     row is what normalizing would undo.
     """
-    square = torch.zeros((), device=coder.device)
+    squares: dict[str, Tensor] = {}
     scale = (1 / total_variance).to(coder.dtype)
     for name, parameter in coder.named_parameters():
         if parameter.grad is not None:
             unit_norm = name == "W_dec" and coder.cfg.normalize_decoder
             unit_rows = parameter if unit_norm else None
-            square += coder.kernels.scale_and_project_(parameter.grad, scale, unit_rows)
-    return square.sqrt()
+            square = coder.kernels.scale_and_project_(parameter.grad, scale, unit_rows)
+            squares[name] = square
+    return coder.total(squares).sqrt()

@@ -1,11 +1,15 @@
 """Optimizers by name, one set per coder."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..coders.sharded import ShardedCoder
+from ..coders.sharded_kernels import share
 from ..coders.sparse_coder import SparseCoder
 from ..config import OptimizerName
 from ..flag_checks import UsageError
@@ -68,6 +72,64 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
                     p.lerp_(self.state[p]["z"], 1 - 1 / group["beta"])
 
 
+class ShardedMuon(torch.optim.Muon):
+    """Muon on matrices of which each rank of a group holds some rows or columns.
+
+    Its products run over the longer side of a matrix: with that side cut, each is a sum over ranks
+    of small squares. A matrix that is cut along the shorter side is cut anew for them, and back.
+    """
+
+    def __init__(self, coder: ShardedCoder, matrices: dict[str, nn.Parameter], lr: float) -> None:
+        super().__init__(list(matrices.values()), lr=lr)
+        self._group = coder.group
+        self._layout = {p: coder.cuts[name] for name, p in matrices.items()}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # of one use
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                average = self.state[p]["momentum_buffer"]
+                average.lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(average, momentum) if group["nesterov"] else average
+                dim, cuts = self._layout[p]
+                shape = [*p.shape]
+                shape[dim] = cuts[-1].stop
+                update = self._orthogonal(update.bfloat16(), shape, dim, cuts, group)
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-lr * math.sqrt(max(1, shape[0] / shape[1])))
+
+    def _orthogonal(
+        self, part: Tensor, shape: list[int], dim: int, cuts: list[range], group: dict[str, Any]
+    ) -> Tensor:
+        """This rank's part of the nearly orthogonal matrix that torch.optim.Muon makes."""
+        long = int(shape[1] >= shape[0])
+        other = [share(shape[long], rank, self._group.size) for rank in range(self._group.size)]
+        if dim != long:
+            part = self._cut_anew(part, dim, cuts, other)
+        rows = part if long else part.T  # [shorter side, a part of the longer side]
+        square = self._group.sum_(rows.float().square().sum())
+        rows = rows / square.sqrt().to(rows.dtype).clamp(min=group["eps"])
+        a, b, c = group["ns_coefficients"]
+        for _ in range(group["ns_steps"]):
+            gram = self._group.sum_((rows @ rows.T).float()).to(rows.dtype)
+            rows = torch.addmm(rows, torch.addmm(gram, gram, gram, beta=b, alpha=c), rows, beta=a)
+        part = rows if long else rows.T
+        return self._cut_anew(part, 1 - dim, other, cuts) if dim != long else part
+
+    def _cut_anew(self, part: Tensor, dim: int, cuts: list[range], new: list[range]) -> Tensor:
+        """This rank's part along the other dimension, by `new`, of a matrix cut along `dim`."""
+        sent = part.split([len(indices) for indices in new], dim=1 - dim)
+        mine = len(new[self._group.rank])
+        shapes = [(len(cut), mine) if dim == 0 else (mine, len(cut)) for cut in cuts]
+        return torch.cat(self._group.exchange(list(sent), shapes), dim=dim)
+
+
 class CoderOptimizer:
     """The optimizers of one coder: all its parameters, updated and decayed together."""
 
@@ -88,7 +150,7 @@ class CoderOptimizer:
         self.optimizers: list[torch.optim.Optimizer] = []
         self.names: list[list[str]] = []
         if matrices:
-            self._add(torch.optim.Muon(list(matrices.values()), lr=self.peak_lr), matrices)
+            self._add(_muon(coder, matrices, self.peak_lr), matrices)
         if name == "signum":
             unit_norm = coder.W_dec if coder.cfg.normalize_decoder else None
             self._add(
@@ -184,6 +246,14 @@ def state_bytes(coder: SparseCoder, name: OptimizerName, adam_8bit: bool = False
     adam = 2 if adam_8bit else 8
     per_element = {"signum": (4, 4), "adam": (adam, adam), "muon": (4, adam)}[name]
     return sum(p.numel() * per_element[p.ndim != 2] for p in coder.parameters())
+
+
+def _muon(
+    coder: SparseCoder, matrices: dict[str, nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    if not isinstance(coder, ShardedCoder):
+        return torch.optim.Muon(list(matrices.values()), lr=lr)
+    return ShardedMuon(coder, matrices, lr)
 
 
 def _adam(parameters: list[Tensor], lr: float, eight_bit: bool) -> torch.optim.Optimizer:

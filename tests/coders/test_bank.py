@@ -1,9 +1,12 @@
 """The coders of a run by name: in natural order, with weights of their own."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from ranks_in_threads import ThreadGroup, on_ranks
 
-from sae import SaeConfig, TranscoderConfig, UsageError
+from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError
 from sae.coders.bank import CoderBank, costs
 from sae.config import Widths
 
@@ -34,6 +37,23 @@ def test_weights_depend_on_hookpoint_and_seed_alone() -> None:
     encoders = [coder.encoder.weight for _, coder in both.items()]
     for i, a in enumerate(encoders):
         assert all((a - b).abs().max() > 0.01 for b in encoders[:i])
+
+
+@pytest.mark.parametrize("latents", [8, 40])
+def test_weights_of_another_size_are_refused_by_every_rank(tmp_path: Path, latents: int) -> None:
+    """A rank that would find its part in a coder of another size does not take it."""
+    SparseCoder(6, SaeConfig(num_latents=latents, k=2)).save_to_disk(tmp_path / "a")
+    said = []
+
+    def on_a_rank(group: ThreadGroup) -> None:
+        cfg = SaeConfig(num_latents=20, k=2)
+        bank = CoderBank({"a": Widths(6, 6)}, cfg, (0,), "cpu", groups={"a": group})
+        with pytest.raises(UsageError, match=f"--finetune .*{latents}, 6.*there and .*20, 6"):
+            bank.load_pretrained(str(tmp_path))
+        said.append(group.rank)
+
+    on_ranks(2, on_a_rank)
+    assert sorted(said) == [0, 1]
 
 
 def test_costs_are_latents_times_widths() -> None:

@@ -23,7 +23,7 @@ def test_help_lists_every_command_in_one_line(
     listed = [line.split(maxsplit=1) for line in lines[2:]]
     assert [name for name, _ in listed] == list(COMMANDS)
     assert all(about == COMMANDS[name].about for name, about in listed)
-    modules = (ROOT / "sae" / "judge").glob("*.py")
+    modules = (ROOT / "sae").glob("*/*.py")
     with_main = {file.stem for file in modules if "\ndef main(" in file.read_text()}
     assert with_main == set(COMMANDS)
 
@@ -57,6 +57,7 @@ def test_a_command_like_no_other_is_refused_with_all_names(
         ("evaluate", ["--model", "--dataset", "--tokens", "--out"]),
         ("features", ["--latents", "--ids", "--out"]),
         ("compare", ["--near"]),
+        ("export", ["--to", "--out"]),
     ],
 )
 def test_help_of_a_command_shows_its_flags(

@@ -3,16 +3,20 @@
 The law of the owner table and that of one recipe, which say why, have files of their own.
 """
 
+import json
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
+from command_runs import call
 from conftest import tiny_lm
-from launched_runs import HOOKPOINTS, MEETINGS, REPLICAS_AND_OWNERS, STEPS, Runs
+from launched_runs import HOOKPOINTS, KINDS, MEETINGS, REPLICAS_AND_OWNERS, SHARED, STEPS, Runs
 from torch import Tensor
+from training_runs import tensors_of
 
 
-@pytest.mark.parametrize("name", REPLICAS_AND_OWNERS)
+@pytest.mark.parametrize("name", [*REPLICAS_AND_OWNERS, *chain(*SHARED.values())])
 def test_every_placement_is_the_same_run(runs: Runs, name: str) -> None:
     """Curves, held-out figures and final weights equal those of one process."""
     runs.assert_same("one", name)
@@ -20,9 +24,21 @@ def test_every_placement_is_the_same_run(runs: Runs, name: str) -> None:
 
 def test_transcoders_are_the_same_in_every_placement(runs: Runs) -> None:
     """Inputs and targets travel to the owner together: the weights are those of one process."""
-    for one, other in (("coded-one", "coded owners"), ("tuned one", "tuned replicas")):
+    tuned = [("tuned one", other) for other in ("tuned replicas", "tuned shared")]
+    for one, other in (("coded-one", "coded owners"), *tuned):
         for key, tensor in runs.weights(one).items():
             torch.testing.assert_close(runs.weights(other)[key], tensor, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coders_that_ranks_share_are_the_same_of_every_kind(runs: Runs, kind: str) -> None:
+    """Groupmax, a falling k, and every optimizer: shared coders end as those of one process."""
+    one, shared = f"{kind} one", f"{kind} shared"
+    if kind == "muon":  # which orthogonalizes in bfloat16: rounding becomes visible
+        for key, tensor in runs.weights(one).items():
+            torch.testing.assert_close(runs.weights(shared)[key], tensor, rtol=0, atol=2e-4)
+    else:
+        runs.assert_same(one, shared)
 
 
 def test_end_to_end_training_is_the_same_in_replicas(runs: Runs) -> None:
@@ -73,6 +89,62 @@ def test_rows_travel_to_their_owner_and_nowhere_else(
             assert [v for _, v in points] == expected.tolist(), (rank, direction)
 
 
+def test_shared_coders_send_rows_once_and_else_what_is_sparse(
+    runs: Runs, kept: dict[str, Tensor]
+) -> None:
+    """Rows of other ranks; 8 bytes a candidate, 4 a gradient of one; norms; not a byte more."""
+    curves, expected = runs.curves("sparse"), torch.zeros(4, STEPS, dtype=torch.int64)
+    d, latents, k = 32, 128, 4
+    for found in kept.values():
+        for step, by_rank in enumerate(found.view(STEPS, 4, -1).sum(2).tolist()):
+            n = sum(by_rank)
+            for rank in range(4):
+                merged = n * (rank + 1) // 4 - n * rank // 4  # rows whose candidates meet here
+                received = (n - by_rank[rank]) * d * 4 + (3 * merged + n - merged) * k * 8
+                # Gradients of activations and, twice, of b_dec; an error, a norm; decoder rows.
+                for numbers in (n * k, d, d, 1, 1, latents, latents):
+                    received += 2 * 3 * numbers * 4 // 4
+                expected[rank, step] += received
+    for rank in range(4):
+        points = curves[f"bytes_received/rank{rank}"]
+        assert [value for _, value in points] == expected[rank].tolist()
+
+
+def test_no_rank_holds_a_whole_shared_coder(runs: Runs) -> None:
+    """Of 128 latents and 32 columns each of four ranks has a quarter, of three a third or so."""
+    for name, latents, columns in (
+        ("four share", [32] * 4, [8] * 4),
+        ("three share", [42, 43, 43], [10, 11, 11]),
+    ):
+        for rank, found in enumerate(runs.results[name]):
+            for shapes in found["shapes"].values():
+                assert shapes["encoder.weight"] == [latents[rank], 32]
+                assert shapes["encoder.bias"] == [latents[rank]]
+                assert shapes["W_dec"] == [128, columns[rank]]
+
+
+def test_pieces_are_coders_to_all_that_reads_coders(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--finetune reads them, whole or shared; the best are those of their step; evaluate agrees."""
+    whole, shared = runs.weights("from pieces"), runs.weights("from pieces, shared")
+    for key, tensor in whole.items():
+        torch.testing.assert_close(shared[key], tensor, rtol=0, atol=2e-6)
+    run = runs.folder / "runs" / "two share"
+    for hookpoint in HOOKPOINTS:
+        best = run / "best" / hookpoint
+        step = json.loads((best / "fvu.json").read_text())["step"]
+        saved = tensors_of(run / f"step_{step}" / hookpoint, "sae.safetensors")
+        for key, tensor in tensors_of(best, "sae.safetensors").items():
+            assert torch.equal(tensor, saved[key]), key
+    out = runs.folder / "evaluated.json"
+    assert call(monkeypatch, "evaluate", str(run), "--out", str(out)) == 0
+    for hookpoint, figures in json.loads(out.read_text())["coders"].items():
+        expected = runs.summary("two share")["hookpoints"][hookpoint]
+        assert figures["fvu"] == pytest.approx(expected["fvu"], rel=1e-5)
+        assert figures["cosine"] == pytest.approx(expected["cosine"], rel=1e-5)
+
+
 def test_replicas_sum_gradients_once_per_step(runs: Runs) -> None:
     """However many forwards a step has, the bytes of one ring sum are moved."""
     whole, accumulated = runs.curves("two replicas"), runs.curves("two accumulated")
@@ -105,6 +177,7 @@ def test_a_mistake_on_one_rank_ends_all(runs: Runs) -> None:
         "other data": "the data's fingerprint is {",
         "other seed": "--shuffle_seed is 42 on rank 0 and 7 on rank 1",
         "spoiled": "step 3: fvu at layers.0 is nan",
+        "too few groups": "3 ranks cannot share a coder of k = 2 groups of latents (groupmax)",
         "other total": "--batch_size times --grad_acc_steps times the number of ranks is 18",
     }.items():
         errors = [rank["error"] for rank in runs.results[name]]

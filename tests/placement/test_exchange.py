@@ -2,7 +2,7 @@
 
 import torch
 
-from sae.placement.exchange import Exchange, no_rows
+from sae.placement.exchange import Exchange, no_rows, spread_over_machines
 from sae.placement.ranks import Ranks
 
 ALONE = Ranks(torch.device("cpu"), 1.0)
@@ -22,7 +22,7 @@ def test_one_process_trains_and_writes_every_coder() -> None:
     """Alone, a rank owns all hookpoints, whatever the flags say."""
     for distributed in (False, True):
         exchange = Exchange(ALONE, {"a": 1, "b": 2}, distributed, ("b=0",))
-        assert exchange.owner == {"a": 0, "b": 0}
+        assert exchange.owner == {"a": range(1), "b": range(1)} and not exchange.groups
         assert exchange.trained_here({"a": "x", "b": "y"}) == {"a": "x", "b": "y"}
         assert exchange.owns("a") and exchange.owns("b")
 
@@ -34,3 +34,12 @@ def test_a_pair_without_rows_keeps_its_widths() -> None:
     assert x is y and x.shape == (0, 2)
     x, y = no_rows((rows, other))
     assert x.shape == (0, 2) and y.shape == (0, 5)
+
+
+def test_a_coder_on_several_machines_is_named() -> None:
+    """Each coder whose ranks are not on one machine has a line; the others have none."""
+    owner = {"a": range(0, 2), "b": range(1, 3), "c": range(3, 4), "d": range(0, 4)}
+    b, d = spread_over_machines(owner, [0, 0, 2, 2])
+    assert b.startswith("--ranks_per_coder 2: b is on ranks 1-2, which are on 2 machines")
+    assert d.startswith("--ranks_per_coder 4: d is on ranks 0-3, which are on 2 machines")
+    assert spread_over_machines(owner, [0] * 4) == []

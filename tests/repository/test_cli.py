@@ -86,6 +86,8 @@ BAD_FLAGS = [
     ("--loss_fn ce --distribute_modules", "--distribute_modules True: with --loss_fn ce"),
     ("--loss_fn kl --init_seeds 0 1", "--init_seeds (0, 1): --loss_fn kl"),
     ("--layer_to_rank layers.0=1", "--layer_to_rank ('layers.0=1',): says where coders live"),
+    ("--ranks_per_coder 2", "--ranks_per_coder 2: says where coders live: add --distribute_mod"),
+    ("--ranks_per_coder 0 --distribute_modules", "--ranks_per_coder 0: must be at least 1"),
     ("--timeout 0", "--timeout 0"),
     ("--activation groupmax --k_decay_steps 5", "--k_decay_steps 5"),
     ("--adam_8bit", "--adam_8bit True: belongs to --optimizer adam, not signum"),
@@ -118,6 +120,10 @@ MISTAKES = {
     "warm-up above the run": (
         f"{LM} TEXT --optimizer adam --ctx_len 64 --batch_size 2",
         "--lr_warmup_steps 1000: the run has ",
+    ),
+    "more ranks per coder than ranks": (
+        f"{LM} TEXT --distribute_modules --ranks_per_coder 2 --ctx_len 64 --batch_size 2",
+        "--ranks_per_coder 2: does not divide the number of ranks, 1",
     ),
     "bad flag": (f"{LM} TEXT --batch_size 0", "--batch_size 0"),
     "unwritable": (f"{LM} TEXT --save_dir FILE/x", "--save_dir"),

@@ -29,7 +29,7 @@ FOLDERS = "sae|tests|scripts|benchmarks|accelerate_configs|demo|docs"
 MADE_LATER = "demo/text/"
 # Flags of pytest, the benchmarks and accelerate; what tyro makes of ours; what is never recorded.
 OTHER_FLAGS = {
-    *("faults", "paper", "help", "num_cpu_threads_per_process"),
+    *("faults", "paper", "help", "modes", "num_cpu_threads_per_process"),
     *("no-normalize_decoder", "hf_token"),
 }
 
@@ -54,7 +54,8 @@ def commands(page: str) -> list[list[str]]:
 
 def config_of(command: str) -> Any:
     """The config that a command of `python -m sae` parses into."""
-    return getattr(importlib.import_module(f"sae.judge.{command}"), COMMANDS[command].config)
+    module = importlib.import_module(f"sae.{COMMANDS[command].room}.{command}")
+    return getattr(module, COMMANDS[command].config)
 
 
 def test_readme_is_short() -> None:
@@ -265,6 +266,48 @@ def test_paper_is_computed_as_checked_in() -> None:
 
     checked_in = json.loads((ROOT / "benchmarks/results/exchange.json").read_text())["paper"]
     assert [paper(8, 8), paper(64, 80)] == checked_in
+
+
+def test_sharing_is_computed_and_measured_as_said() -> None:
+    """The bytes of shared coders come out of the benchmark, and those over gloo are these."""
+    from benchmarks.exchange import sharing, wide_paper
+
+    page = PAGES["docs/placement.md"]
+    result = json.loads((ROOT / "benchmarks/results/sharing.json").read_text())
+    small, wide = sharing(4096, 2**20, 64, 8, 16_384), wide_paper()
+    assert result["paper"] == [small, wide]
+    a_row, a_step = small["bytes_a_row"], small["bytes_a_step"]["norms, by columns"]
+    columns, latents = a_row["decoder by columns"], a_row["decoder by latents"]
+    assert f"| columns, as here | {columns:,.0f} | {a_step:,.0f}, for norms" in page
+    assert f"| latents | {latents:,.0f} | 0 |" in page
+    assert f"{a_row['the row itself']:,.0f} bytes a row for the rows themselves" in page
+    assert f"Above {a_step / (latents - columns):.0f} rows a step" in page
+    rows, moved = wide["rows"], wide["bytes_a_row"]
+    for figure in (
+        f"{wide['GB_of_the_whole_coder']:,.0f} GB, of which each GPU holds "
+        f"{wide['GB_per_gpu']['weights, gradients, momentum']:.1f}, and "
+        f"{wide['GB_per_gpu_total']:.1f} with rows",
+        f"{rows * moved['the row itself'] / 1e9:.2f} GB of rows",
+        f"{rows * moved['decoder by columns'] / 1e9:.2f} GB of candidates",
+        f"{wide['bytes_a_step']['norms, by columns'] / 1e9:.2f} GB of norms",
+        f"step of {wide['seconds_per_step']:.1f} s",
+    ):
+        assert figure in " ".join(page.split()), figure
+    shape = result["shape"]
+    d, k, count = shape["D"], shape["k"], shape["hookpoints"]
+    for world in (2, 4):
+        found = result[f"ranks_{world}"]
+        cells = [
+            f"{f['received_bytes'] / 1e6:.1f} MB, {f['step_ms']:.0f} ms" for f in found.values()
+        ]
+        assert f"| {world} | {' | '.join(cells)} |" in page
+        on_paper = sharing(d, shape["L"], k, world, shape["rows"])
+        each = shape["rows"] * on_paper["bytes_a_row"]["decoder by columns"]
+        each += on_paper["bytes_a_step"]["norms, by columns"]
+        each += 2 * (world - 1) / world * (2 * d + 2) * 4  # b_dec on two ways, an error, a norm
+        rows_of_others = shape["rows"] - shape["rows"] // world
+        received = found["shared"]["received_bytes"] - count * rows_of_others * d * 4
+        assert received == pytest.approx(count * each, rel=1e-6)
 
 
 def test_every_start_of_the_quickstart_has_a_name_of_its_own() -> None:

@@ -1,0 +1,108 @@
+"""The dry run of shared coders: who would hold what, and how to place what does not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_lm
+
+from sae import UsageError
+from sae.flag_checks import from_flags
+from sae.runs import dry_run
+from train_sae import TrainConfig
+
+L, D = 4096, 32
+WHOLE = 4 * (2 * L * D + L)  # bytes of an SAE's weights, without the bias of its output
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("lm")
+    tiny_lm().save_pretrained(folder)
+    return str(folder)
+
+
+def planned(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, **flags: Any
+) -> list[str]:
+    """The lines that a dry run of four ranks prints."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    given = {"model": model, "dataset": "none", "num_latents": L, "k": 8, "batch_size": 1}
+    given |= {"ctx_len": 16, "layers": (0, 1), "distribute_modules": True}
+    dry_run.show_plan(from_flags(TrainConfig, {**given, **flags}))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_shared_coders_are_planned_in_parts(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Each rank's line has its part of the weights, of their gradients and of the state."""
+    monkeypatch.setattr(dry_run, "_memory", lambda: (2**40, ""))
+    monkeypatch.setattr(dry_run, "_GIB", 1)
+    for flags, owned, shares in (
+        ({"ranks_per_coder": 2}, ["layers.0 (1 of 2)", "layers.0 (2 of 2)"], [2, 2]),
+        ({"ranks_per_coder": 4}, ["layers.0 (1 of 4) layers.1 (1 of 4)"], [2]),
+        (
+            {"layer_to_rank": ("layers.0=0", "layers.1=0-3")},
+            ["layers.0 layers.1 (1 of 4)", "layers.1 (2 of 4)"],
+            [4 / 5, 4],
+        ),
+    ):
+        *_, head, a, b, _, _ = planned(model, monkeypatch, capsys, **flags)
+        assert head.split()[:4] == ["rank", "lm", "coders", "gradients"]
+        for line, names, share in zip((a, b), owned, shares, strict=False):
+            cells = line.split(maxsplit=7)
+            assert cells[7] == names
+            for cell in cells[2:5]:
+                assert float(cell) == pytest.approx(WHOLE / share, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("room", "flags", "said"),
+    [
+        (4.5, {}, None),
+        (3.0, {}, "with --distribute_modules --ranks_per_coder 2 the fullest rank holds"),
+        (3.5, {"layers": (0, 1, 2)}, "--ranks_per_coder 4 the fullest rank holds"),
+        (0.5, {}, "no --ranks_per_coder brings the fullest of 4 ranks below"),
+        (4.5, {"distribute_modules": False}, "with --distribute_modules the fullest rank holds"),
+        (0.1, {"loss_fn": "ce", "distribute_modules": False}, None),
+    ],
+)
+def test_what_does_not_fit_is_placed_anew(
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    room: float,
+    flags: dict[str, Any],
+    said: str | None,
+) -> None:
+    """The fewest ranks per coder that make it fit are named, or that none do."""
+    # With adam: weights, their gradients, and two moments.
+    flags = {"optimizer": "adam", **flags}
+    monkeypatch.setattr(dry_run, "_memory", lambda: (int(room * WHOLE / dry_run._SHARE), "a GPU"))
+    *_, last = planned(model, monkeypatch, capsys, **flags)
+    if said is None:
+        assert "too much" not in last
+    else:
+        assert said in last and "too much for a GPU" in last
+
+
+def test_impossible_shares_are_refused_as_a_run_would(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ranks that cannot be divided so, and groups of latents that are too few: by name."""
+    with pytest.raises(UsageError, match="--ranks_per_coder 3: does not divide"):
+        planned(model, monkeypatch, capsys, ranks_per_coder=3)
+    with pytest.raises(UsageError, match="--ranks_per_coder .*: 4 ranks .* k = 2 groups"):
+        planned(model, monkeypatch, capsys, ranks_per_coder=4, activation="groupmax", k=2)
+
+
+def test_a_launch_file_for_the_cpu_is_held_to_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU ranks share what the machine has; else a GPU of 80 GiB is meant."""
+    whole = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert dry_run._memory()[0] == pytest.approx(whole / 2, rel=1e-2)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert dry_run._memory() == (80 * 2**30, "a GPU of")

@@ -53,7 +53,7 @@ REMOVALS = [
     Removal(
         "the place in the order of the data, on resume",
         "train_sae.py",
-        "remaining = order[first_step * sequences_per_step :]",
+        "remaining = order[first_step * per_step :]",
         "remaining = order",
         "tests/laws/test_resume_is_invisible.py",
     ),

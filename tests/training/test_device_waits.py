@@ -162,3 +162,20 @@ def test_reading_ahead_changes_no_run(
         weights(run(lm, tokens, settings, run_name="one")),
         weights(run(lm, tokens, settings, run_name="two")),
     )
+
+
+def test_deterministic_operators_change_no_run_on_the_cpu(
+    lm: PreTrainedModel, tokens: torch.Tensor, settings: Settings
+) -> None:
+    """--deterministic is on from the launch on, and a run ends with the bits of one without."""
+    plain = weights(run(lm, tokens, settings, run_name="plain", auxk_alpha=1 / 32))
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        flags = {"auxk_alpha": 1 / 32, "deterministic": True}
+        same = weights(run(lm, tokens, settings, run_name="same", **flags))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert_identical(plain, same)

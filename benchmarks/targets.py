@@ -25,7 +25,7 @@ COMMANDS = {
     "trace": "trace.py",
     "low_precision": "low_precision.py",
 }
-GPU_COMMANDS = {"gpu": "gpu_check.py"}
+GPU_COMMANDS = {"gpu": "gpu_check.py --only kernels tests launch steps run"}
 
 WIDE = "D = 768, L = 24576, k = 64: "
 RUN, GPU_STEP = "targets.tokens_per_second.ratio", "steps.N = 16384, D = 4096, L = 131072, k = "

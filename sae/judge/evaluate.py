@@ -75,7 +75,9 @@ def main(cfg: EvaluateConfig) -> None:
     out = Path(cfg.out or cfg.folder / name)
     check_target("--out", out)
     some = trained.blocks[: max(1, _LOOKED_AT // trained.source.block_len)]
-    for line in sinks(trained.capture, trained.source.batches(some, 1)):
+    batches = trained.source.batches(some, 1)
+    device = trained.capture.lm.device
+    for line in sinks(trained.capture, (batch.to(device) for batch in batches)):
         print(line)
     found = evaluate_loaded(trained)
     print(table(found))

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from training_runs import Settings, run, scalars
 from transformers import PreTrainedModel
 
 from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError
+from sae.batch import TokenBatch
 from sae.coders.bank import CoderBank
 from sae.data.blocks import TokenBlocks
 from sae.flag_checks import from_flags
@@ -227,6 +229,44 @@ def test_evaluate_prints_a_table_and_writes_json(
     for bad in (["--out", str(tmp_path)], ["--tokens", "-5"], ["--model", str(ROOT / "demo/lm")]):
         assert call(monkeypatch, "evaluate", str(folder), *bad) == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_all_that_the_lm_reads_is_on_its_device(
+    causal_lm: PreTrainedModel,
+    tokens: Tensor,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every batch that a command captures rows of was moved there first: on a GPU it must be."""
+    causal_lm.save_pretrained(tmp_path / "lm")
+    tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
+    names = {"model": str(tmp_path / "lm"), "dataset": str(tmp_path / "ids.bin")}
+    train(from_flags(TrainConfig, {**settings, **names, "run_name": "r", "layers": (1,)}))
+    made, moved, read = (list[TokenBatch]() for _ in range(3))
+    to, capture, batches = TokenBatch.to, Capture.__call__, TokenBlocks.batches
+
+    def counted(self: TokenBlocks, *arguments: Any) -> Iterator[TokenBatch]:
+        for batch in batches(self, *arguments):
+            made.append(batch)
+            yield batch
+
+    def noted(batch: TokenBatch, device: torch.device) -> TokenBatch:
+        moved.append(to(batch, device))
+        return moved[-1]
+
+    def captured(self: Capture, batch: TokenBatch) -> Any:
+        read.append(batch)
+        return capture(self, batch)
+
+    monkeypatch.setattr(TokenBlocks, "batches", counted)
+    monkeypatch.setattr(TokenBatch, "to", noted)
+    monkeypatch.setattr(Capture, "__call__", captured)
+    folder = str(Path(settings["save_dir"]) / "r")
+    assert call(monkeypatch, "evaluate", folder) == 0
+    assert call(monkeypatch, "features", folder, "--out", str(tmp_path / "page.html")) == 0
+    of_data = {id(batch) for batch in made} & {id(batch) for batch in read}
+    assert of_data and of_data <= {id(batch) for batch in moved}
 
 
 def test_text_that_was_trained_on_is_never_judged_as_held_out(

@@ -1,6 +1,6 @@
 """All that a machine with a GPU can show and no other can: one command, one table, one JSON.
 
-    bash scripts/gpu_check.sh                  under eight minutes on one GPU; all but `run`
+    bash scripts/gpu_check.sh                  all but `run`
     bash scripts/gpu_check.sh --only run
 
 kernels: every kernel in Triton beside the definition at real sizes, and twice for the same bits.

@@ -140,6 +140,11 @@ class CoderOptimizer:
         lr: float | None = None,
         adam_8bit: bool = False,
     ) -> None:
+        if adam_8bit and coder.piece is not None:
+            raise UsageError(
+                "--adam_8bit: rounds blocks of whole parameters, and ranks that share a coder hold "
+                "parts of them: leave it out, or --ranks_per_coder"
+            )
         parameters = dict(coder.named_parameters())
         for p in parameters.values():
             in_huge_pages(p.data, touched=True)

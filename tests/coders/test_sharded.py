@@ -285,3 +285,12 @@ def test_what_cannot_be_shared_is_refused_by_name() -> None:
             UsageError, match=f"--ranks_per_coder .* {size} ranks .*{re.escape(what)}"
         ):
             on_ranks(size, lambda group, d=d, cfg=cfg: ShardedCoder(group, d, cfg))
+
+
+def test_parts_are_not_rounded_in_blocks() -> None:
+    """--adam_8bit, whose blocks would be others than those of a whole coder, is refused."""
+    cfg = SaeConfig(num_latents=16, k=2)
+    with pytest.raises(UsageError, match=r"--adam_8bit: .* leave it out"):
+        on_ranks(
+            2, lambda group: CoderOptimizer(ShardedCoder(group, 8, cfg), "adam", adam_8bit=True)
+        )

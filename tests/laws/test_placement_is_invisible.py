@@ -126,7 +126,7 @@ def test_no_rank_holds_a_whole_shared_coder(runs: Runs) -> None:
 def test_pieces_are_coders_to_all_that_reads_coders(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--finetune reads them, whole or shared; the best are those of their step; evaluate agrees."""
+    """--finetune reads them, whole or shared; best coders are those of their step; commands read all."""
     whole, shared = runs.weights("from pieces"), runs.weights("from pieces, shared")
     for key, tensor in whole.items():
         torch.testing.assert_close(shared[key], tensor, rtol=0, atol=2e-6)
@@ -143,6 +143,9 @@ def test_pieces_are_coders_to_all_that_reads_coders(
         expected = runs.summary("two share")["hookpoints"][hookpoint]
         assert figures["fvu"] == pytest.approx(expected["fvu"], rel=1e-5)
         assert figures["cosine"] == pytest.approx(expected["cosine"], rel=1e-5)
+    page = runs.folder / "page.html"
+    assert call(monkeypatch, "features", str(run), "--out", str(page)) == 0
+    assert all(hookpoint in page.read_text(encoding="utf-8") for hookpoint in HOOKPOINTS)
 
 
 def test_replicas_sum_gradients_once_per_step(runs: Runs) -> None:

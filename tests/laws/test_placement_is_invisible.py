@@ -126,7 +126,7 @@ def test_no_rank_holds_a_whole_shared_coder(runs: Runs) -> None:
 def test_pieces_are_coders_to_all_that_reads_coders(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--finetune reads them, whole or shared; best coders are those of their step; commands read all."""
+    """--finetune reads them, whole or shared; commands too; best ones are those of their step."""
     whole, shared = runs.weights("from pieces"), runs.weights("from pieces, shared")
     for key, tensor in whole.items():
         torch.testing.assert_close(shared[key], tensor, rtol=0, atol=2e-6)

@@ -30,15 +30,16 @@ from sae.config import (
     accept_names,
     check_together,
 )
-from sae.data.blocks import split_blocks
+from sae.data.blocks import BatchPlan, split_blocks
 from sae.data.text import load_tokens
 from sae.judge.figures import held_out_figures, rehearse_end
 from sae.kernels.twins import Kernels
-from sae.lm.capture import Capture, count_rows, each_once, in_pieces, measure_widths
+from sae.lm.capture import Capture, each_once, in_pieces, measure_widths
 from sae.lm.loading import fetch_weights, find_hookpoints, load_lm, token_limits
 from sae.lm.probe import checked
 from sae.lm.rows import RowRule
 from sae.placement import launch, signals
+from sae.placement.dealing import Dealer
 from sae.placement.entry import run_as_script
 from sae.placement.exchange import Exchange
 from sae.placement.exit_codes import Stopped
@@ -54,7 +55,7 @@ from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
-from sae.training.schedules import check_warmup, k_at
+from sae.training.schedules import Schedule, steps_per_batch
 from sae.training.start import first_moments
 from sae.training.state import TrainingState
 from sae.training.step_sums import StepSums
@@ -100,8 +101,8 @@ def train(
     ranks = launch.connect(accelerator, machine.timeout, machine.deterministic)
     kernels = Kernels(machine.kernels)
     kernels_description = kernels.describe(ranks.device)
-    per_step = training.batch_size * training.grad_acc_steps * ranks.world  # sequences
-    flags = recorded_flags(cfg, given or lm, given or dataset, per_step)
+    per_batch = training.batch_size * training.grad_acc_steps * ranks.world  # sequences
+    flags = recorded_flags(cfg, given or lm, given or dataset, per_batch)
     resumes = open_run(folder, flags, cfg, ranks)
 
     # The frozen language model, no more of it than the hookpoints need; or rows made elsewhere.
@@ -128,57 +129,57 @@ def train(
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     source = given or ranks.main_first(tokens_of_lm)
-    held_out, trained_on = split_blocks(source, data.eval_tokens, data.max_examples, per_step)
-    total_steps = len(trained_on) // per_step
+    held_out, trained_on = split_blocks(source, data, per_batch)
+    order = source.order(trained_on, data.shuffle_seed)
+    rows = per_batch * source.block_len
+    plan = BatchPlan(order, per_batch, steps_per_batch(training, rows), data.shuffle_seed)
+    total_steps = plan.total_steps
+    schedule = Schedule(training, total_steps, rows // plan.steps)
     if not resumes:
-        check_warmup(training, total_steps)
-    order = source.order(trained_on, data.shuffle_seed)[: total_steps * per_step]
+        schedule.check()
 
-    # Rows too long to be trained on, by those of the first step.
-    first_batches = partial(ranks.batches, source, order[:per_step], training.batch_size)
+    # Rows too long to be trained on, by those of the first batch.
+    first_batches = partial(ranks.batches, source, plan.first, training.batch_size)
     capture = limit_norms(capture, cfg.model.exclude_norm, first_batches(), folder, resumes, ranks)
 
     # For each coder an optimizer and a record of what fires.
-    update = training.optimizer, training.lr, training.adam_8bit
-    optimizers = {name: CoderOptimizer(coder, *update) for name, coder in bank.items()}
-    silence = training.dead_feature_threshold
+    optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}
+    silence = schedule.dead_threshold
     firing = {n: FiringRecord(c.num_latents, silence, c.device) for n, c in bank.items()}
     state = TrainingState(exchange, bank, optimizers, firing)
     evaluate = partial(held_out_figures, capture, state, source, held_out)
     rehearse_end(folder, capture, state, source, held_out)
 
-    # The start: the last checkpoint, trained coders, or the means of the first step's rows.
+    # The start: the last checkpoint, trained coders, or the means of the first batch's rows.
     first_step, seconds = 0, 0.0
     if resumes:
         first_step, seconds = checkpoint.restore(folder, source.fingerprint, state)
-    elif training.finetune is not None:
+    else:
+        bank.center_(*first_moments(capture, first_batches(), ranks), training.rms_units)
+    if not resumes and training.finetune is not None:
         ranks.main_first(bank.load_pretrained, training.finetune)
         bank.normalize_decoders_()
-    else:
-        bank.center_(*first_moments(capture, first_batches(), ranks))
     end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None
     bad_steps = BadSteps(training.max_bad_steps, ranks)
 
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
     log.start(len(held_out) * source.block_len, kernels_description)
-    remaining = order[first_step * per_step :]
-    batches = ranks.batches(source, remaining, training.batch_size)
+    forwards = ranks.batches(source, plan.from_step(first_step), training.batch_size)
+    dealer = Dealer(capture, exchange, plan, forwards, machine.batch_on_host)
     signals.training_begins()
     for step in range(first_step, total_steps):
         sums = StepSums(bank)
         bank.zero_grad(set_to_none=True)
         ranks.clear_traffic()
-        k = {name: k_at(step, training.k_decay_steps, coder) for name, coder in bank.items()}
+        k = {name: schedule.k(step, coder) for name, coder in bank.items()}
         dead = dead_latents(firing) if training.auxk_alpha > 0 else dict.fromkeys(firing)
 
-        for tokens in islice(batches, training.grad_acc_steps):
-            if end_to_end is not None:  # the LM's own loss, with reconstructions spliced in
+        if end_to_end is not None:  # the LM's own loss, with reconstructions spliced in
+            for tokens in islice(forwards, training.grad_acc_steps):
                 end_to_end.backward(tokens, sums, dead, k)
-                continue
+        for counted, pairs in dealer.rows(step) if end_to_end is None else ():
+            sums.rows.update(counted)
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
-            pairs = capture(tokens)
-            sums.rows.update(count_rows(pairs))
-            pairs = exchange.to_owners(pairs)
             for hookpoint, (x, y) in each_once(pairs):  # what was used is freed
                 sums.add_targets(hookpoint, y)
                 for name, coder in bank.at(hookpoint):
@@ -206,7 +207,7 @@ def train(
         bad = bad_number(metrics, ranks)
         if bad is None:
             for name, optimizer in optimizers.items():
-                optimizer.step(step, total_steps, training.lr_warmup_steps)
+                optimizer.step(step)
                 firing[name].add_step_(*seen[name], dead_then[name])
                 # EDIT: what is logged.
                 metrics[f"lr/{name}"] = optimizer.lr
@@ -215,8 +216,7 @@ def train(
                 metrics[f"k/{name}"] = k[name]
             metrics |= ranks.traffic()
         else:
-            sequences = order[step * per_step :][:per_step]
-            bad_steps.skip(bad, step + 1, sequences)
+            bad_steps.skip(bad, step + 1, plan.sequences(step))
             metrics = {"skipped_steps": float(bad_steps.skipped)}
         log.step(step + 1, metrics, max(rows.values()), state)
         if log.histograms_are_due(step + 1):

@@ -35,13 +35,15 @@ from benchmarks.step import machine
 from sae import SaeConfig
 from sae.coders.bank import CoderBank, costs
 from sae.coders.functional import Moments, accumulate
-from sae.config import Widths
+from sae.config import TrainingConfig, Widths
 from sae.lm.capture import Pairs
 from sae.placement.exchange import Exchange
 from sae.placement.ranks import Ranks
 from sae.training.losses import divide_gradients_
 from sae.training.optim import CoderOptimizer
+from sae.training.schedules import Schedule
 
+SIGNUM = Schedule(TrainingConfig(optimizer="signum", encoder_lr=1.0), 1000, 1)
 SHAPE = {"hookpoints": 8, "D": 256, "L": 4096, "k": 32, "rows": 4096}
 MODES = ("replicas", "owners", "all-gather")
 SHARED = "shared"
@@ -70,13 +72,13 @@ def train_step(mode: str, exchange: Exchange, bank: CoderBank, rules: Any, pairs
                 learn(hookpoint, *whole)
     else:
         outputs = {hookpoint: (y, y) for hookpoint, (_, y) in pairs.items()}
-        for hookpoint, (x, y) in exchange.to_owners(outputs).items():
+        for hookpoint, (x, y) in exchange.to_owners([outputs])[0].items():
             learn(hookpoint, x, y)
         sums = [t for seen in moments.values() for t in seen]
         exchange.sum_replicas_(*sums, *bank.gradients())
     for name, coder in bank.items():
         divide_gradients_(coder, moments[bank.hookpoint[name]].total_variance)
-        rules[name].step(0, 1000, 0)
+        rules[name].step(0)
 
 
 def worker(modes: list[str], repeats: int) -> dict[str, dict[str, float]]:
@@ -101,7 +103,7 @@ def worker(modes: list[str], repeats: int) -> dict[str, dict[str, float]]:
         exchange = Exchange(ranks, costs(widths, cfg, (0,)), mode != "replicas", (), each)
         here, groups = exchange.trained_here(widths), exchange.groups
         bank = CoderBank(here, cfg, (0,), "cpu", groups=groups)
-        parts[mode] = (exchange, bank, {n: CoderOptimizer(c, "signum") for n, c in bank.items()})
+        parts[mode] = (exchange, bank, {n: CoderOptimizer(c, SIGNUM) for n, c in bank.items()})
     for _ in range(repeats + 1):
         for mode in modes:
             if ranks.world > 1:

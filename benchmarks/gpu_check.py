@@ -200,7 +200,7 @@ def tests(report: Report) -> None:
 FLAGS = ["--hookpoints", "layers.1", "layers.3", "layers.4.mlp", "--ctx_len", "256"]
 FLAGS += ["--batch_size", "16", "--max_examples", "1440", "--k", "32", "--auxk_alpha", "0.03125"]
 FLAGS += ["--dead_feature_threshold", "50000", "--save_every", "20", "--eval_tokens", "65536"]
-FLAGS += ["--lr_warmup_steps", "10", "--optimizer", "adam", "--log_with", "none"]
+FLAGS += ["--lr_warmup", "10", "--optimizer", "adam", "--log_with", "none"]
 
 
 def launched(

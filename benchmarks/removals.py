@@ -53,8 +53,8 @@ REMOVALS = [
     Removal(
         "the place in the order of the data, on resume",
         "train_sae.py",
-        "remaining = order[first_step * per_step :]",
-        "remaining = order",
+        "plan.from_step(first_step)",
+        "plan.from_step(0)",
         "tests/laws/test_resume_is_invisible.py",
     ),
     Removal(
@@ -82,7 +82,7 @@ REMOVALS = [
         "the skipping of bad steps",
         "train_sae.py",
         "if bad is None:",
-        "if not (bad and bad_steps.skip(bad, step + 1, order[:1])):",  # counted, not skipped
+        "if not (bad and bad_steps.skip(bad, step + 1, plan.first)):",  # counted, not skipped
         "tests/training/test_train.py",
     ),
     Removal(

@@ -32,11 +32,12 @@ from sae import SaeConfig
 from sae.coders.bank import CoderBank
 from sae.coders.firing import FiringRecord
 from sae.coders.functional import Moments
-from sae.config import KernelChoice, Widths
+from sae.config import KernelChoice, TrainingConfig, Widths
 from sae.kernels.sparse_products import ByLatent, sampled_product
 from sae.kernels.twins import Kernels
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
+from sae.training.schedules import Schedule
 from sae.training.step_sums import StepSums
 
 
@@ -65,6 +66,7 @@ def median_ms(work: Callable[[], Any], device: str, repeats: int) -> float:
     return 1e3 * statistics.median(times[2:])
 
 
+SIGNUM = Schedule(TrainingConfig(optimizer="signum", encoder_lr=1.0), 1000, 1)
 _NAME = "layers.0"  # of the only hookpoint and its coder
 
 
@@ -85,7 +87,7 @@ class Step:
         cfg, widths = SaeConfig(num_latents=shape.L, k=shape.k), {_NAME: Widths(shape.D, shape.D)}
         self.bank = CoderBank(widths, cfg, (seed,), device, dtype, kernels)
         self.coder = self.bank[_NAME]
-        self.optimizer = CoderOptimizer(self.coder, "signum")
+        self.optimizer = CoderOptimizer(self.coder, SIGNUM)
         self.firing = FiringRecord(shape.L, 10**7, device)
         self.rows = torch.randn(shape.N, shape.D, device=device)
         dead = torch.randperm(shape.L, device=device)[: int(dead_share * shape.L)].sort().values
@@ -98,7 +100,7 @@ class Step:
         (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
         sums.add(_NAME, errors)
         divide_gradients_(self.coder, sums.variance(_NAME))
-        self.optimizer.step(0, 1000, 0)
+        self.optimizer.step(0)
         self.firing.add_step_(sums.fired[_NAME], len(self.rows))
 
 
@@ -156,7 +158,7 @@ def parts(
 
     def update() -> None:
         divide_gradients_(coder, torch.ones((), dtype=torch.float64, device=device))
-        step.optimizer.step(0, 1000, 0)
+        step.optimizer.step(0)
 
     works: dict[str, Callable[[], Any]] = {
         "encode: product, top k": lambda: kernels.encode(

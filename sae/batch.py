@@ -23,6 +23,8 @@ class TokenBatch:
     """False for padding, which the LM does not see."""
     counted: Bool[Tensor, "B S"] | None = None
     """False for tokens that the LM reads and no coder is trained on."""
+    numbers: Int[Tensor, " B"] | None = None
+    """The numbers of the sequences in their source, on the CPU; None where nobody asks."""
     host: "TokenBatch | None" = None
     """Of a batch on a GPU the one on the CPU that it was copied from."""
 
@@ -42,7 +44,11 @@ class TokenBatch:
             return self
         attended = None if self.attended is None else copied(self.attended, device)
         counted = None if self.counted is None else copied(self.counted, device)
-        return TokenBatch(copied(self.ids, device), attended, counted, host=self)
+        return TokenBatch(copied(self.ids, device), attended, counted, self.numbers, host=self)
+
+    def lengths(self, hookpoint: str) -> list[int]:
+        """Rows of each sequence at a hookpoint, those that will be left out among them."""
+        return [self.ids.shape[1]] * len(self.ids)
 
     def rows(self) -> Bool[Tensor, "B S"] | None:
         """Which tokens may be rows: those read and counted; None for all of them."""

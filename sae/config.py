@@ -235,24 +235,38 @@ class TrainingConfig:
     """Folder or Hub id of trained coders to start from."""
     loss_fn: Literal["fvu", "ce", "kl"] = "fvu"
     """Fraction of variance unexplained at the hookpoint, or an end-to-end loss of the LM."""
-    optimizer: OptimizerName = "signum"
-    """signum (schedule-free), adam, or muon."""
+    optimizer: OptimizerName = "adam"
+    """adam, signum (schedule-free), or muon."""
     lr: float | None = None
-    """Peak rate; default: signum 5e-3, adam 2e-4 over sqrt(latents / 2^14), muon 2e-3."""
-    lr_warmup_steps: Annotated[int, AtLeast(0)] = 1000
-    """Optimizer steps of linear warm-up (adam, and muon's biases)."""
+    """Peak rate; default: by a rule in docs/recipes.md."""
+    lr_warmup: Annotated[float, AtLeast(0)] = 0.05
+    """Share of the run, or, above 1, steps in which the rate rises from 0 (not of signum)."""
+    lr_decay: Annotated[float, AtLeast(0)] = 0.2
+    """Share of the rest, or, above 1, steps at its end in which the rate falls to 0 (nor here)."""
+    encoder_lr: Annotated[float, AtLeast(0)] = 0.5
+    """The rate of W_enc over that of the other parameters."""
+    rms_units: bool = True
+    """Rates of biases, and how transcoders start, in units of the rms of their activations."""
+    adam_beta1: Annotated[float, AtLeast(0)] = 0.8
+    """Decay of Adam's first moment."""
+    adam_beta2: Annotated[float, AtLeast(0)] = 0.95
+    """Decay of Adam's second moment."""
     adam_8bit: bool = False
     """Keep Adam's moments in 8 bits (needs bitsandbytes)."""
     k_decay_steps: Annotated[int, AtLeast(0)] = 0
     """Optimizer steps over which k falls to its value, from 10 times the input width."""
-    auxk_alpha: Annotated[float, AtLeast(0)] = 0.0
+    auxk_alpha: Annotated[float, AtLeast(0)] = 1.0
     """Weight of the AuxK loss, which revives dead latents; Gao et al. use 1/32."""
-    dead_feature_threshold: Annotated[int, AtLeast(1)] = 10_000_000
-    """Tokens without firing after which a latent counts as dead."""
+    dead_feature_threshold: Annotated[float, AtLeast(0)] = 0.02
+    """Tokens without firing after which a latent counts as dead; up to 1: a share of the run's, but
+    at most 10 million."""
     batch_size: Annotated[int, AtLeast(1), MAY_CHANGE] = 32
     """Sequences per rank and LM forward."""
     grad_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
-    """LM forwards per optimizer step."""
+    """LM forwards per batch."""
+    steps_per_batch: Annotated[int | None, AtLeast(1)] = None
+    """Optimizer steps that the rows of a batch (the forwards above) are dealt to; default: 16, or
+    fewer, so that a step has 4,096 rows; 1 with --loss_fn ce or kl."""
     micro_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
     """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
@@ -267,8 +281,14 @@ class TrainingConfig:
         check_values(self)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             refuse(self, "lr", "must be a finite number above 0; leave it out for the default")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                refuse(self, name, "must be below 1")
         if not self.init_seeds or len(set(self.init_seeds)) != len(self.init_seeds):
             refuse(self, "init_seeds", "give one or more different seeds")
+        if self.uses_lm_loss and self.steps_per_batch not in (None, 1):
+            why = f"--loss_fn {self.loss_fn} needs whole sequences: leave it out"
+            refuse(self, "steps_per_batch", why)
         if self.adam_8bit and self.optimizer != "adam":
             refuse(self, "adam_8bit", f"belongs to --optimizer adam, not {self.optimizer}")
         if self.loss_fn != "fvu" and len(self.init_seeds) > 1:
@@ -293,6 +313,8 @@ class MachineConfig:
     """Keep each coder on one rank only, and send that rank the rows of all ranks."""
     layer_to_rank: Annotated[tuple[str, ...], MAY_CHANGE] = ()
     """Owners by hand, "layers.0=0 layers.1=1-3" or a .json file; default: by cost."""
+    batch_on_host: Annotated[bool, MAY_CHANGE] = False
+    """Keep the rows of a batch that wait for their step in the host's memory, not on the GPU."""
     ranks_per_coder: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
     """Ranks that share each coder, for coders too large for one."""
     timeout: Annotated[float, MAY_CHANGE] = 10.0

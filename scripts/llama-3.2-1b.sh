@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SAEs on the residual stream after all 16 layers of Llama 3.2 1B, two on each GPU.
-# Hardware: 8 GPUs. Memory: 21 GiB per GPU (--dry_run), and what the LM's forward needs. Tokens: 1024 M.
+# Hardware: 8 GPUs. Memory: 13 GiB per GPU (--dry_run), and what the LM's forward needs. Tokens: 1024 M.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec accelerate launch --config_file accelerate_configs/8gpu.yaml train_sae.py \
     meta-llama/Llama-3.2-1B HuggingFaceFW/fineweb --data_args name=sample-10BT --streaming \
     --max_examples 500000 --ctx_len 2048 --batch_size 4 --distribute_modules \
-    --auxk_alpha 0.03125 --mixed_precision bf16 "$@"
+    --mixed_precision bf16 "$@"

@@ -14,8 +14,8 @@ cores="$(.venv/bin/python -c 'import os; print(len(os.sched_getaffinity(0)) if h
 .venv/bin/accelerate launch --config_file "$config" --num_cpu_threads_per_process "$cores" \
     train_sae.py demo/lm demo/text/train.jsonl \
     --hookpoints layers.1 layers.3 layers.4.mlp \
-    --ctx_len 256 --batch_size 16 --max_examples 5600 --expansion_factor 16 --k 32 \
-    --auxk_alpha 0.03125 --dead_feature_threshold 200000 \
+    --ctx_len 256 --batch_size 16 --grad_acc_steps 16 --max_examples 5632 \
+    --expansion_factor 16 --k 32 \
     --run_name "quickstart-$(date +%Y%m%d-%H%M%S)" "$@" | tee .venv/quickstart.txt
 
 # A dry run, or --help, leaves no run to look at.

@@ -128,7 +128,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "eval_tokens": 256,
         "k": 4,
         "expansion_factor": 4,
-        "lr_warmup_steps": 5,
+        "lr_warmup": 0.25,
         "log_with": "none",
     }
 

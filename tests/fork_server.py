@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_sae
 from sae.lm.capture import Pairs, count_rows
-from sae.placement import signals
+from sae.placement import dealing, signals
 
 
 def hold(number: int, for_good: bool, marker: str) -> None:
@@ -47,7 +47,7 @@ def hold(number: int, for_good: bool, marker: str) -> None:
             wait_until_told()
         return count_rows(pairs)
 
-    train_sae.count_rows = counted
+    dealing.count_rows = counted
     if number == 0:
         train_sae.load_tokens = lambda *_: wait_until_told()
 

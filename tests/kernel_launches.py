@@ -35,10 +35,11 @@ from triton.runtime.jit import JITFunction
 
 import sae.kernels
 from sae.coders.bank import CoderBank
-from sae.config import OptimizerName, SparseCoderConfig, Widths
+from sae.config import OptimizerName, SparseCoderConfig, TrainingConfig, Widths
 from sae.kernels.backend import Backend
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
+from sae.training.schedules import Schedule
 from sae.training.step_sums import StepSums
 
 TARGETS = {
@@ -150,13 +151,16 @@ def _step(
     bank = CoderBank({"h": Widths(width, width)}, cfg, (0,), "meta", dtype)
     coder, x = bank["h"], torch.empty(16384, width, device="meta", dtype=dtype)
     dead = torch.empty(coder.num_latents // 4, dtype=torch.int64, device="meta")
-    optimizer, sums = CoderOptimizer(coder, name), StepSums(bank)
+    optimizer, sums = (
+        CoderOptimizer(coder, Schedule(TrainingConfig(optimizer=name), 10, 1)),
+        StepSums(bank),
+    )
     sums.add_targets("h", x)
     errors = coder.errors(x, x, dead if with_dead else None, k)
     (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
     sums.add("h", errors)
     divide_gradients_(coder, sums.variance("h"))
-    optimizer.step(0, 10, 1)
+    optimizer.step(0)
     assert coder.W_dec is not None, "a coder in training has a decoder"
     coder.kernels.normalize_rows_(coder.W_dec)
 

@@ -25,7 +25,7 @@ STEPS, SAVED = 12, 6
 # without a sign.
 FLAGS = (
     "--hookpoints layers.? layers.1.mlp --ctx_len 16 --max_examples 144 --eval_tokens 176 --k 4 "
-    "--expansion_factor 4 --optimizer adam --lr 1e-3 --lr_warmup_steps 5 --auxk_alpha 0.03125 "
+    "--expansion_factor 4 --optimizer adam --lr 1e-3 --lr_warmup 5 --auxk_alpha 0.03125 "
     f"--dead_feature_threshold 300 --multi_topk --exclude_tokens 5 9 11 --save_every {SAVED} "
     "--exclude_positions 1 --exclude_norm 1.1"
 ).split()
@@ -79,6 +79,15 @@ SHARDED = {
 # which Adam divides by its own size. Replicas, which round otherwise, start from trained ones.
 CODED = "--transcode --skip_connection --no-normalize_decoder"
 KL = "--loss_fn kl --max_examples 72"
+# Batches whose rows are dealt to four steps, saved within one.
+DEALT = "--steps_per_batch 4 --max_examples 36"
+DEALINGS = {
+    "two dealt": f"--batch_size 2 --grad_acc_steps 3 {DEALT}",
+    "two dealt owners": f"--batch_size 6 --distribute_modules {DEALT}",
+    "dealt, two to three": f"--batch_size 2 --grad_acc_steps 2 --resume {DEALT}",
+    "four dealt and shared": f"--batch_size 3 {WIDE} 2 {DEALT} --micro_acc_steps 2",
+    "sharded and dealt": f"--batch_size 6 --distribute_modules {DEALT}",
+}
 MEETINGS = 8
 HARMED: dict[str, dict[str, Any]] = {
     "other seed": {"other_seed": 1},
@@ -180,7 +189,7 @@ def make(folder: Path) -> Runs:
     causal = {"model": str(folder / "causal")}
 
     tuned = f"{CODED} --finetune {folder}/runs/coded-one"
-    one = {"one": "", "coded-one": CODED, "tuned one": tuned, "kl one": KL}
+    one = {"one": "", "coded-one": CODED, "tuned one": tuned, "kl one": KL, "dealt one": DEALT}
     one |= {f"{kind} one": flags for kind, (flags, _) in KINDS.items()}
     jobs = {name: f"--batch_size 12 {flags}" for name, flags in one.items()}
     made.launch(None, 1, jobs, {"kl one": causal})
@@ -192,6 +201,7 @@ def make(folder: Path) -> Runs:
 
     two = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("two ")}
     two |= shared[2]
+    two |= {n: flags for n, flags in DEALINGS.items() if n.startswith("two ")}
     two["coded owners"] = f"--batch_size 6 {CODED} --distribute_modules"
     two["tuned replicas"] = f"--batch_size 6 {tuned}"
     two["kl replicas"] = f"--batch_size 3 --grad_acc_steps 2 {KL}"
@@ -206,6 +216,7 @@ def make(folder: Path) -> Runs:
     made.cut("two replicas", "replicas, two to three")
     made.cut("two owners", "owners, two to three")
     made.cut("two owners", "other total")
+    made.cut("two dealt owners", "dealt, two to three")
     names = ("three owners", "replicas, two to three", "owners, two to three")
     three = {name: REPLICAS_AND_OWNERS[name] for name in names}
     made.cut("two share", "shared, two to three")
@@ -214,10 +225,12 @@ def make(folder: Path) -> Runs:
     shutil.copytree(folder / "runs" / "two share", folder / "runs" / "pieces")
     from_pieces = f"--batch_size 4 --distribute_modules --finetune {folder}/runs/pieces"
     three |= {"other total": "--batch_size 6 --resume", **shared[3], "from pieces": from_pieces}
+    three["dealt, two to three"] = DEALINGS["dealt, two to three"]
     three["from pieces, shared"] = f"{from_pieces} --ranks_per_coder 3"
     made.launch(None, 3, three, {})
 
     four = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("four ")}
+    four["four dealt and shared"] = DEALINGS["four dealt and shared"]
     four["idle"] = "--batch_size 3 --distribute_modules --layer_to_rank layers.0=3 layers.1=3"
     four["sparse"] = f"--batch_size 3 {WIDE} 4 --auxk_alpha 0 --no-multi_topk"
     four["too few groups"] = "--batch_size 3 --distribute_modules --activation groupmax --k 2 "
@@ -228,10 +241,11 @@ def make(folder: Path) -> Runs:
     one_step += "--mixed_precision"
     large = {"large": f"{one_step} no", "large bf16": f"{one_step} bf16"}
     others = {"lacking": "--batch_size 6", "sharded kl": f"--batch_size 6 {KL}"}
-    others["sharded head"] = "--batch_size 6 --max_examples 48 --lr_warmup_steps 1 --eval_every 9"
+    others["sharded head"] = "--batch_size 6 --max_examples 48 --lr_warmup 0 --eval_every 9"
     models = {name: {"model": str(folder / name.split()[0])} for name in (*large, "lacking")}
+    sharded = {**SHARDED, "sharded and dealt": DEALINGS["sharded and dealt"]}
     models["sharded kl"] = models["sharded head"] = causal
-    made.launch("cpu_2proc_zero3", 2, {**SHARDED, **large, **others}, models)
+    made.launch("cpu_2proc_zero3", 2, {**sharded, **large, **others}, models)
     return made
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_sae
 from sae import SparseCoder, UsageError
 from sae.lm.capture import Pairs
-from sae.placement import liveness
+from sae.placement import dealing, liveness
 from sae.placement.launch import sharded
 from sae.runs import checkpoint
 
@@ -161,11 +161,8 @@ def watch_engine(patch: pytest.MonkeyPatch, held: dict[str, Any], orders: list[A
 
 def do_harm(patch: pytest.MonkeyPatch, held: dict[str, Any], harm: dict[str, Any]) -> None:
     """Let a run meet what `harm` says."""
-    count_rows, load_tokens, errors = (
-        train_sae.count_rows,
-        train_sae.load_tokens,
-        SparseCoder.errors,
-    )
+    count_rows, load_tokens = dealing.count_rows, train_sae.load_tokens
+    errors = SparseCoder.errors
     has_had_turn = liveness.has_had_turn
     begun, looked = (
         [Path(f"{harm.get('prepare')}.{sign}.{rank}") for rank in range(WORLD)]
@@ -201,7 +198,7 @@ def do_harm(patch: pytest.MonkeyPatch, held: dict[str, Any], harm: dict[str, Any
             wait_for(here)
         return errors(coder, *args)
 
-    patch.setattr(train_sae, "count_rows", spoil)
+    patch.setattr(dealing, "count_rows", spoil)
     patch.setattr(train_sae, "load_tokens", prepare)
     patch.setattr(liveness, "has_had_turn", look)
     patch.setattr(SparseCoder, "errors", meet)

@@ -28,7 +28,7 @@ SAVE_EVERY = 4
 FLAGS = [
     *("--ctx_len", "16", "--batch_size", "4", "--max_examples", "4800", "--layers", "1", "2"),
     *("--num_latents", "2048", "--k", "4", "--eval_tokens", "256", "--save_every", str(SAVE_EVERY)),
-    *("--optimizer", "adam", "--lr", "1e-3", "--lr_warmup_steps", "5", "--log_with", "none"),
+    *("--optimizer", "adam", "--lr", "1e-3", "--lr_warmup", "5", "--log_with", "none"),
 ]
 
 

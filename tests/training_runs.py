@@ -13,9 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import train_sae
+from sae.coders.sparse_coder import SparseCoder
+from sae.config import TrainingConfig
 from sae.flag_checks import from_flags
 from sae.lm.capture import Pairs, count_rows
+from sae.placement import dealing
+from sae.training.optim import CoderOptimizer
+from sae.training.schedules import Schedule
 from train_sae import TrainConfig, train
 
 Settings = dict[str, Any]
@@ -36,7 +40,7 @@ def on_training_forwards(
 ) -> None:
     """Call `act` with the number (from 0) and the rows of every forward that coders train on.
 
-    The loop counts the rows of these forwards, and of no others (widths, means, evaluation).
+    The rows of these forwards are counted, and of no others (widths, means, evaluation).
     """
     numbers = count()
 
@@ -44,7 +48,7 @@ def on_training_forwards(
         act(next(numbers), pairs)
         return count_rows(pairs)
 
-    monkeypatch.setattr(train_sae, "count_rows", counted)
+    monkeypatch.setattr(dealing, "count_rows", counted)
 
 
 def die_in_forward(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -102,3 +106,8 @@ LOSSES = {"auxk_alpha": 1 / 32, "dead_feature_threshold": 300, "multi_topk": Tru
 
 class Killed(BaseException):
     """Stands for a SIGKILL: nothing catches it."""
+
+
+def coder_optimizer(coder: SparseCoder, name: str, steps: int = 10, **flags: Any) -> CoderOptimizer:
+    """The optimizer of a coder in a run of `steps` steps."""
+    return CoderOptimizer(coder, Schedule(TrainingConfig(optimizer=name, **flags), steps, rows=1))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from ..formats.sparsify import newest_coders, opened, shapes_of
 from ..kernels.twins import Kernels
 from .functional import Moments
 from .sharded import Group, ShardedCoder
-from .sparse_coder import SparseCoder
+from .sparse_coder import Scale, SparseCoder
 
 
 class CoderBank(nn.Module):
@@ -104,10 +104,15 @@ class CoderBank(nn.Module):
                 parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in self.parameters() if p.grad is not None]
 
-    def center_(self, x: dict[str, Moments], y: dict[str, Moments]) -> None:
-        """Start every coder from the means of its hookpoint's inputs and targets."""
+    def center_(self, x: dict[str, Moments], y: dict[str, Moments], rms_units: bool) -> None:
+        """Start every coder from the means of its hookpoint's inputs and targets.
+
+        With `rms_units` their scale is the coder's, too.
+        """
         for name, coder in self.items():
             hookpoint = self.hookpoint[name]
+            if rms_units:
+                coder.scale = Scale.of(x[hookpoint], y[hookpoint])
             coder.center_(x[hookpoint].mean, y[hookpoint].mean)
 
     def load_pretrained(self, source: str) -> None:

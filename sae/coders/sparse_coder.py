@@ -62,6 +62,19 @@ class CoderErrors(NamedTuple):
     """sum ||y - sae_out_4k||^2; 0 unless `multi_topk`."""
 
 
+class Scale(NamedTuple):
+    """The rms of what a coder reads and of what it predicts, each about its mean."""
+
+    x: float = 1.0
+    y: float = 1.0
+
+    @classmethod
+    def of(cls, x: functional.Moments, y: functional.Moments) -> "Scale":
+        """The scale of rows with these moments; 1 where all rows are equal."""
+        found = [float((m.total_variance / (m.count * len(m.total))).sqrt()) for m in (x, y)]
+        return cls(*(rms if rms > 0 else 1.0 for rms in found))
+
+
 class SparseCoder(nn.Module):
     """A k-sparse autoencoder or transcoder.
 
@@ -75,6 +88,9 @@ class SparseCoder(nn.Module):
 
     kernels: Kernels = Kernels()
     """What computes: the kernels of the run, or `functional`, the specification."""
+
+    scale: Scale = Scale()
+    """What learning rates are in units of; none, unless training has set it."""
 
     piece: Piece | None = None
     """What is here of a coder that several ranks hold; None: all."""
@@ -262,10 +278,23 @@ class SparseCoder(nn.Module):
 
     @torch.no_grad()
     def center_(self, x_mean: Float[Tensor, " D"], y_mean: Float[Tensor, " D"]) -> None:
-        """Start from the data: b_dec = mean(y); a transcoder's b_enc = -W_enc mean(x)."""
+        """Start from the data: b_dec = mean(y); a transcoder's b_enc = -W_enc mean(x).
+
+        A transcoder's W_enc is brought to the unit that it has by `unit`.
+        """
         self.b_dec.copy_(y_mean)
         if self.cfg.transcode:
+            self.encoder.weight.mul_(self.unit("encoder.weight"))
             self.encoder.bias.copy_(-(self.encoder.weight @ x_mean.to(self.dtype)))
+
+    def unit(self, parameter: str) -> float:
+        """The unit of a parameter, so that its number is the same at every scale of the data.
+
+        Biases are in the unit of the targets, maps from x to y in y's over x's; decoder rows have
+        none.
+        """
+        x, y = self.scale if self.cfg.transcode else (self.scale.y, self.scale.y)
+        return {"encoder.weight": y / x, "W_skip": y / x, "W_dec": 1.0}.get(parameter, y)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..batch import TokenBatch
+from ..config import DataConfig
 from ..flag_checks import UsageError
 
 
@@ -185,15 +186,58 @@ def shuffled(numbers: range, seed: int) -> Int[Tensor, " n"]:
     return torch.randperm(len(numbers), generator=generator) + numbers.start
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which sequences the steps of a run are made of: `per_batch` of `order` for each `steps`."""
+
+    order: Int[Tensor, " n"]
+    per_batch: int
+    steps: int
+    """Optimizer steps that the rows of a batch are dealt to."""
+    seed: int = 0
+    """Of the order in which they are dealt."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all whole batches."""
+        return len(self.order) // self.per_batch * self.steps
+
+    @property
+    def first(self) -> Int[Tensor, " per_batch"]:
+        """The first batch."""
+        return self.order[: self.per_batch]
+
+    def sequences(self, step: int) -> Int[Tensor, " per_batch"]:
+        """The batch that holds the rows of a step."""
+        return self.order[step // self.steps * self.per_batch :][: self.per_batch]
+
+    def from_step(self, step: int) -> Int[Tensor, " n"]:
+        """The batches from that of a step to the last whole one."""
+        batches = len(self.order) // self.per_batch
+        return self.order[step // self.steps * self.per_batch : batches * self.per_batch]
+
+
+def dealt(number: int, rows: int, steps: int, seed: int) -> Int[Tensor, " rows"]:
+    """For each row of block `number` the step, of `steps`, that trains on it.
+
+    Rows are dealt in an order that depends on the seed and the number alone. Every step gets
+    rows / steps of them, rounded up or down.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {number}".encode()))
+    first = torch.randint(steps, (1,), generator=generator)
+    return (torch.randperm(rows, generator=generator) + first) % steps
+
+
 def split_blocks(
-    source: TokenSource, eval_tokens: int, max_examples: int | None, per_step: int
+    source: TokenSource, cfg: DataConfig, per_batch: int
 ) -> tuple[Int[Tensor, " held"], range]:
     """Numbers of the blocks that are held out, the first of the data, and of those that train.
 
-    `eval_tokens` are held out, in whole blocks, but at most a tenth of the data. `per_step` blocks
-    are what one optimizer step consumes. Raises UsageError where less than one step is left.
+    `--eval_tokens` are held out, in whole blocks, but at most a tenth of the data. `per_batch`
+    blocks are a batch. Raises UsageError where less than one is left.
     """
-    held = min(-(-eval_tokens // source.block_len), max(1, len(source) // 10))
+    max_examples = cfg.max_examples
+    held = min(-(-cfg.eval_tokens // source.block_len), max(1, len(source) // 10))
     rest = len(source) - held
     if max_examples is not None and max_examples > rest:
         raise UsageError(
@@ -201,9 +245,9 @@ def split_blocks(
             f"tokens beside the {held} held out; leave the flag out to use them all"
         )
     used = rest if max_examples is None else max_examples
-    if used < per_step:
+    if used < per_batch:
         raise UsageError(
-            f"--batch_size times --grad_acc_steps is {per_step} sequences of {source.block_len} "
+            f"--batch_size times --grad_acc_steps is {per_batch} sequences of {source.block_len} "
             f"tokens, and there are {used} beside the {held} held out: lower --batch_size or "
             f"--ctx_len, or give more data"
         )

@@ -107,7 +107,7 @@ def held_out_figures(
             pairs = capture(tokens.to(ranks.device))
             if i >= len(mine):
                 pairs = {name: no_rows(pair) for name, pair in pairs.items()}
-            for hookpoint, (x, y) in exchange.to_owners(pairs).items():
+            for hookpoint, (x, y) in exchange.to_owners([pairs])[0].items():
                 accumulate(moments, hookpoint, y)
                 for name, coder in bank.at(hookpoint):
                     # A folder may hold SAEs beside transcoders.

@@ -1,5 +1,6 @@
 """What a run left about itself: its flags, its data, and which text it held out."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def held_out_blocks(
 ) -> int:
     """Leading blocks that the run held out, whatever the length of a block is now."""
     if not saved or saved.get("block_len") == source.block_len:
-        held, _ = split_blocks(source, before["eval_tokens"], data.max_examples, per_step=1)
+        then = replace(data, eval_tokens=before["eval_tokens"])
+        held, _ = split_blocks(source, then, per_batch=1)
         return len(held)
     then = saved["block_len"]
     tokens = then * min(-(-before["eval_tokens"] // then), max(1, saved["blocks"] // 10))

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..lm.capture import Pairs, count_rows
+from ..lm.capture import Pairs
 from .groups import connect_groups
 from .owners import plan_owners, read_owners, shown
 from .ranks import Ranks
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 class Exchange:
@@ -64,26 +65,28 @@ class Exchange:
         """What the ranks know of the coders they train, in one dictionary of all coders."""
         return self.ranks.merge(by_coder) if self.distributed else by_coder
 
-    def to_owners(self, pairs: Pairs) -> Pairs:
+    def to_owners(self, hands: list[Pairs]) -> list[Pairs]:
         """Of the hookpoints trained here, the rows of all ranks that see them, in rank order.
 
-        Distributed modules: one all-to-all of uneven splits carries every row to its owners and
-        nowhere else, in the dtype it was captured in. Otherwise a rank keeps its own rows.
+        `hands` are the rows for different steps, and stay apart. Distributed modules: one
+        all-to-all of uneven splits carries every row to its owners and nowhere else, in the dtype
+        it was captured in. Otherwise a rank keeps its own rows.
         """
         if not self.distributed:
-            return pairs
+            return hands
+        pairs = {(n, name): pair for n, hand in enumerate(hands) for name, pair in hand.items()}
         ranks, me = self.ranks, self.ranks.rank
         counts = self._row_counts(pairs)
         dtype = reduce(torch.promote_types, (t.dtype for pair in pairs.values() for t in pair))
         parts: list[list[Tensor]] = [[] for _ in range(ranks.world)]
-        for hookpoint, pair in pairs.items():
+        for (_, hookpoint), pair in pairs.items():
             rows = [t.to(dtype) for t in _distinct(pair)]
             for rank in self.owner[hookpoint]:
                 parts[rank] += rows
         mine, parts[me] = parts[me], []  # what stays here does not travel
         sent = torch.cat([t.flatten() for part in parts for t in part] or [_nothing(mine)])
-        owned = {name: _distinct(pair) for name, pair in pairs.items() if self.owns(name)}
-        shapes = [[(n[name], t.shape[1]) for name, ts in owned.items() for t in ts] for n in counts]
+        owned = {key: _distinct(pair) for key, pair in pairs.items() if self.owns(key[1])}
+        shapes = [[(n[key], t.shape[1]) for key, ts in owned.items() for t in ts] for n in counts]
         sizes = [sum(n * width for n, width in shape) for shape in shapes]
         sizes[me] = 0
         received = sent.new_empty(sum(sizes))
@@ -98,20 +101,20 @@ class Exchange:
             blocks = chunk.split([n * width for n, width in shape])
             arrived.append([b.view(size) for b, size in zip(blocks, shape, strict=True)])
         whole: Iterator[Tensor] = (torch.cat(rows) for rows in zip(*arrived, strict=True))
-        found: Pairs = {}
-        for hookpoint, pair in owned.items():
+        found: list[Pairs] = [{} for _ in hands]
+        for (n, hookpoint), pair in owned.items():
             tensors = [next(whole) for _ in pair]
-            found[hookpoint] = (tensors[0], tensors[-1])
+            found[n][hookpoint] = (tensors[0], tensors[-1])
         return found
 
-    def _row_counts(self, pairs: Pairs) -> list[dict[str, int]]:
-        """Rows of each hookpoint on every rank.
+    def _row_counts(self, pairs: dict[K, tuple[Tensor, Tensor]]) -> list[dict[K, int]]:
+        """Rows of each hookpoint and step on every rank.
 
         Ranks must mean the same tensors: gloo would mix them in silence.
         """
         layout = [(name, *(t.shape[1] for t in _distinct(pair))) for name, pair in pairs.items()]
         digest = zlib.crc32(repr(layout).encode())
-        found = self.ranks.gather_all([digest, *count_rows(pairs).values()])
+        found = self.ranks.gather_all([digest, *(len(y) for _, y in pairs.values())])
         assert all(theirs == digest for theirs, *_ in found), "ranks captured different tensors"
         return [dict(zip(pairs, counts, strict=True)) for _, *counts in found]
 

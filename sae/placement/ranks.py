@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -44,7 +45,9 @@ class Ranks:
         """
         self.same({"the data's fingerprint": source.fingerprint})
         mine = order.view(-1, self.world, batch_size)[:, self.rank].flatten()
-        return _ahead(source.batches(mine, batch_size), self.device)
+        read = zip(mine.split(batch_size), source.batches(mine, batch_size), strict=False)
+        numbered = (replace(batch, numbers=numbers) for numbers, batch in read)
+        return _ahead(numbered, self.device)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Sum each tensor over ranks, in place; every rank ends with the same bits."""

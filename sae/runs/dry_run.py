@@ -24,7 +24,7 @@ from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
 from ..placement.owners import owned_by, plan_owners, read_owners
 from ..training.optim import state_bytes
-from ..training.schedules import k_at
+from ..training.schedules import Schedule, steps_per_batch
 
 _ENTRY = 32  # bytes of one active latent of one row
 _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
@@ -68,13 +68,14 @@ def show_plan(cfg: Any) -> None:
         who = "each" if replicas and world > 1 else str(rank)
         mine = widths if replicas else owned_by(owner, rank)
         rows.append([who, *sizes, " ".join(mine) or "nothing"])
-    sequences = cfg.training.batch_size * cfg.training.grad_acc_steps * world
+    batch, steps = _batch(cfg, world)
     transcode = cfg.coder.transcode
     latents = {cfg.coder.latents(w.d_in if transcode else w.d_out) for w in widths.values()}
     ranks = "rank" if world == 1 else "ranks"
     print(f"LM      {parameters:,} parameters up to the last of {len(widths)} hookpoints")
     print(f"coders  of {', '.join(f'{n:,}' for n in sorted(latents))} latents")
-    print(f"step    {sequences * cfg.data.ctx_len:,} tokens on {world} {ranks}")
+    of_batch = f", of a batch of {batch:,}" if steps > 1 else ""
+    print(f"step    {batch // steps:,} tokens{of_batch} on {world} {ranks}")
     if cfg.data.max_examples is not None:
         print(f"run     {cfg.data.max_examples * cfg.data.ctx_len:,} tokens")
     columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
@@ -179,16 +180,21 @@ def _rank_memory(
     weights = sum(4 * p.numel() for coder in coders for p in coder.parameters())
     state = sum(state_bytes(coder, training.optimizer, training.adam_8bit) for coder in coders)
 
+    batch, steps = _batch(cfg, world)
     tokens = rows = training.batch_size * cfg.data.ctx_len
     inputs = cfg.coder.transcode
     width = {name: w.d_out + (w.d_in if inputs else 0) for name, w in widths.items()}
     in_flight = tokens * sum(width.values())
+    waiting = batch // world * sum(width.values())
     if rank is not None:
+        waiting = batch * sum(width[name] for name in mine)
         sent = sum(w * len([r for r in owner[name] if r != rank]) for name, w in width.items())
         own = sum(width[name] for name in mine)
         # Sent, received, and joined with what was here already.
         in_flight += tokens * (sent + (world - 1) * own + world * own)
         rows = world * tokens
+    if steps > 1:
+        rows = -(-batch // (steps if rank is not None else steps * world))
     piece = -(-rows // training.micro_acc_steps)
     working = max((step_bytes(cfg, coder, piece, item) for coder in coders), default=0)
     if groups:  # candidates of 8 bytes: sent, received, in order, sent, received
@@ -197,7 +203,21 @@ def _rank_memory(
             k += max((k_aux(coder.d_out) for coder in coders), default=0)
         working += 5 * 8 * k * piece
     lm = lm_parameters * (1 if cfg.model.load_in_8bit else item)
-    return RankMemory(lm, weights, weights, state, in_flight * item + working)
+    in_flight *= item
+    if steps == 1:
+        return RankMemory(lm, weights, weights, state, in_flight + working)
+    # Either a forward brings rows, or a step's rows are joined and trained on.
+    waiting *= item
+    busy = max(in_flight, -(-waiting // steps) + working)
+    on_host = cfg.machine.batch_on_host and not asks_for_cpu()
+    return RankMemory(lm, weights, weights, state, busy + (0 if on_host else waiting))
+
+
+def _batch(cfg: Any, world: int) -> tuple[int, int]:
+    """Tokens of a batch on all ranks, and the steps that it is dealt to."""
+    training = cfg.training
+    rows = training.batch_size * training.grad_acc_steps * world * cfg.data.ctx_len
+    return rows, steps_per_batch(training, rows)
 
 
 def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
@@ -206,7 +226,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     `item` is the size of the encoder's factors. A block of pre_acts comes on top.
     """
     training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
-    k = k_at(0, training.k_decay_steps, coder)
+    k = Schedule(training, 1, rows).k(0, coder)
     active = min(4 * k, coder.num_latents) if coder.cfg.multi_topk else k
     dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
     floats = 2 * d_out  # the reconstruction and its error

@@ -103,9 +103,11 @@ def _writable(folder: Path) -> Iterator[None]:
 def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
     """Raise UsageError where flags that move numbers are not those that the run started with.
 
-    A flag that run.json does not name is newer than the run, which had its default.
+    A flag that run.json does not name is newer than the run, which had its default, or did what
+    was done then.
     """
-    before = {**flags_of(type(cfg)()), **read_json(folder / "run.json")}
+    recorded = read_json(folder / "run.json")
+    before = {**flags_of(type(cfg)()), **_before(recorded), **recorded}
     if flags["sequences_per_step"] != _sequences_per_step(before):
         raise UsageError(
             f"--resume: --batch_size times --grad_acc_steps times the number of ranks is "
@@ -125,6 +127,19 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
                 f"--resume: --{name} is {value!r} now and was {was!r} when the run started; give "
                 f"the same flags, or start a new run with --finetune"
             )
+
+
+def _before(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What flags mean that are newer than a run, where it was not their default that was done."""
+    if "lr_warmup_steps" not in recorded:
+        return {}
+    found: dict[str, Any] = {"lr_warmup": recorded.pop("lr_warmup_steps"), "lr_decay": 1.0}
+    found |= {"steps_per_batch": 1, "encoder_lr": 1.0, "rms_units": False}
+    found |= {"adam_beta1": 0.9, "adam_beta2": 0.999}
+    by_rule = {"adam": "2e-4 / sqrt(latents / 2^14)", "muon": 2e-3}
+    if recorded.get("lr") is None and recorded.get("optimizer") in by_rule:
+        recorded["lr"] = by_rule[recorded["optimizer"]]
+    return found
 
 
 def _sequences_per_step(flags: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
@@ -41,6 +41,12 @@ class GivenBatch(TokenBatch):
     """The rows of some items; their `ids` are the items' numbers, [B 1]."""
 
     pairs: Pairs | None = None
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    """Rows of each item by hookpoint."""
+
+    def lengths(self, hookpoint: str) -> list[int]:
+        """Rows of each item at a hookpoint."""
+        return self.sizes[hookpoint]
 
     def to(self, device: torch.device) -> "GivenBatch":
         """The batch on a device."""
@@ -49,7 +55,7 @@ class GivenBatch(TokenBatch):
         for name, (x, y) in self.pairs.items():
             there = copied(y, device)
             moved[name] = (there if x is y else copied(x, device), there)
-        return GivenBatch(copied(self.ids, device), pairs=moved)
+        return replace(self, ids=copied(self.ids, device), pairs=moved)
 
 
 @dataclass(frozen=True)
@@ -143,16 +149,22 @@ class GivenRows:
                     f"activations: ended before item {int(numbers[len(found)])} of {len(self)}"
                 )
             pairs: Pairs = {}
+            sizes: dict[str, list[int]] = {}
             for name in self.hookpoints:
+                sizes[name] = [len(item[name][1]) for item in found]
                 y = torch.cat([item[name][1] for item in found])
                 pairs[name] = (torch.cat([i[name][0] for i in found]) if self.inputs else y, y)
-            yield GivenBatch(numbers.unsqueeze(1), pairs=pairs)
+            yield GivenBatch(numbers.unsqueeze(1), pairs=pairs, sizes=sizes)
 
     def __call__(self, batch: TokenBatch) -> Pairs:
         """The rows of a batch that the rule keeps."""
+        return {name: (x, y) for name, (x, y, _) in self.find(batch).items()}
+
+    def find(self, batch: TokenBatch) -> dict[str, HookpointRows]:
+        """The rows of a batch that the rule keeps, and which they are."""
         assert isinstance(batch, GivenBatch) and batch.pairs is not None
         rows = {name: HookpointRows(x, y, None) for name, (x, y) in batch.pairs.items()}
-        return {name: (x, y) for name, (x, y, _) in self.rule.leave_out_long(rows).items()}
+        return self.rule.leave_out_long(rows)
 
     def _items(self, numbers: list[int]) -> Iterator[Mapping[str, Rows]]:
         """The items of these numbers, which ascend where items cannot be had by number."""

@@ -18,15 +18,16 @@ def auxiliary_loss(errors: CoderErrors, auxk_alpha: float) -> Tensor:
 def divide_gradients_(coder: SparseCoder, total_variance: Tensor) -> Tensor:
     """Turn the summed gradients of squared errors into those of FVU; return their norm.
 
-    grad /= total_variance, and for unit-norm decoders g -= (g . w) w row by row: the part along a
-    row is what normalizing would undo.
+    grad *= unit / total_variance: with the unit of its parameter a gradient is the same at every
+    scale of the data. For unit-norm decoders g -= (g . w) w row by row: the part along a row is
+    what normalizing would undo.
     """
     squares: dict[str, Tensor] = {}
-    scale = (1 / total_variance).to(coder.dtype)
     for name, parameter in coder.named_parameters():
         if parameter.grad is not None:
             unit_norm = name == "W_dec" and coder.cfg.normalize_decoder
             unit_rows = parameter if unit_norm else None
+            scale = (coder.unit(name) / total_variance).to(coder.dtype)
             square = coder.kernels.scale_and_project_(parameter.grad, scale, unit_rows)
             squares[name] = square
     return coder.total(squares).sqrt()

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..coders.sharded import ShardedCoder
 from ..coders.sharded_kernels import share
-from ..coders.sparse_coder import SparseCoder
-from ..config import OptimizerName
+from ..coders.sparse_coder import Scale, SparseCoder
+from ..config import OptimizerName, TrainingConfig
 from ..flag_checks import UsageError
 from ..kernels.cpu.native import in_huge_pages
 from ..kernels.twins import Kernels
-from .schedules import default_lr, lr_scale
+from .schedules import Schedule
 
 
 class ScheduleFreeSignum(torch.optim.Optimizer):
@@ -34,14 +34,18 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
         beta: float = 0.95,
         unit_norm: Tensor | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        """`unit_norm`: the parameter whose rows get unit norm in the same pass."""
-        super().__init__(params, {"lr": lr, "beta": beta, "lr_max": 0.0, "weight_sum": 0.0})
+        """`unit_norm`: the parameter whose rows get unit norm in the same pass.
+
+        A group's `unit` multiplies its lr and is no part of the averages' weights.
+        """
+        at_start = {"lr": lr, "unit": 1.0, "beta": beta, "lr_max": 0.0, "weight_sum": 0.0}
+        super().__init__(params, at_start)
         self._unit_norm = unit_norm
         self._kernels = kernels or Kernels()
 
@@ -61,7 +65,8 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
                 if "z" not in state:
                     state["z"] = p.clone(memory_format=torch.preserve_format)
                 unit_norm = p is self._unit_norm
-                self._kernels.signum_step_(p, state["z"], p.grad, lr, beta, c, unit_norm)
+                step = lr * group["unit"]
+                self._kernels.signum_step_(p, state["z"], p.grad, step, beta, c, unit_norm)
 
     @torch.no_grad()
     def average_(self) -> None:
@@ -80,7 +85,7 @@ class ShardedMuon(torch.optim.Muon):
     """
 
     def __init__(self, coder: ShardedCoder, matrices: dict[str, nn.Parameter], lr: float) -> None:
-        super().__init__(list(matrices.values()), lr=lr)
+        super().__init__(_groups(matrices), lr=lr)
         self._group = coder.group
         self._layout = {p: coder.cuts[name] for name, p in matrices.items()}
 
@@ -133,14 +138,9 @@ class ShardedMuon(torch.optim.Muon):
 class CoderOptimizer:
     """The optimizers of one coder: all its parameters, updated and decayed together."""
 
-    def __init__(
-        self,
-        coder: SparseCoder,
-        name: OptimizerName,
-        lr: float | None = None,
-        adam_8bit: bool = False,
-    ) -> None:
-        if adam_8bit and coder.piece is not None:
+    def __init__(self, coder: SparseCoder, schedule: Schedule) -> None:
+        cfg = schedule.cfg
+        if cfg.adam_8bit and coder.piece is not None:
             raise UsageError(
                 "--adam_8bit: rounds blocks of whole parameters, and ranks that share a coder hold "
                 "parts of them: leave it out, or --ranks_per_coder"
@@ -148,39 +148,43 @@ class CoderOptimizer:
         parameters = dict(coder.named_parameters())
         for p in parameters.values():
             in_huge_pages(p.data, touched=True)
-        self.name: OptimizerName = name
-        self.peak_lr = default_lr(name, coder.num_latents) if lr is None else lr
-        matrices = {n: p for n, p in parameters.items() if name == "muon" and p.ndim == 2}
+        self.schedule, self.lr = schedule, 0.0
+        self.name: OptimizerName = cfg.optimizer
+        self.peak_lr = peak_lr = schedule.peak_lr(coder.num_latents)
+        muon = self.name == "muon"
+        matrices = {n: p for n, p in parameters.items() if muon and p.ndim == 2}
         rest = {n: p for n, p in parameters.items() if n not in matrices}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.names: list[list[str]] = []
         if matrices:
             self._add(_muon(coder, matrices, self.peak_lr), matrices)
-        if name == "signum":
+        if self.name == "signum":
             unit_norm = coder.W_dec if coder.cfg.normalize_decoder else None
             self._add(
-                ScheduleFreeSignum(rest.values(), self.peak_lr, 0.95, unit_norm, coder.kernels),
-                rest,
+                ScheduleFreeSignum(_groups(rest), peak_lr, 0.95, unit_norm, coder.kernels), rest
             )
         else:
-            self._add(_adam(list(rest.values()), self.peak_lr, adam_8bit), rest)
+            self._add(_adam(rest, cfg, peak_lr), rest)
         self.coder = coder
 
     def _add(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
         self.optimizers.append(optimizer)
         self.names.append(list(parameters))
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the last step; of several optimizers, the matrices'."""
-        return self.optimizers[0].param_groups[0]["lr"]
-
-    def step(self, step: int, total_steps: int, warmup_steps: int) -> None:
-        """Update the coder at the learning rate of `step`."""
-        for optimizer in self.optimizers:
-            warmup = 0 if isinstance(optimizer, torch.optim.Muon) else warmup_steps
-            for group in optimizer.param_groups:
-                group["lr"] = self.peak_lr * lr_scale(self.name, step, total_steps, warmup)
+    def step(self, step: int) -> None:
+        """Update the coder at the learning rate of `step`, in the unit of each parameter."""
+        self.lr = self.peak_lr * self.schedule.lr_scale(step)
+        for optimizer, names in zip(self.optimizers, self.names, strict=True):
+            for name, group in zip(names, optimizer.param_groups, strict=True):
+                unit = self.coder.unit(name)
+                factor = self.schedule.cfg.encoder_lr if name == "encoder.weight" else 1.0
+                rate = unit * factor
+                if "weight_decay" in group:  # which the rate multiplies as well
+                    group["weight_decay"] = optimizer.defaults["weight_decay"] / unit
+                if "unit" in group:
+                    group |= {"lr": self.lr, "unit": rate}
+                else:
+                    group["lr"] = self.lr * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.name != "signum":  # which has done it in its one pass
@@ -209,8 +213,10 @@ class CoderOptimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that resuming needs, by name: the training point and the optimizers' state."""
         found = {f"point.{n}": p.detach() for n, p in self.coder.named_parameters()}
+        found["scale"] = torch.tensor(self.coder.scale, dtype=torch.float64)
         for i, (optimizer, names) in enumerate(zip(self.optimizers, self.names, strict=True)):
-            for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+            for name, group in zip(names, optimizer.param_groups, strict=True):
+                (parameter,) = group["params"]
                 for key, value in optimizer.state[parameter].items():
                     found[f"state.{i}.{name}.{key}"] = torch.as_tensor(value)
             if isinstance(optimizer, ScheduleFreeSignum):
@@ -227,9 +233,11 @@ class CoderOptimizer:
             if stored is None or stored.shape != parameter.shape:
                 raise UsageError(f"--resume: the checkpoint has no {name} of this coder's shape")
             parameter.copy_(stored)
+        if "scale" in tensors:  # runs of before had none
+            self.coder.scale = Scale(*tensors["scale"].tolist())
         for i, (optimizer, names) in enumerate(zip(self.optimizers, self.names, strict=True)):
-            group = optimizer.param_groups[0]
-            for name, parameter in zip(names, group["params"], strict=True):
+            for name, group in zip(names, optimizer.param_groups, strict=True):
+                (parameter,) = group["params"]
                 prefix = f"state.{i}.{name}."
                 state = {
                     key.removeprefix(prefix): value.to(parameter.device, copy=True)
@@ -241,9 +249,9 @@ class CoderOptimizer:
                         f"--resume: the checkpoint has no {self.name} state for {name}"
                     )
                 optimizer.state[parameter] = state
-            for key in ("lr_max", "weight_sum"):
-                if f"group.{i}.{key}" in tensors:
-                    group[key] = tensors[f"group.{i}.{key}"].item()
+                for key in ("lr_max", "weight_sum"):
+                    if f"group.{i}.{key}" in tensors:
+                        group[key] = tensors[f"group.{i}.{key}"].item()
 
 
 def state_bytes(coder: SparseCoder, name: OptimizerName, adam_8bit: bool = False) -> int:
@@ -257,15 +265,23 @@ def _muon(
     coder: SparseCoder, matrices: dict[str, nn.Parameter], lr: float
 ) -> torch.optim.Optimizer:
     if not isinstance(coder, ShardedCoder):
-        return torch.optim.Muon(list(matrices.values()), lr=lr)
+        return torch.optim.Muon(_groups(matrices), lr=lr)
     return ShardedMuon(coder, matrices, lr)
 
 
-def _adam(parameters: list[Tensor], lr: float, eight_bit: bool) -> torch.optim.Optimizer:
-    if not eight_bit:
-        return torch.optim.Adam(parameters, lr=lr, fused=True)
+def _groups(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """A group for each parameter, since each has its own unit."""
+    return [{"params": [p]} for p in parameters.values()]
+
+
+def _adam(
+    parameters: dict[str, nn.Parameter], cfg: TrainingConfig, lr: float
+) -> torch.optim.Optimizer:
+    betas = cfg.adam_beta1, cfg.adam_beta2
+    if not cfg.adam_8bit:
+        return torch.optim.Adam(_groups(parameters), lr=lr, betas=betas, fused=True)
     try:
         from bitsandbytes.optim import Adam8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError("--adam_8bit needs bitsandbytes: pip install bitsandbytes") from None
-    return Adam8bit(parameters, lr=lr)
+    return Adam8bit(_groups(parameters), lr=lr, betas=betas)

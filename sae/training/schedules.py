@@ -1,46 +1,105 @@
-"""The learning rate and k as pure functions of the step."""
+"""What depends on the step, and on how long a run is: pure functions of both."""
 
 import math
+from dataclasses import dataclass
 
 from ..coders.sparse_coder import SparseCoder
-from ..config import OptimizerName, TrainingConfig
+from ..config import TrainingConfig
 from ..flag_checks import refuse
 
-
-def default_lr(name: OptimizerName, num_latents: int) -> float:
-    """The reference's peak rates: signum 5e-3 and adam 2e-4 over sqrt(L / 2^14), muon 2e-3."""
-    scale = 1 / math.sqrt(num_latents / 2**14)
-    return {"signum": 5e-3 * scale, "adam": 2e-4 * scale, "muon": 2e-3}[name]
+# Of each the most that was of use: docs/recipes.md.
+_STEPS_PER_BATCH, _ROWS_PER_STEP = 16, 4096
+_LONGEST_SILENCE = 10_000_000
 
 
-def lr_scale(name: OptimizerName, step: int, total_steps: int, warmup_steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) over its peak.
-
-    signum: 1 always, its averaging stands in for a schedule. Otherwise linear from 1 / warmup_steps
-    to 1 over the warm-up, then linear to 0 at total_steps.
-    """
-    if name == "signum":
-        return 1.0
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+def steps_per_batch(cfg: TrainingConfig, rows: int) -> int:
+    """Optimizer steps that a batch of `rows` rows is dealt to."""
+    if cfg.steps_per_batch is not None:
+        return cfg.steps_per_batch
+    return 1 if cfg.uses_lm_loss else min(_STEPS_PER_BATCH, max(1, rows // _ROWS_PER_STEP))
 
 
-def check_warmup(cfg: TrainingConfig, total_steps: int) -> None:
-    """Raise UsageError for a warm-up after which nothing of the run is left."""
-    if cfg.optimizer != "signum" and cfg.lr_warmup_steps >= total_steps:
-        refuse(
-            cfg,
-            "lr_warmup_steps",
-            f"the run has {total_steps} steps, so the learning rate of --optimizer "
-            f"{cfg.optimizer} would not come to its peak: give fewer, a tenth say",
-        )
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate, k, and the silence of dead latents in a run of `total_steps` steps."""
+
+    cfg: TrainingConfig
+    total_steps: int
+    rows: int
+    """Rows of a step on all ranks, where none is left out."""
+
+    def check(self) -> None:
+        """Raise UsageError for a warm-up or decay that the run is too short for."""
+        cfg, warmup = self.cfg, self._warmup
+        if cfg.optimizer == "signum":
+            return
+        if warmup >= self.total_steps:
+            refuse(
+                cfg,
+                "lr_warmup",
+                f"the run has {self.total_steps} steps, so the learning rate of --optimizer "
+                f"{cfg.optimizer} would not come to its peak: give fewer, a share of 0.05 say",
+            )
+        if self._decay > self.total_steps - warmup:
+            refuse(
+                cfg,
+                "lr_decay",
+                f"after the warm-up the run has {self.total_steps - warmup} steps: give fewer, or "
+                f"a share such as 0.2",
+            )
+
+    def peak_lr(self, num_latents: int) -> float:
+        """The flag, or by optimizer, where s = sqrt(L / 2^14):
+
+            adam 3.5e-3 / s sqrt(700 / max(steps, 350)),   signum 5e-3 / s,   muon 2e-2
+
+        For an end-to-end loss, which is for finetuning, adam 2e-4 / s. signum's and that one are
+        the reference's; the others were measured: docs/recipes.md.
+        """
+        if self.cfg.lr is not None:
+            return self.cfg.lr
+        s = math.sqrt(num_latents / 2**14)
+        adam = 3.5e-3 * math.sqrt(700 / max(self.total_steps, 350))
+        adam = 2e-4 if self.cfg.uses_lm_loss else adam
+        return {"adam": adam / s, "signum": 5e-3 / s, "muon": 2e-2}[self.cfg.optimizer]
+
+    def lr_scale(self, step: int) -> float:
+        """The learning rate of optimizer step `step` (from 0) over its peak.
+
+        signum: 1 always, its averaging stands in for a schedule. Otherwise linear from 1 / W to 1
+        over the W steps of the warm-up, then 1, then linear to 0 at the end of the run.
+        """
+        if self.cfg.optimizer == "signum":
+            return 1.0
+        if step < self._warmup:
+            return (step + 1) / self._warmup
+        return max(0.0, min(1.0, (self.total_steps - step) / max(1, self._decay)))
+
+    @property
+    def _warmup(self) -> int:
+        return _steps(self.cfg.lr_warmup, self.total_steps)
+
+    @property
+    def _decay(self) -> int:
+        return _steps(self.cfg.lr_decay, self.total_steps - self._warmup)
+
+    def k(self, step: int, coder: SparseCoder) -> int:
+        """Active latents: from min(L, 10 d_in) linearly down to k over `k_decay_steps`."""
+        k, steps = coder.cfg.k, self.cfg.k_decay_steps
+        if step >= steps:
+            return k
+        start, progress = max(k, min(coder.num_latents, 10 * coder.d_in)), step / steps
+        return round(start * (1 - progress) + k * progress)
+
+    @property
+    def dead_threshold(self) -> int:
+        """Tokens of silence after which a latent is dead."""
+        amount = self.cfg.dead_feature_threshold
+        if amount > 1:
+            return round(amount)
+        return max(1, round(min(amount * self.total_steps * self.rows, _LONGEST_SILENCE)))
 
 
-def k_at(step: int, k_decay_steps: int, coder: SparseCoder) -> int:
-    """Active latents at `step`: from min(L, 10 d_in) linearly down to k over `k_decay_steps`."""
-    k = coder.cfg.k
-    if step >= k_decay_steps:
-        return k
-    start, progress = max(k, min(coder.num_latents, 10 * coder.d_in)), step / k_decay_steps
-    return round(start * (1 - progress) + k * progress)
+def _steps(amount: float, total: int) -> int:
+    """Steps that a flag means: up to 1 a share of `total`, above it steps."""
+    return round(amount * total) if amount <= 1 else round(amount)

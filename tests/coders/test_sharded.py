@@ -10,12 +10,12 @@ import torch
 from ranks_in_threads import ThreadGroup, on_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import coder_optimizer
 
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, UsageError
 from sae.coders import functional
 from sae.coders.sharded import ShardedCoder
 from sae.training.losses import auxiliary_loss, divide_gradients_
-from sae.training.optim import CoderOptimizer
 
 L, D = 40, 10
 KINDS = {
@@ -165,7 +165,7 @@ def test_every_optimizer_moves_a_shared_coder_like_a_whole_one(
     cfg = SparseCoderConfig(**{**vars(base), "num_latents": latents})
 
     def train(coder: SparseCoder) -> dict[str, Tensor]:
-        rule = CoderOptimizer(coder, optimizer, lr=0.01)
+        rule = coder_optimizer(coder, optimizer, lr=0.01)
         for step in range(3):
             for i, (name, p) in enumerate(coder.named_parameters()):
                 shape = {"encoder.weight": (latents, D), "W_dec": (latents, coder.d_out)}
@@ -174,7 +174,7 @@ def test_every_optimizer_moves_a_shared_coder_like_a_whole_one(
                 whole = torch.randn(shape.get(name, tuple(p.shape)), generator=draw)
                 p.grad = held(coder, name, whole).clone()
             divide_gradients_(coder, torch.tensor(4.0))
-            rule.step(step, 10, 1)
+            rule.step(step)
         with rule.trained():
             saved = {n: p.detach().clone() for n, p in coder.named_parameters()}
         return {**saved, "norms": coder.decoder_norms()}
@@ -218,12 +218,12 @@ def test_no_rank_ever_has_a_whole_matrix(tmp_path: Path, optimizer: Any) -> None
     def on_a_rank(group: ThreadGroup) -> int:
         with Largest() as largest:
             coder = ShardedCoder(group, d, cfg)
-            rule = CoderOptimizer(coder, optimizer)
+            rule = coder_optimizer(coder, optimizer)
             x = torch.randn(8, d)
             errors = coder.errors(x, x, torch.tensor([1, 5000]))
             (errors.squared_error + auxiliary_loss(errors, 0.5)).backward()
             divide_gradients_(coder, torch.tensor(1.0))
-            rule.step(0, 10, 1)
+            rule.step(0)
             with rule.trained():
                 coder.save_to_disk(tmp_path)
         return largest.numbers
@@ -292,5 +292,5 @@ def test_parts_are_not_rounded_in_blocks() -> None:
     cfg = SaeConfig(num_latents=16, k=2)
     with pytest.raises(UsageError, match=r"--adam_8bit: .* leave it out"):
         on_ranks(
-            2, lambda group: CoderOptimizer(ShardedCoder(group, 8, cfg), "adam", adam_8bit=True)
+            2, lambda group: coder_optimizer(ShardedCoder(group, 8, cfg), "adam", adam_8bit=True)
         )

@@ -328,7 +328,7 @@ def test_kl_fine_tuning_raises_what_is_recovered(tmp_path: Path) -> None:
     }
     train(from_flags(TrainConfig, {**common, "run_name": "fvu", "max_examples": 240}))
     tuned = {"loss_fn": "kl", "finetune": str(tmp_path / "fvu"), "optimizer": "adam"}
-    tuned |= {"lr": 5e-4, "lr_warmup_steps": 3, "run_name": "kl", "max_examples": 120}
+    tuned |= {"lr": 5e-4, "lr_warmup": 3, "run_name": "kl", "max_examples": 120}
     train(from_flags(TrainConfig, {**common, **tuned}))
     judged = [evaluate(EvaluateConfig(str(tmp_path / run))) for run in ("fvu", "kl")]
     before, after = (found.coders["layers.3"].predictions for found in judged)

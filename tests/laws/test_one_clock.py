@@ -16,25 +16,35 @@ from transformers import PreTrainedModel
 import train_sae
 from sae import SaeConfig, SparseCoder
 from sae.coders.firing import FiringRecord, dead_latents
+from sae.config import TrainingConfig
 from sae.training.optim import CoderOptimizer
-from sae.training.schedules import k_at, lr_scale
+from sae.training.schedules import Schedule
 
 
 def test_learning_rate_is_a_function_of_the_step() -> None:
     """Adam warms up linearly, then falls linearly to 0 at the end; signum stays at its rate."""
-    rates = [lr_scale("adam", s, 100, 10) for s in range(101)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[100] == 0.0
-    assert math.isclose(rates[55], 0.5)
-    assert {lr_scale("signum", s, 100, 10) for s in range(101)} == {1.0}
-    assert lr_scale("muon", 0, 100, 0) == 1.0
+    for warmup, decay in ((10, 1.0), (0.1, 90)):
+        rates = [rate("adam", s, 100, warmup, decay) for s in range(101)]
+        assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[100] == 0.0
+        assert math.isclose(rates[55], 0.5)
+    late = [rate("adam", s, 100, 0.1, 0.2) for s in range(101)]
+    assert set(late[9:83]) == {1.0} and late[100] == 0.0 and math.isclose(late[91], 0.5)
+    assert {rate("signum", s, 100, 10, 1.0) for s in range(101)} == {1.0}
+    assert rate("muon", 0, 100, 0, 1.0) == 1.0
+
+
+def rate(optimizer: Any, step: int, steps: int, warmup: float, decay: float) -> float:
+    cfg = TrainingConfig(optimizer=optimizer, lr_warmup=warmup, lr_decay=decay)
+    return Schedule(cfg, steps, 1).lr_scale(step)
 
 
 def test_k_is_a_function_of_the_step() -> None:
     """k falls linearly from min(L, 10 d) to its value and stays there; the config keeps its k."""
     wide, narrow = (SparseCoder(8, SaeConfig(num_latents=n, k=4)) for n in (1000, 50))
-    assert [k_at(s, 10, wide) for s in (0, 5, 10, 99)] == [80, 42, 4, 4]
-    assert k_at(0, 10, narrow) == 50
-    assert k_at(0, 0, narrow) == 4
+    falling, fixed = (Schedule(TrainingConfig(k_decay_steps=n), 100, 1) for n in (10, 0))
+    assert [falling.k(s, wide) for s in (0, 5, 10, 99)] == [80, 42, 4, 4]
+    assert falling.k(0, narrow) == 50
+    assert fixed.k(0, narrow) == 4
     assert wide.cfg.k == 4
 
 
@@ -103,9 +113,10 @@ def test_everything_in_a_run_counts_the_same_steps(
     assert [[rows for _, rows in steps] for steps in fired.values()] == [[128] * 20] * 2
     logged = scalars(Path(settings["save_dir"]) / "r")
     coder = SparseCoder(32, SaeConfig(expansion_factor=4, k=4))
+    falling = Schedule(TrainingConfig(k_decay_steps=10), 20, 1)
     expected = {
-        "lr/layers.0": [0.01 * lr_scale("adam", step, 20, 5) for step in range(20)],
-        "k/layers.2": [k_at(step, 10, coder) for step in range(20)],
+        "lr/layers.0": [0.01 * rate("adam", step, 20, 5, 0.2) for step in range(20)],
+        "k/layers.2": [falling.k(step, coder) for step in range(20)],
         "tokens": [128 * (step + 1) for step in range(20)],
     }
     for name, values in expected.items():

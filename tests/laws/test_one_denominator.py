@@ -28,12 +28,16 @@ PIECES = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize(("optimizer", "dealt"), [("adam", 1), ("muon", 1), ("adam", 4)])
 def test_accumulated_and_micro_batched_steps_equal_whole_ones(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings, optimizer: str
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, optimizer: str, dealt: int
 ) -> None:
-    """Accumulated = micro-batched = whole, for all losses, over a whole trajectory."""
+    """Accumulated = micro-batched = whole, for all losses, over a whole trajectory.
+
+    So it is with batches that are dealt to several steps.
+    """
     flags = {**LOSSES, "optimizer": optimizer, "layers": (0, 2), "exclude_tokens": (5,)}
+    flags |= {"steps_per_batch": dealt, "max_examples": 160 // dealt}
     whole = run(lm, tokens, settings, run_name="whole", **flags)
     for name, shape in PIECES.items():
         other = run(lm, tokens, settings, run_name=name, **flags, **shape)
@@ -81,6 +85,7 @@ def test_first_logged_step_is_the_definition_over_all_its_rows(
 ) -> None:
     """FVU and gradient norm of a step in six pieces equal those of all its rows at once."""
     flags = {"batch_size": 4, "grad_acc_steps": 3, "micro_acc_steps": 2, "layers": (1,)}
+    flags |= {"rms_units": False}
     run(lm, tokens, settings, run_name="r", log_with="tensorboard", multi_topk=True, **flags)
     logged = scalars(Path(settings["save_dir"]) / "r")
     coder, y = untrained(lm, first_batches(tokens, 12), settings, multi_topk=True)

@@ -11,7 +11,16 @@ import pytest
 import torch
 from command_runs import call
 from conftest import tiny_lm
-from launched_runs import HOOKPOINTS, KINDS, MEETINGS, REPLICAS_AND_OWNERS, SHARED, STEPS, Runs
+from launched_runs import (
+    DEALINGS,
+    HOOKPOINTS,
+    KINDS,
+    MEETINGS,
+    REPLICAS_AND_OWNERS,
+    SHARED,
+    STEPS,
+    Runs,
+)
 from torch import Tensor
 from training_runs import tensors_of
 
@@ -20,6 +29,23 @@ from training_runs import tensors_of
 def test_every_placement_is_the_same_run(runs: Runs, name: str) -> None:
     """Curves, held-out figures and final weights equal those of one process."""
     runs.assert_same("one", name)
+
+
+@pytest.mark.parametrize("name", DEALINGS)
+def test_batches_are_dealt_alike_in_every_placement(runs: Runs, name: str) -> None:
+    """The rows of a batch, dealt to four steps, make the run that they make in one process."""
+    runs.assert_same("dealt one", name)
+
+
+def test_dealt_rows_travel_once(runs: Runs) -> None:
+    """An owner receives the rows of the other rank once, in the first step of each batch."""
+    curves, kept = runs.curves("two dealt owners"), kept_of(36)
+    for rank, found in enumerate(runs.results["two dealt owners"]):
+        others = [kept[name].view(3, 2, -1).sum(2)[:, 1 - rank] for name in found["coders"]]
+        expected = torch.zeros(3, 4, dtype=torch.int64)
+        expected[:, 0] = sum(others) * 32 * 4
+        points = curves[f"bytes_received/rank{rank}"]
+        assert [value for _, value in points] == expected.flatten().tolist()
 
 
 def test_transcoders_are_the_same_in_every_placement(runs: Runs) -> None:
@@ -48,9 +74,14 @@ def test_end_to_end_training_is_the_same_in_replicas(runs: Runs) -> None:
 
 @pytest.fixture(scope="module")
 def kept() -> dict[str, Tensor]:
-    """Which tokens have rows at each hookpoint, in the order of examples, by plain hooks."""
+    """Which tokens of 144 examples have rows at each hookpoint, in their order."""
+    return kept_of(144)
+
+
+def kept_of(examples: int) -> dict[str, Tensor]:
+    """The same for as many examples, by plain hooks."""
     tokens = torch.randint(0, 64, (200, 16), generator=torch.Generator().manual_seed(0))
-    order = 11 + torch.randperm(144, generator=torch.Generator().manual_seed(42))
+    order = 11 + torch.randperm(examples, generator=torch.Generator().manual_seed(42))
     lm, norms = tiny_lm(), {}
 
     def keep(name: str, output: Any) -> None:

@@ -21,10 +21,10 @@ from training_runs import (
 )
 from transformers import PreTrainedModel
 
-import train_sae
 from sae import UsageError
 from sae.flag_checks import from_flags
 from sae.runs.folder import checkpoints
+from sae.training.schedules import Schedule
 from train_sae import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +34,11 @@ def test_a_run_of_before_warm_ups_were_checked_is_resumed(
     lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A warm-up longer than the run is refused at the start, and not in the middle."""
-    flags = {"optimizer": "adam", "lr_warmup_steps": 20, "layers": (1,), "save_every": 10}
-    with pytest.raises(UsageError, match="--lr_warmup_steps 20: the run has 20 steps"):
+    flags = {"optimizer": "adam", "lr_warmup": 20, "layers": (1,), "save_every": 10}
+    with pytest.raises(UsageError, match="--lr_warmup 20: the run has 20 steps"):
         run(lm, tokens, settings, run_name="r", **flags)
     with monkeypatch.context() as patch:
-        patch.setattr(train_sae, "check_warmup", lambda *_: None)
+        patch.setattr(Schedule, "check", lambda _: None)
         run(lm, tokens, settings, run_name="r", **flags)
     shutil.rmtree(Path(settings["save_dir"]) / "r/step_20")
     assert run(lm, tokens, settings, run_name="r", resume=True, **flags)["step"] == 20
@@ -103,8 +103,9 @@ def test_an_end_to_end_run_resumes_from_its_files_alone(
 DYING_SCRIPT = """
 import os, signal
 import train_sae
+from sae.placement import dealing
 
-forwards, count_rows = [], train_sae.count_rows
+forwards, count_rows = [], dealing.count_rows
 
 def count_and_die(pairs):
     forwards.append(pairs)
@@ -112,9 +113,29 @@ def count_and_die(pairs):
         os.kill(os.getpid(), signal.SIGKILL)
     return count_rows(pairs)
 
-train_sae.count_rows = count_and_die
+dealing.count_rows = count_and_die
 train_sae.main()
 """
+
+
+def test_a_run_resumed_within_a_batch_ends_in_the_same_bits(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the third batch of 4 steps, resumed from step 10, its second: the same bits."""
+    flags = {
+        **{**LOSSES, "steps_per_batch": 4, "max_examples": 40, "grad_acc_steps": 2},
+        **{"batch_size": 4, "save_every": 5, "exclude_tokens": (5,), "exclude_norm": 1.2},
+    }
+    straight = run(lm, tokens, settings, run_name="straight", **flags)
+    die_in_forward(monkeypatch, 3 * 2 * 4)  # a forward is counted once for each of its steps
+    with pytest.raises(Killed):
+        run(lm, tokens, settings, run_name="broken", **flags)
+    monkeypatch.undo()
+    assert checkpoints(Path(settings["save_dir"]) / "broken")[-1].name == "step_10"
+    resumed = run(lm, tokens, settings, run_name="broken", resume=True, **flags)
+    assert resumed["step"] == straight["step"] == 20
+    assert_identical(weights(resumed), weights(straight))
+    assert_identical(training_state(resumed), training_state(straight))
 
 
 def test_resume_after_sigkill_of_the_script(tmp_path: Path, tokens: Tensor) -> None:
@@ -151,7 +172,7 @@ def test_a_flag_that_an_older_version_did_not_write_means_its_default(
     record.write_text(json.dumps({n: v for n, v in flags.items() if n not in lacking}))
     for name, value, default in (
         ("multi_topk", True, "False"),
-        ("auxk_alpha", 0.5, "0.0"),
+        ("auxk_alpha", 0.5, "1.0"),
         ("exclude_tokens", (3,), r"\[\]"),
         ("lr", 0.1, "None"),
     ):
@@ -160,3 +181,32 @@ def test_a_flag_that_an_older_version_did_not_write_means_its_default(
     resumed = run(lm, tokens, settings, run_name="r", resume=True, save_every=10)
     assert_identical(weights(resumed), weights(straight))
     assert_identical(training_state(resumed), training_state(straight))
+
+
+def test_a_run_with_the_older_recipe_goes_on_with_it(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """Where a flag did not exist its value is what was done then, and each must be given so."""
+    folder = Path(settings["save_dir"])
+    older = {
+        **{"steps_per_batch": 1, "lr_warmup": 5, "lr_decay": 1.0, "encoder_lr": 1.0, "lr": 2e-3},
+        **{"rms_units": False, "adam_beta1": 0.9, "adam_beta2": 0.999},
+    }
+    straight = run(lm, tokens, settings, run_name="r", save_every=10, **older)
+    shutil.rmtree(folder / "r" / "step_20")
+    record = folder / "r" / "run.json"
+    flags = {n: v for n, v in json.loads(record.read_text()).items() if n not in older}
+    record.write_text(json.dumps({**flags, "lr_warmup_steps": 5, "lr": 2e-3}))
+    for name in older.keys() - {"lr"}:
+        given = {n: value for n, value in older.items() if n != name}
+        if name == "lr_warmup":
+            given[name] = 0.05
+        with pytest.raises(UsageError, match=f"--resume: --{name} is .* when the run started"):
+            run(lm, tokens, settings, run_name="r", resume=True, **given)
+    record.write_text(json.dumps({**flags, "lr_warmup_steps": 5, "lr": None}))
+    with pytest.raises(UsageError, match="--lr is None now and was .2e-4 / sqrt"):
+        given = {n: value for n, value in older.items() if n != "lr"}
+        run(lm, tokens, settings, run_name="r", resume=True, **given)
+    record.write_text(json.dumps({**flags, "lr_warmup_steps": 5, "lr": 2e-3}))
+    resumed = run(lm, tokens, settings, run_name="r", resume=True, save_every=10, **older)
+    assert_identical(weights(resumed), weights(straight))

@@ -12,8 +12,8 @@ def test_one_process_sends_nothing() -> None:
     """Alone, rows and sums stay what they are, and traffic is not a metric."""
     exchange = Exchange(ALONE, {"a": 1}, distributed=True)
     rows = torch.randn(3, 2)
-    pairs = {"a": (rows, rows)}
-    assert exchange.to_owners(pairs) is pairs and not exchange.distributed
+    hands = [{"a": (rows, rows)}]
+    assert exchange.to_owners(hands) is hands and not exchange.distributed
     exchange.sum_replicas_(rows)
     assert ALONE.traffic() == {} and ALONE.gather(5) == [5] and ALONE.merge({"a": 1}) == {"a": 1}
 

@@ -25,7 +25,7 @@ Figure = Callable[[str, str], None]
 SAVE_EVERY, HELD = 20, 25
 FLAGS = (
     "--layers 0 1 --ctx_len 16 --num_latents 64 --k 4 --eval_tokens 256 --optimizer adam "
-    f"--lr 1e-3 --lr_warmup_steps 5 --log_with none --save_every {SAVE_EVERY}"
+    f"--lr 1e-3 --lr_warmup 5 --log_with none --save_every {SAVE_EVERY}"
 ).split()
 LAUNCHERS = {
     ACCELERATE: [

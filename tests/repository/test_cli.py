@@ -30,7 +30,7 @@ def test_flags_of_the_reference_work_verbatim() -> None:
         "--batch_size 2 --ctx_len 64 --grad_acc_steps 3 --micro_acc_steps 2 --k 16 "
         "--expansion_factor 8 --num_latents 512 --activation groupmax --multi_topk "
         "--skip_connection --no-normalize_decoder --loss_fn fvu --optimizer muon --lr 1e-3 "
-        "--lr_warmup_steps 5 --auxk_alpha 0.03 --dead_feature_threshold 1000 "
+        "--lr_warmup 5 --auxk_alpha 0.03 --dead_feature_threshold 1000 "
         "--exclude_tokens 0 1 --init_seeds 0 1 2 --save_every 7 --save_best --save_dir d "
         "--run_name r --finetune path --split s --max_examples 9 --text_column c "
         "--shuffle_seed 3 --data_args a=b,c=d --data_preprocessing_num_proc 2 "
@@ -46,9 +46,9 @@ def test_flags_of_the_reference_work_verbatim() -> None:
     default = flags_of(parse(""))
     expected = {
         **{"model": "HuggingFaceTB/SmolLM2-135M", "dataset": "EleutherAI/SmolLM2-135M-10B"},
-        **{"expansion_factor": 32, "k": 32, "optimizer": "signum", "loss_fn": "fvu"},
-        **{"ctx_len": 2048, "batch_size": 32, "save_every": 1000, "auxk_alpha": 0.0},
-        **{"dead_feature_threshold": 10_000_000, "shuffle_seed": 42, "init_seeds": (0,)},
+        **{"expansion_factor": 32, "k": 32, "optimizer": "adam", "loss_fn": "fvu"},
+        **{"ctx_len": 2048, "batch_size": 32, "save_every": 1000, "auxk_alpha": 1.0},
+        **{"dead_feature_threshold": 0.02, "shuffle_seed": 42, "init_seeds": (0,)},
     }
     assert {name: default[name] for name in expected} == expected
 
@@ -90,7 +90,7 @@ BAD_FLAGS = [
     ("--ranks_per_coder 0 --distribute_modules", "--ranks_per_coder 0: must be at least 1"),
     ("--timeout 0", "--timeout 0"),
     ("--activation groupmax --k_decay_steps 5", "--k_decay_steps 5"),
-    ("--adam_8bit", "--adam_8bit True: belongs to --optimizer adam, not signum"),
+    ("--adam_8bit --optimizer muon", "--adam_8bit True: belongs to --optimizer adam, not muon"),
 ]
 
 
@@ -118,8 +118,8 @@ MISTAKES = {
     "batch above the data": (f"{LM} TEXT --batch_size 5000 --ctx_len 64", "--batch_size"),
     "more than positions": (f"{LM} TEXT --ctx_len 600 --batch_size 1", "--ctx_len 600"),
     "warm-up above the run": (
-        f"{LM} TEXT --optimizer adam --ctx_len 64 --batch_size 2",
-        "--lr_warmup_steps 1000: the run has ",
+        f"{LM} TEXT --lr_warmup 1000 --ctx_len 64 --batch_size 2",
+        "--lr_warmup 1000.0: the run has ",
     ),
     "more ranks per coder than ranks": (
         f"{LM} TEXT --distribute_modules --ranks_per_coder 2 --ctx_len 64 --batch_size 2",

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_runs import Killed, Settings, assert_identical, run, training_state, weights
+from training_runs import (
+    Killed,
+    Settings,
+    assert_identical,
+    coder_optimizer,
+    run,
+    training_state,
+    weights,
+)
 from transformers import PreTrainedModel
 
 from sae import SparseCoder, SparseCoderConfig, UsageError, load_many
@@ -19,7 +27,6 @@ from sae.lm.capture import Capture
 from sae.placement.exchange import Exchange
 from sae.placement.ranks import Ranks
 from sae.runs.outcome import keep_best
-from sae.training.optim import CoderOptimizer
 from sae.training.state import TrainingState
 from train_sae import TrainConfig, train
 
@@ -121,7 +128,7 @@ def test_save_best_keeps_the_lowest_held_out_fvu(
 
     cfg = SparseCoderConfig(num_latents=32, k=4)
     bank = CoderBank({name: Widths(8, 8) for name in ("a", "b")}, cfg, (0,), "cpu")
-    optimizers = {name: CoderOptimizer(coder, "adam") for name, coder in bank.items()}
+    optimizers = {name: coder_optimizer(coder, "adam") for name, coder in bank.items()}
     exchange = Exchange(Ranks(torch.device("cpu"), 1.0), {"a": 1, "b": 1}, False)
     state = TrainingState(exchange, bank, optimizers)
     for step, fvus in ((1, (0.5, 0.5)), (2, (0.6, 0.4)), (3, (0.5, 0.3))):

@@ -7,6 +7,7 @@ import pytest
 from conftest import tiny_lm
 
 from sae import UsageError
+from sae.coders.bank import CoderBank
 from sae.flag_checks import from_flags
 from sae.runs import dry_run
 from train_sae import TrainConfig
@@ -29,6 +30,7 @@ def planned(
     monkeypatch.setenv("WORLD_SIZE", "4")
     given = {"model": model, "dataset": "none", "num_latents": L, "k": 8, "batch_size": 1}
     given |= {"ctx_len": 16, "layers": (0, 1), "distribute_modules": True}
+    given |= {"optimizer": "signum", "auxk_alpha": 0.0}
     dry_run.show_plan(from_flags(TrainConfig, {**given, **flags}))
     return capsys.readouterr().out.splitlines()
 
@@ -106,3 +108,32 @@ def test_a_launch_file_for_the_cpu_is_held_to_its_memory(monkeypatch: pytest.Mon
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert dry_run._memory() == (80 * 2**30, "a GPU of")
+
+
+def test_a_batch_that_waits_for_its_steps_is_counted(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are held whole, where they wait, and a step's rows once more, with what it makes."""
+    monkeypatch.setattr(dry_run, "asks_for_cpu", lambda: False)
+    flags = {"model": model, "dataset": "none", "num_latents": 64, "k": 8, "layers": (0, 1)}
+    flags |= {"ctx_len": 512, "batch_size": 4, "grad_acc_steps": 8, "mixed_precision": "no"}
+    widths = dict.fromkeys(("layers.0", "layers.1"), dry_run.Widths(D, D))
+    owner = {"layers.0": range(1), "layers.1": range(1, 2)}
+
+    def held(world: int, **more: Any) -> int:
+        cfg = from_flags(TrainConfig, {**flags, **more})
+        plan = dry_run.memory_by_rank(cfg, world, 0, widths, owner)
+        return max(memory.in_flight for memory in plan)
+
+    rows, of_two = 4 * 512 * 8, 2 * D * 4  # of a batch on one rank; bytes of one at both hookpoints
+    for steps in (4, 16):
+        cfg = from_flags(TrainConfig, flags)
+        coder = CoderBank({"layers.0": dry_run.Widths(D, D)}, cfg.coder, (0,), "meta")["layers.0"]
+        step = rows // steps * of_two + dry_run.step_bytes(cfg, coder, rows // steps, 4)
+        busy = max(step, rows // 8 * of_two)
+        assert held(1, steps_per_batch=steps) == rows * of_two + busy
+        assert held(1, steps_per_batch=steps, batch_on_host=True) == busy
+    # An owner of one of two hookpoints waits with the rows of both ranks.
+    owners = {"steps_per_batch": 16, "distribute_modules": True}
+    on_host = held(2, **owners, batch_on_host=True)
+    assert held(2, **owners) - on_host == 2 * rows * of_two // 2

@@ -134,7 +134,7 @@ def test_the_dry_run_counts_sums_in_pieces() -> None:
     coder = SparseCoder(4096, SaeConfig(num_latents=131072, k=32), "meta")
     found = {}
     for kernels in ("auto", "torch"):
-        training = TrainingConfig(k_decay_steps=1000)
+        training = TrainingConfig(k_decay_steps=1000, auxk_alpha=0.0)
         cfg = TrainConfig(training=training, machine=MachineConfig(kernels=kernels))
         found[kernels] = step_bytes(cfg, coder, 16384, 2)
     # Of 16,384 x 40,960 entries two pieces for every 1,024, each 4,096 numbers of float32.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from starts import wait_until
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_runs import Settings, assert_identical, run, weights
+from training_runs import Settings, assert_identical, coder_optimizer, run, weights
 from transformers import PreTrainedModel
 
 from sae import SaeConfig, SparseCoder, UsageError
@@ -20,7 +20,6 @@ from sae.lm import linear
 from sae.placement.ranks import _ahead
 from sae.training.bad_steps import ask
 from sae.training.losses import auxiliary_loss, divide_gradients_
-from sae.training.optim import CoderOptimizer
 from sae.training.step_sums import StepSums
 
 
@@ -67,7 +66,7 @@ def test_a_step_of_a_coder_never_asks_the_device() -> None:
     cfg = SaeConfig(num_latents=64, k=4, multi_topk=True)
     bank = CoderBank({"h": Widths(12, 12)}, cfg, (0,), "cpu", kernels=Kernels("torch"))
     coder = bank["h"]
-    optimizer, firing = CoderOptimizer(coder, "signum"), FiringRecord(64, 10)
+    optimizer, firing = coder_optimizer(coder, "signum"), FiringRecord(64, 10)
     x, dead = torch.randn(40, 12), torch.arange(0, 64, 3)
     with Questions() as questions:
         sums = StepSums(bank)
@@ -77,7 +76,7 @@ def test_a_step_of_a_coder_never_asks_the_device() -> None:
         sums.add("h", errors)
         losses = sums.losses("h")
         divide_gradients_(coder, sums.variance("h"))
-        optimizer.step(0, 10, 1)
+        optimizer.step(0)
         firing.add_step_(sums.fired["h"], 40)
     assert questions.asked == []
     assert all(value > 0 for value in losses.values())

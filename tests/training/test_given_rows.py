@@ -71,6 +71,7 @@ def test_a_stream_of_rows_resumes(tmp_path: Path) -> None:
     items = [{"site": torch.randn(20 + i % 3, 16, generator=generator)} for i in range(60)]
     flags = {"save_dir": str(tmp_path), "batch_size": 5, "expansion_factor": 4, "k": 4}
     flags |= {"save_every": 4, "eval_tokens": 40, "lr": 1e-3, "log_with": "none"}
+    flags |= {"optimizer": "signum"}  # no schedule that would know of the end
 
     def trained(name: str, stop: int | None, **more: Any) -> Any:
         cfg = from_flags(train_sae.TrainConfig, {**flags, "run_name": name, **more})

@@ -5,11 +5,12 @@ import math
 import pytest
 import schedulefree
 import torch
+from training_runs import coder_optimizer
 
 from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
 from sae.training.losses import divide_gradients_
 from sae.training.optim import CoderOptimizer, ScheduleFreeSignum
-from sae.training.schedules import check_warmup, default_lr, lr_scale
+from sae.training.schedules import Schedule
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -50,10 +51,10 @@ def test_trained_coder_is_unit_norm_and_training_point_comes_back(name: str) -> 
     """Inside trained() W_dec is unit-norm to 1e-5; outside, the point is back, bit for bit."""
     torch.manual_seed(0)
     coder = SparseCoder(16, SaeConfig(num_latents=64, k=4))
-    optimizer = CoderOptimizer(coder, name)  # type: ignore[arg-type]
+    optimizer = coder_optimizer(coder, name, 100)
     for step in range(12):
         coder(torch.randn(50, 16)).fvu.backward()
-        optimizer.step(step, 100, 3)
+        optimizer.step(step)
     assert coder.W_dec is not None
     before = {n: p.detach().clone() for n, p in coder.named_parameters()}
     with optimizer.trained():
@@ -67,18 +68,18 @@ def test_trained_coder_is_unit_norm_and_training_point_comes_back(name: str) -> 
 def test_muon_updates_matrices_and_adam_the_rest() -> None:
     """muon gives matrices to torch's Muon and biases to Adam, each in a fixed order."""
     coder = SparseCoder(8, TranscoderConfig(num_latents=16, k=2, skip_connection=True))
-    optimizer = CoderOptimizer(coder, "muon")
+    optimizer = coder_optimizer(coder, "muon")
     assert [type(o).__name__ for o in optimizer.optimizers] == ["Muon", "Adam"]
     assert sorted(optimizer.names[0]) == ["W_dec", "W_skip", "encoder.weight"]
     assert sorted(optimizer.names[1]) == ["b_dec", "encoder.bias"]
-    assert optimizer.peak_lr == 2e-3
+    assert optimizer.peak_lr == 2e-2
 
 
 def test_default_learning_rates() -> None:
-    """Signum 5e-3 and adam 2e-4 over sqrt(L / 2^14)."""
-    assert default_lr("signum", 2**14) == 5e-3
-    assert math.isclose(default_lr("adam", 2**16), 1e-4)
-    assert default_lr("muon", 2**10) == 2e-3
+    """Signum 5e-3 over sqrt(L / 2^14); a rate that is given is taken."""
+    assert Schedule(TrainingConfig(optimizer="signum"), 9, 1).peak_lr(2**14) == 5e-3
+    assert math.isclose(Schedule(TrainingConfig(optimizer="signum"), 9, 1).peak_lr(2**16), 2.5e-3)
+    assert Schedule(TrainingConfig(lr=0.5), 9, 1).peak_lr(7) == 0.5
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -101,14 +102,18 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_refused() -> None:
     """Where an optimizer warms up, both numbers are named; a longer run comes to its peak."""
     for name in ("adam", "muon"):
         for total in (3, 1000):
-            message = f"--lr_warmup_steps 1000: the run has {total} steps, .*--optimizer {name}"
+            message = f"--lr_warmup 1000: the run has {total} steps, .*--optimizer {name}"
             with pytest.raises(UsageError, match=message):
-                check_warmup(TrainingConfig(optimizer=name), total)
-            with pytest.raises(UsageError, match="--lr_warmup_steps"):
-                check_warmup(TrainingConfig(optimizer=name, lr_warmup_steps=total), total)
-        check_warmup(TrainingConfig(optimizer=name), 1001)
-        assert max(lr_scale(name, step, 1001, 1000) for step in range(1001)) == 1
-    check_warmup(TrainingConfig(optimizer="signum"), 3)
+                Schedule(TrainingConfig(optimizer=name, lr_warmup=1000), total, 1).check()
+            with pytest.raises(UsageError, match="--lr_warmup"):
+                Schedule(TrainingConfig(optimizer=name, lr_warmup=total), total, 1).check()
+            Schedule(TrainingConfig(optimizer=name), total, 1).check()
+        schedule = Schedule(TrainingConfig(optimizer=name, lr_warmup=1000), 1001, 1)
+        schedule.check()
+        assert max(map(schedule.lr_scale, range(1001))) == 1
+        with pytest.raises(UsageError, match="--lr_decay 90: after .* 80 steps"):
+            Schedule(TrainingConfig(optimizer=name, lr_warmup=20, lr_decay=90), 100, 1).check()
+    Schedule(TrainingConfig(optimizer="signum", lr_warmup=9), 3, 1).check()
 
 
 @pytest.mark.parametrize("name", ["signum", "adam", "muon"])
@@ -116,17 +121,17 @@ def test_optimizer_state_survives_a_round_trip(name: str) -> None:
     """A coder and optimizer restored from their tensors continue bit for bit."""
     torch.manual_seed(0)
     first = SparseCoder(8, SaeConfig(num_latents=32, k=3))
-    a = CoderOptimizer(first, name)  # type: ignore[arg-type]
+    a = coder_optimizer(first, name)
     batches = [torch.randn(20, 8) for _ in range(10)]
 
     def go(coder: SparseCoder, optimizer: CoderOptimizer, steps: range) -> None:
         for step in steps:
             coder(batches[step]).fvu.backward()
-            optimizer.step(step, 10, 2)
+            optimizer.step(step)
 
     go(first, a, range(5))
     second = SparseCoder(8, SaeConfig(num_latents=32, k=3))
-    b = CoderOptimizer(second, name)  # type: ignore[arg-type]
+    b = coder_optimizer(second, name)
     b.load_state_tensors({n: t.clone() for n, t in a.state_tensors().items()})
     go(first, a, range(5, 10))
     go(second, b, range(5, 10))

@@ -180,7 +180,8 @@ def test_every_optimizer_lowers_the_held_out_fvu(
 
 def test_auxk_revives_dead_latents(lm: PreTrainedModel, tokens: Tensor, settings: Settings) -> None:
     """With AuxK fewer latents are dead at the end than without."""
-    flags = {"dead_feature_threshold": 400, "layers": (1,), "optimizer": "adam", "lr": 0.02}
+    flags = {"dead_feature_threshold": 400, "layers": (1,), "encoder_lr": 1.0, "lr": 0.02}
+    flags |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "lr_decay": 1.0, "rms_units": False}
     shares = []
     for alpha in (0.0, 1.0):
         summary = run(lm, tokens, settings, run_name=f"a{alpha}", auxk_alpha=alpha, **flags)

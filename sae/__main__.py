@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": Command("EvaluateConfig", "figures of trained coders on held-out text"),
     "features": Command("FeaturesConfig", "a page of what the latents stand for"),
     "compare": Command("CompareConfig", "runs side by side"),
-    "export": Command("ExportConfig", "coders in files for other programs", "formats"),
+    "export": Command("ExportConfig", "coders in files for other programs", "share"),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
-from ..formats import hub, sparsify
+from ..formats import hub, kinds, sparsify
 from ..formats.pieces import Piece
 from ..kernels.twins import Kernels, Latents
 from . import functional
@@ -295,14 +295,18 @@ class SparseCoder(nn.Module):
 
     @staticmethod
     def load_from_disk(
-        path: Path | str, device: str | torch.device = "cpu", *, decoder: bool = True
+        path: Path | str,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+        allow_pt: bool = False,
     ) -> "SparseCoder":
-        """Read a coder that this project or the reference wrote.
+        """Read a coder of any program that docs/files.md names; of pickles only with `allow_pt`.
 
         Raises UsageError for a folder that is not a coder's, a damaged file, or shapes that do not
         fit `cfg.json`; nothing is allocated before the shapes are known to fit.
         """
-        cfg, d_in, d_out, tensors = sparsify.read(Path(path), decoder=decoder)
+        cfg, d_in, d_out, tensors, _ = kinds.read(Path(path), allow_pt, decoder=decoder)
         coder = SparseCoder(d_in, cfg, "meta", d_out=d_out, decoder=decoder)
         coder.load_state_dict(tensors, assign=True)
         return coder.to(device)
@@ -316,16 +320,18 @@ class SparseCoder(nn.Module):
         *,
         decoder: bool = True,
         pattern: str | None = None,
+        allow_pt: bool = False,
     ) -> dict[str, "SparseCoder"]:
         """Every coder of a folder or Hub repository by its hookpoint, in natural order.
 
-        A run's folder stands for its newest whole checkpoint. `layers` names hookpoints, `pattern`
+        A run's folder stands for its newest whole checkpoint; of the Hub, `name` is a repository,
+        with `@revision` and `/folder` behind it where wanted. `layers` names hookpoints, `pattern`
         is a glob over them; `local` forces (True) or forbids (False) reading `name` as a folder.
         """
-        found = sparsify.list_coders(hub.coders_folder(name, local, pattern), layers, pattern)
+        folder = hub.coders_folder(name, local, pattern, allow_pt)
         return {
-            hookpoint: SparseCoder.load_from_disk(folder, device, decoder=decoder)
-            for hookpoint, folder in found.items()
+            hookpoint: SparseCoder.load_from_disk(path, device, decoder=decoder, allow_pt=allow_pt)
+            for hookpoint, path in kinds.list_coders(folder, layers, pattern).items()
         }
 
     @staticmethod
@@ -335,11 +341,11 @@ class SparseCoder(nn.Module):
         device: str | torch.device = "cpu",
         *,
         decoder: bool = True,
+        allow_pt: bool = False,
     ) -> "SparseCoder":
         """The coder of one hookpoint of a Hub repository (or its only one)."""
-        return SparseCoder.load_from_disk(
-            hub.coder_folder(name, hookpoint), device, decoder=decoder
-        )
+        folder = hub.coder_folder(name, hookpoint, allow_pt)
+        return SparseCoder.load_from_disk(folder, device, decoder=decoder, allow_pt=allow_pt)
 
 
 Sae = SparseCoder

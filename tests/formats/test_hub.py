@@ -15,14 +15,14 @@ def test_only_the_hookpoint_asked_for_is_downloaded(
     SparseCoder(8, SaeConfig(num_latents=16, k=2)).save_to_disk(tmp_path / "layers.3")
     asked = []
 
-    def snapshot(name: str, allow_patterns: str | None = None) -> str:
-        asked.append((name, allow_patterns))
+    def snapshot(name: str, allow_patterns: list[str], **_: object) -> str:
+        asked.append((name, allow_patterns[1]))
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert Sae.load_from_hub("org/repo", hookpoint="layers.3").num_latents == 16
     assert list(Sae.load_many("org/repo", pattern="layers.*")) == ["layers.3"]
-    assert asked == [("org/repo", "layers.3/*"), ("org/repo", "layers.*/*")]
+    assert asked == [("org/repo", "layers.3/*.safetensors"), ("org/repo", "layers.*/*.safetensors")]
     with pytest.raises(UsageError, match=r"layers\.4"):
         Sae.load_from_hub("org/repo", hookpoint="layers.4")
 

@@ -1,0 +1,23 @@
+"""Where coders come from, as the folder of their run says it."""
+
+from pathlib import Path
+
+from ..formats.hook_names import model_type
+from ..formats.origin import Origin
+from ..judge.provenance import flags_of_run
+from ..runs.json_files import read_json
+
+
+def origin_of(run: Path) -> Origin:
+    """What a run's folder, or one of its checkpoints, says of its LM and text."""
+    flags = flags_of_run(run)
+    summary = next((f for f in (run, run.parent) if (f / "summary.json").is_file()), None)
+    tokens = read_json(summary / "summary.json").get("tokens") if summary and flags else None
+    model = flags.get("model")
+    return Origin(
+        model=model,
+        model_type=model_type(model),
+        dataset=flags.get("dataset"),
+        ctx_len=flags.get("ctx_len"),
+        tokens=tokens,
+    )

@@ -1,8 +1,10 @@
 """Folders of coders on the Hub: ORG/NAME, ORG/NAME@REVISION, ORG/NAME@REVISION/FOLDER."""
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -18,6 +20,9 @@ from ..flag_checks import UsageError
 from . import kinds
 from .sparsify import check_name, newest_coders
 
+T = TypeVar("T")
+
+_TRIES, _LONGEST_WAIT = 5, 60  # seconds
 _FILES = ("*.json", "*.safetensors", "*.npz", "*.yaml")
 
 
@@ -68,13 +73,13 @@ def _snapshot(name: str, pattern: str | None, allow_pt: bool) -> Path:
     inside = "/".join(part for part in (folder, pattern) if part)
     files = (*_FILES, *(("*.pt",) if allow_pt else ()))
     wanted = [f"{inside}/{file}" if inside else file for file in files]
+    files_of_runs = ["*resume*.safetensors"]
     try:
         root = Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=["*resume*.safetensors"],
+            patiently(
+                lambda: snapshot_download(
+                    repo, revision=revision, allow_patterns=wanted, ignore_patterns=files_of_runs
+                )
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -85,13 +90,36 @@ def _snapshot(name: str, pattern: str | None, allow_pt: bool) -> Path:
     return found
 
 
+def patiently(call: Callable[[], T]) -> T:
+    """What a call of the Hub returns; where the Hub is busy, after as long as it asks to wait."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return call()
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            answer = response_of(error)
+            if answer is None or answer.status_code != 429 or not tries_left:
+                raise
+            asked = answer.headers.get("Retry-After", "")
+            time.sleep(min(int(asked) if asked.isdecimal() else 5, _LONGEST_WAIT))
+    raise AssertionError("the last try returns or raises")
+
+
+def response_of(error: BaseException | None) -> Any:
+    """What the Hub answered where a call failed; it may lie below another error."""
+    while error is not None:
+        if (answer := getattr(error, "response", None)) is not None:
+            return answer
+        error = error.__cause__
+    return None
+
+
 def _why_not(repo: str, revision: str | None, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated: ask for access on its page, and set HF_TOKEN to your token"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no revision {revision}: give one of its branches, tags or commits"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(response_of(error), "status_code", None)
     if status == 429:
         return f"{repo}: the Hub takes no more requests for now (429); try again later"
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403):

@@ -24,6 +24,7 @@ COMMANDS = {
     "features": Command("FeaturesConfig", "a page of what the latents stand for"),
     "compare": Command("CompareConfig", "runs side by side"),
     "export": Command("ExportConfig", "coders in files for other programs", "share"),
+    "push": Command("PushConfig", "a run's coders on the Hub, with a model card", "share"),
 }
 
 

@@ -89,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._error(429, "TooManyRequests", {"Retry-After": "1"})
         if path == "/api/whoami-v2":
             return self._whoami()
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if line.startswith("PUT /upload/"):
@@ -141,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(403, "")
         if name in self.hub.repos:
             return self._json({"url": f"{self.hub.url}/{name}"}, 409)
-        self.hub.repos[name] = Repo(private=asked.get("private") or False)
+        self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
         return self._json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def _info(self, name: str, revision: str, path: str, body: bytes) -> None:

@@ -133,13 +133,21 @@ def _name_of(path: Path, below: Path) -> str:
 
 def _coders_below(folder: Path, depth: int) -> Iterator[Path]:
     """Folders of coders; of our own only those that lie directly in a folder."""
-    ours = kind_of(folder) in ("sparsify", None) and (folder / "cfg.json").is_file()
-    if (ours and depth < 2) or (not ours and kind_of(folder) is not None):
-        yield folder
+    if kind_of(folder) is not None or _is_ours(folder):
+        if depth < 2 or not _is_ours(folder):
+            yield folder
     elif depth < _DEPTH:
-        for inner in natsorted(folder.iterdir(), key=lambda path: path.name):
-            if inner.is_dir() and not inner.name.startswith("."):
-                yield from _coders_below(inner, depth + 1)
+        below = natsorted(folder.iterdir(), key=lambda path: path.name)
+        below = [path for path in below if path.is_dir() and not path.name.startswith(".")]
+        # Beside a run's own coders lie the same ones in the files of other programs.
+        ours = [path for path in below if depth == 0 and _is_ours(path)]
+        for path in ours or below:
+            yield from _coders_below(path, depth + 1)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this is a coder of ours, or what is left of one."""
+    return kind_of(folder) in ("sparsify", None) and (folder / "cfg.json").is_file()
 
 
 def _known() -> str:

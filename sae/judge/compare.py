@@ -17,7 +17,7 @@ from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
 from ..runs.json_files import read_json
 
-_FIGURES = ("fvu", "ce_recovered", "kl", "dead_share")
+_FIGURES = ("fvu", "l0", "ce_recovered", "kl", "dead_share")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,14 @@ def origin_of(run: Path) -> Origin:
     tokens = read_json(summary / "summary.json").get("tokens") if summary and flags else None
     model = flags.get("model")
     return Origin(
-        model=model,
+        model=_without_folder(model),
         model_type=model_type(model),
-        dataset=flags.get("dataset"),
+        dataset=_without_folder(flags.get("dataset")),
         ctx_len=flags.get("ctx_len"),
         tokens=tokens,
     )
+
+
+def _without_folder(name: str | None) -> str | None:
+    """A name without the folders of this machine, which mean nothing elsewhere."""
+    return Path(name).name if name is not None and Path(name).is_absolute() else name

@@ -13,6 +13,7 @@ from ..flag_checks import UsageError
 from ..formats.hub import coder_folder
 from ..formats.sparsify import newest_coders, opened, shapes_of
 from ..kernels.twins import Kernels
+from .families.family import family_of
 from .functional import Moments
 from .sharded import Group, ShardedCoder
 from .sparse_coder import SparseCoder
@@ -140,6 +141,11 @@ def _weights_for(coder: SparseCoder, name: str, source: str) -> dict[str, Tensor
         if cfg.transcode != coder.cfg.transcode:
             kind = "a transcoder" if cfg.transcode else "an SAE"
             raise UsageError(f"{name} there is {kind}: see --transcode")
+        if cfg.has_threshold != coder.cfg.has_threshold:
+            raise UsageError(
+                f"{name} is a {cfg.activation} coder there, and --activation here is "
+                f"{coder.cfg.activation}: start from a coder of the kind that is to be trained"
+            )
         mine = shapes_of(coder.cfg, coder.d_in, coder.d_out)
         if mine != stored.shapes:
             raise UsageError(
@@ -161,7 +167,7 @@ def costs(
         d_in = _d_in(width, cfg)
         if d_in == 0:
             raise UsageError(f"--transcode: {hookpoint} takes token ids, not activations")
-        cfg.check(d_in, where=hookpoint)
+        family_of(cfg).check(cfg, d_in, where=hookpoint)
         found[hookpoint] = len(seeds) * cfg.latents(d_in) * (d_in + width.d_out)
     return found
 

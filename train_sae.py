@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sae.coders.bank import CoderBank, costs
+from sae.coders.families.family import check_flags
 from sae.coders.firing import FiringRecord, dead_latents
 from sae.config import (
     DataConfig,
@@ -28,7 +29,6 @@ from sae.config import (
     SparseCoderConfig,
     TrainingConfig,
     accept_names,
-    check_together,
 )
 from sae.data.blocks import split_blocks
 from sae.data.text import load_tokens
@@ -74,7 +74,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         accept_names(self)
-        check_together(self)
+        check_flags(self)
 
 
 def train(

@@ -9,6 +9,15 @@ from torch import Tensor
 
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig
 
+JUMPRELU = {
+    "sae": SaeConfig(num_latents=24, k=3, activation="jumprelu"),
+    "skip sae": SaeConfig(num_latents=24, k=3, activation="jumprelu", skip_connection=True),
+    "transcoder": TranscoderConfig(num_latents=24, k=3, activation="jumprelu"),
+    "skip transcoder": TranscoderConfig(
+        num_latents=24, k=3, activation="jumprelu", skip_connection=True
+    ),
+}
+
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Rows -> latents [N L] and reconstruction."""
 
@@ -25,6 +34,8 @@ def random_coder(cfg: SparseCoderConfig, d_in: int = 8, d_out: int | None = None
     coder = SparseCoder(d_in, cfg, d_out=d_out)
     for parameter in coder.parameters():
         parameter.data.normal_()
+    if cfg.has_threshold:
+        coder.threshold.uniform_(0.5, 3)
     coder.normalize_decoder_()
     return coder
 
@@ -33,7 +44,7 @@ def dense(coder: SparseCoder, x: Tensor) -> tuple[Tensor, Tensor]:
     """A coder's latents as [N L], and its reconstruction."""
     out = coder(x, torch.zeros(len(x), coder.d_out)) if coder.cfg.transcode else coder(x)
     latents = torch.zeros(len(x), coder.num_latents)
-    return latents.scatter(1, out.top_indices, out.top_acts), out.sae_out
+    return latents.scatter_add(1, out.top_indices, out.top_acts), out.sae_out
 
 
 def sae_lens(cfg: dict[str, Any], t: dict[str, Tensor]) -> Forward:
@@ -89,6 +100,19 @@ def dictionary_learning(trainer: dict[str, Any], t: dict[str, Tensor]) -> Forwar
             top = acts.topk(int(t["k"]))
             acts = torch.zeros_like(acts).scatter(1, top.indices, top.values)
         return acts, acts @ t["decoder.weight"].T + centre
+
+    return forward
+
+
+def circuit_tracer(t: dict[str, Tensor]) -> Forward:
+    """What circuit-tracer computes from the file of one layer of a local set."""
+    threshold = t.get("activation_function.threshold")
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = x @ t["W_enc"].T + t["b_enc"]
+        acts = pre.relu() if threshold is None else pre * (pre > threshold)
+        out = acts @ t["W_dec"] + t["b_dec"]
+        return acts, out + x @ t["W_skip"].T if "W_skip" in t else out
 
     return forward
 

@@ -14,6 +14,7 @@ from ..formats import kinds
 from ..formats.hub import coders_folder
 from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
+from .families.family import family_of
 from .functional import Moments
 from .sharded import Group, ShardedCoder
 from .sparse_coder import SparseCoder
@@ -174,6 +175,11 @@ def _check_kind(
     if theirs.transcode != ours.transcode:
         kind = "a transcoder" if theirs.transcode else "an SAE"
         raise UsageError(f"{name} there is {kind}: see --transcode")
+    if theirs.has_threshold != ours.has_threshold:
+        raise UsageError(
+            f"{name} is a {theirs.activation} coder there, and --activation here is "
+            f"{ours.activation}: start from a coder of the kind that is to be trained"
+        )
     if there != here:
         raise UsageError(
             f"{name} has {there} there and {here} here: set --num_latents, "
@@ -193,7 +199,7 @@ def costs(
         d_in = _d_in(width, cfg)
         if d_in == 0:
             raise UsageError(f"--transcode: {hookpoint} takes token ids, not activations")
-        cfg.check(d_in, where=hookpoint)
+        family_of(cfg).check(cfg, d_in, where=hookpoint)
         found[hookpoint] = len(seeds) * cfg.latents(d_in) * (d_in + width.d_out)
     return found
 

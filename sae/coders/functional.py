@@ -21,7 +21,7 @@ from ..config import INT8_CANDIDATES, Activation
 
 
 class Latents(NamedTuple):
-    """The active latents of every row, in no order."""
+    """The active latents of every row, in no order; shorter rows end in zeros of latent 0."""
 
     acts: Float[Tensor, "N K"]
     indices: Int[Tensor, "N K"]
@@ -47,9 +47,7 @@ def encode(
 
     Source: Gao et al., section 2.3 (TopK).
     """
-    inputs = x if pre_bias is None else x - pre_bias
-    dtype = matmul_dtype or inputs.dtype
-    pre_acts = F.linear(inputs.to(dtype), W_enc.to(dtype), b_enc.to(dtype))  # [N L]
+    pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
     if activation == "topk":
         top_acts, top_indices = pre_acts.topk(k, dim=1, sorted=False)
     else:
@@ -57,6 +55,43 @@ def encode(
         starts = torch.arange(k, device=x.device) * (pre_acts.shape[1] // k)
         top_indices = within + starts
     return Latents(top_acts.relu().to(W_enc.dtype), top_indices)
+
+
+def _pre_acts(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    pre_bias: Tensor | None,
+    matmul_dtype: torch.dtype | None,
+) -> Float[Tensor, "N L"]:
+    inputs = x if pre_bias is None else x - pre_bias
+    dtype = matmul_dtype or inputs.dtype
+    return F.linear(inputs.to(dtype), W_enc.to(dtype), b_enc.to(dtype))
+
+
+def encode_above(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    threshold: Float[Tensor, " L"],
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+) -> Latents:
+    """The latents of every row that are above their thresholds.
+
+    pre_acts as of `encode`;  acts = relu(pre_acts) 1[pre_acts > threshold]
+
+    The threshold gets no gradient here.
+
+    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), equations 3 and 4.
+    """
+    pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
+    active = (pre_acts > threshold) & (pre_acts > 0)
+    longest = int(active.sum(1).amax()) if len(x) else 0
+    order = active.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    kept = active.gather(1, order)
+    top_acts = torch.where(kept, pre_acts.gather(1, order), 0)
+    return Latents(top_acts.to(W_enc.dtype), order * kept)
 
 
 def encode_with_dead(

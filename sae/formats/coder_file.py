@@ -27,20 +27,26 @@ class CoderFile(NamedTuple):
     """The module of the base model that it reads, where its files say so clearly."""
 
 
+class NeedsThreshold(UsageError):
+    """A program can hold a coder only with a threshold for every latent, instead of its k."""
+
+
 def coder_file(
     W_enc: Float[Tensor, "L D"],
     b_enc: Float[Tensor, " L"],
     W_dec: Float[Tensor, "L D_out"],
     b_dec: Float[Tensor, " D_out"],
     *,
-    k: int | None = None,
+    k: int,
     threshold: Float[Tensor, " L"] | None = None,
     centred: bool,
     transcode: bool = False,
     W_skip: Float[Tensor, "D_out D"] | None = None,
     hookpoint: str | None = None,
 ) -> CoderFile:
-    """A coder of another program: the `k` largest latents of a row, or those above a threshold.
+    """A coder of another program: the `k` largest latents of a row, or those above thresholds.
+
+    With thresholds `k` is how many are active in the mean, as far as it is known.
 
     An SAE here reads x - b_dec, and a transcoder x. Where the other program does not (`centred`
     says whether it reads x - b_dec), the same pre-activations come from b_enc + W_enc b_dec or
@@ -58,13 +64,14 @@ def coder_file(
         tensors["encoder.bias"] = tensors["encoder.bias"] + (-shift if centred else shift)
     cfg = SparseCoderConfig(
         num_latents=len(W_enc),
-        k=k or 1,
+        activation="topk" if threshold is None else "jumprelu",
+        k=k if threshold is None else min(k, len(W_enc)),
         normalize_decoder=has_unit_rows(W_dec),
         skip_connection=W_skip is not None,
         transcode=transcode,
     )
     if threshold is not None:
-        raise UsageError("coders with thresholds cannot be read")
+        tensors["threshold"] = threshold.float()
     plain = {name: t.contiguous() for name, t in tensors.items()}
     return CoderFile(cfg, W_enc.shape[1], W_dec.shape[1], plain, hookpoint)
 
@@ -77,6 +84,12 @@ def has_unit_rows(W_dec: Float[Tensor, "L D"]) -> bool:
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def mean_l0(said: Any) -> int:
+    """How many latents are active in the mean, where a file says it; else 1."""
+    number = isinstance(said, (int, float)) and not isinstance(said, bool)
+    return max(1, round(said)) if number and said < _TOO_LARGE else 1
 
 
 def json_object(path: Path) -> dict[str, Any]:

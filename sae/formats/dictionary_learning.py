@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from ..flag_checks import UsageError
-from .coder_file import CoderFile, check_floats, check_shapes, coder_file, json_object, whole_number
+from .coder_file import (
+    CoderFile,
+    NeedsThreshold,
+    check_floats,
+    check_shapes,
+    coder_file,
+    json_object,
+    mean_l0,
+    whole_number,
+)
 from .hook_names import our_name
 from .origin import Origin
 
@@ -24,6 +33,11 @@ FILES = "config.json, ae.pt"
 
 _LINEAR = ("AutoEncoder", "GatedAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE")
 _PLAIN = ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")
+_TRAINERS = {
+    "AutoEncoderTopK": "TopKTrainer",
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+}
 _COUNTS = ("k", "threshold", "group_sizes")
 
 
@@ -72,7 +86,7 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
     decoder = found["decoder.weight"].T if kind in _LINEAR else found["W_dec"]
     bias = found.get("encoder.bias", found.get("b_enc"))
     b_dec = found[next(n for n in ("b_dec", "bias", "decoder_bias") if n in found)]
-    k = None
+    k = mean_l0(trainer.get("k"))
     if kind == "AutoEncoderTopK":
         k = whole_number(path / "config.json", trainer, "k")
         if "k" in counts and int(counts["k"]) != k:
@@ -133,33 +147,45 @@ def _shapes(kind: str, d_in: int, latents: int) -> dict[str, tuple[int, ...]]:
     return {**shapes, "encoder.bias": (latents,), centre: (d_in,)}
 
 
-def write(folder: Path, name: str, coder: CoderFile, origin: Origin) -> list[str]:
-    """Write one coder into `folder`. Raises UsageError for one that no class there can hold."""
+def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> list[str]:
+    """Write one coder, or without a `folder` see if it can be held; notes on what is not exact.
+
+    Raises NeedsThreshold or UsageError for one that no class there can hold.
+    """
     cfg, found, hookpoint = coder.cfg, coder.tensors, origin.hookpoint(name)
     if cfg.skip_connection or coder.d_in != coder.d_out:
         what = "a skip connection" if cfg.skip_connection else f"d_out {coder.d_out}"
         raise UsageError(f"{name}: dictionary_learning has no coder with {what}: try --to sae_lens")
-    if cfg.activation != "topk":
-        raise UsageError(f"{name}: dictionary_learning has no {cfg.activation}")
+    if cfg.activation not in ("topk", "jumprelu"):
+        raise NeedsThreshold(f"{name}: dictionary_learning has no {cfg.activation}")
+    kind, centred = "AutoEncoderTopK", True
+    if cfg.has_threshold:
+        level = found["threshold"]
+        is_one = bool((level == level[0]).all()) and float(level[0]) >= 0
+        kind = "BatchTopKSAE" if is_one and not cfg.transcode else "JumpReluAutoEncoder"
+        centred = kind == "BatchTopKSAE"
     bias, notes = found["encoder.bias"], []
-    if cfg.transcode:  # it reads x - b_dec, a transcoder x
-        bias = bias + found["encoder.weight"] @ found["b_dec"]
+    if centred == cfg.transcode:  # what is subtracted there is not here, or the other way round
+        shift = found["encoder.weight"] @ found["b_dec"]
+        bias = bias + (shift if centred else -shift)
         notes.append(f"{name}: b_dec is folded into the encoder's bias, exact but for rounding")
-    tensors = {
-        "encoder.weight": found["encoder.weight"],
-        "encoder.bias": bias,
-        "decoder.weight": found["W_dec"].T,
-        "b_dec": found["b_dec"],
-        "k": torch.tensor(cfg.k, dtype=torch.int32),
-        "threshold": torch.tensor(-1.0),
-    }
+    if kind == "JumpReluAutoEncoder":
+        tensors = {"W_enc": found["encoder.weight"].T, "b_enc": bias, "W_dec": found["W_dec"]}
+        tensors |= {"b_dec": found["b_dec"], "threshold": found["threshold"]}
+    else:
+        level = found["threshold"][0] if cfg.has_threshold else torch.tensor(-1.0)
+        tensors = {"encoder.weight": found["encoder.weight"], "encoder.bias": bias}
+        tensors |= {"decoder.weight": found["W_dec"].T, "b_dec": found["b_dec"]}
+        tensors |= {"k": torch.tensor(cfg.k, dtype=torch.int32), "threshold": level.clone()}
     layer = next((int(part) for part in hookpoint.split(".") if part.isdigit()), None)
     trainer = {
-        **{"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "k": cfg.k},
+        **{"trainer_class": _TRAINERS[kind], "dict_class": kind, "k": cfg.k},
         **{"activation_dim": coder.d_in, "dict_size": len(bias), "layer": layer},
         **{"lm_name": origin.model, "submodule_name": hookpoint, "hookpoint": hookpoint},
         **{"transcode": cfg.transcode, "lr": None, "steps": None, "seed": None},
     }
+    if folder is None:
+        return notes
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({key: t.contiguous() for key, t in tensors.items()}, folder / "ae.pt")
     values = {"trainer": trainer, "buffer": {"ctx_len": origin.ctx_len}}

@@ -57,14 +57,15 @@ class HookNames(NamedTuple):
     huggingface: str | None
 
 
-def model_type(model: str | None) -> str | None:
-    """model_type of an LM by its Hub id or folder, if its config is at hand."""
+def about_lm(model: str | None) -> tuple[str | None, int | None]:
+    """model_type and number of blocks of an LM by its name, if its config is at hand."""
     if model is None:
-        return None
+        return None, None
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception:  # a config's checks raise errors of many kinds
-        return None
+        return None, None
+    return config.model_type, getattr(config, "num_hidden_layers", None)
 
 
 def their_names(hookpoint: str, kind: str | None) -> HookNames:

@@ -52,7 +52,7 @@ def coders_folder(
     `local` forces (True) or forbids (False) reading `name` as a folder. Of a repository only the
     folders that the glob `pattern` matches are downloaded, and pickles only with `allow_pt`.
     """
-    if local or (local is None and Path(name).is_dir()):
+    if local or (local is None and Path(name).exists()):
         return newest_coders(Path(name))
     return _snapshot(str(name), pattern, allow_pt)
 

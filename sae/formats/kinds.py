@@ -8,7 +8,7 @@ from typing import NamedTuple
 from natsort import natsorted
 
 from ..flag_checks import UsageError
-from . import dictionary_learning, sae_lens, sparsify
+from . import circuit_tracer, dictionary_learning, sae_lens, scopes, sparsify
 from .coder_file import CoderFile
 
 _DEPTH = 4
@@ -45,6 +45,36 @@ KINDS = {
         lambda path, allow_pt, _: dictionary_learning.read(path, allow_pt),
         dictionary_learning.hookpoint_of,
     ),
+    "circuit_tracer": Kind(
+        circuit_tracer.FILES,
+        circuit_tracer.is_coder,
+        lambda path, *_: circuit_tracer.read(path),
+        circuit_tracer.hookpoint_of,
+    ),
+    "Gemma Scope": Kind(
+        scopes.GEMMA_1,
+        scopes.is_gemma_1,
+        lambda path, *_: scopes.read_gemma_1(path),
+        scopes.hookpoint_of_gemma_1,
+    ),
+    "Gemma Scope 2": Kind(
+        scopes.GEMMA_2,
+        scopes.is_gemma_2,
+        lambda path, *_: scopes.read_gemma_2(path),
+        scopes.hookpoint_of_gemma_2,
+    ),
+    "Llama Scope": Kind(
+        scopes.LLAMA,
+        scopes.is_llama,
+        lambda path, *_: scopes.read_llama(path),
+        scopes.hookpoint_of_llama,
+    ),
+    "Qwen Scope": Kind(
+        scopes.QWEN,
+        scopes.is_qwen,
+        lambda path, allow_pt, _: scopes.read_qwen(path, allow_pt),
+        scopes.hookpoint_of_qwen,
+    ),
 }
 
 
@@ -77,7 +107,7 @@ def list_coders(
     A coder is named by its hookpoint where its files say it, else by its folder. Raises UsageError
     where there is none, where one that is asked for is missing, or two have one name.
     """
-    if not folder.is_dir():
+    if not folder.is_dir() and kind_of(folder) is None:
         raise UsageError(f"{folder} is not a folder: give a folder of coders")
     for name in names or ():
         sparsify.check_name(name)
@@ -128,17 +158,19 @@ def says_hookpoint(path: Path) -> bool:
 def _name_of(path: Path, below: Path) -> str:
     hookpoint = None if (kind := kind_of(path)) is None else KINDS[kind].hookpoint(path)
     inner = path.relative_to(below).as_posix()
-    return hookpoint or (path.resolve().name if inner == "." else inner.replace("/", "."))
+    plain = path.absolute().name if inner == "." else inner.replace("/", ".")
+    return hookpoint or plain.removesuffix(".safetensors").removesuffix(".pt")
 
 
 def _coders_below(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders of coders; of our own only those that lie directly in a folder."""
+    """Folders or files of coders; of our own only those that lie directly in a folder."""
     if kind_of(folder) is not None or _is_ours(folder):
         if depth < 2 or not _is_ours(folder):
             yield folder
     elif depth < _DEPTH:
         below = natsorted(folder.iterdir(), key=lambda path: path.name)
-        below = [path for path in below if path.is_dir() and not path.name.startswith(".")]
+        below = [path for path in below if not path.name.startswith(".")]
+        below = [path for path in below if path.is_dir() or kind_of(path) is not None]
         # Beside a run's own coders lie the same ones in the files of other programs.
         ours = [path for path in below if depth == 0 and _is_ours(path)]
         for path in ours or below:

@@ -1,7 +1,8 @@
 """What is known of where coders come from, for the files of programs that ask."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Origin:
     """Whether sequences begin with a token of their own."""
     layers: int | None = None
     """Blocks of the LM."""
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By coder, figures that its files name."""
 
     @staticmethod
     def hookpoint(name: str) -> str:

@@ -16,11 +16,13 @@ from torch import Tensor
 from ..flag_checks import UsageError
 from .coder_file import (
     CoderFile,
+    NeedsThreshold,
     check_floats,
     check_shapes,
     coder_file,
     has_unit_rows,
     json_object,
+    mean_l0,
     whole_number,
 )
 from .hook_names import input_of_mlp, our_name, their_names
@@ -54,7 +56,9 @@ def _place(cfg: dict[str, Any]) -> tuple[str | None, bool]:
     names = about.get("hook_name"), about.get("hf_hook_name")
     outs = about.get("hook_name_out"), about.get("hf_hook_name_out")
     differ = any(o and o != n for n, o in zip(names, outs, strict=True))
-    transcode = cfg["architecture"] in _TRANSCODERS or differ or about.get("transcode") is True
+    transcode = cfg["architecture"] in _TRANSCODERS or differ
+    if isinstance(said := about.get("transcode"), bool):  # an SAE with a skip connection, too
+        transcode = said
     if isinstance(ours := about.get("hookpoint"), str):
         return ours, transcode
     return None if transcode else our_name(*names, about.get("model_name")), transcode
@@ -79,7 +83,7 @@ def read(path: Path) -> CoderFile:
         check_floats(stored.path, found)
     _fold_scaling_(file, cfg, found)
     W_enc, b_enc, threshold = found["W_enc"].T, found.get("b_enc"), found.get("threshold")
-    W_dec, k = found["W_dec"], None
+    W_dec, k = found["W_dec"], mean_l0(cfg["metadata"].get("l0"))
     if kind == "gated":
         W_enc, b_enc, threshold = _without_gate(W_enc, found)
     assert b_enc is not None
@@ -156,39 +160,57 @@ def _without_gate(W_enc: Tensor, found: dict[str, Tensor]) -> tuple[Tensor, Tens
     return W_enc * scale[:, None], found["b_mag"], threshold
 
 
-def write(folder: Path, name: str, coder: CoderFile, origin: Origin) -> list[str]:
-    """Write one coder into `folder`; return notes on what the names lack.
+def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> list[str]:
+    """Write one coder, or without a `folder` see if it can be held; notes on what is lost.
 
-    Raises UsageError for a coder that SAELens holds through thresholds only.
+    Raises NeedsThreshold for a coder that SAELens holds through thresholds only.
     """
     cfg, found, hookpoint = coder.cfg, coder.tensors, origin.hookpoint(name)
-    through = _needs_threshold(coder)
-    if through:
-        raise UsageError(f"{name}: {through}; make thresholds first, by python -m sae threshold")
-    unit = has_unit_rows(found["W_dec"])
-    tensors = {"W_enc": found["encoder.weight"].T, "b_enc": found["encoder.bias"]}
+    if why := _needs_threshold(coder):
+        raise NeedsThreshold(f"{name}: {why}")
+    unit, bias = has_unit_rows(found["W_dec"]), found["encoder.bias"]
+    kind, apply_b_dec = "topk", not cfg.transcode
+    if cfg.has_threshold and not cfg.transcode and not cfg.skip_connection:
+        kind = "jumprelu"
+    elif cfg.has_threshold:
+        kind = f"jumprelu{'_skip' if cfg.skip_connection else ''}_transcoder"
+        if apply_b_dec:  # such a coder reads x as it is
+            bias = bias - found["encoder.weight"] @ found["b_dec"]
+            apply_b_dec = False
+    tensors = {"W_enc": found["encoder.weight"].T, "b_enc": bias}
     tensors |= {"W_dec": found["W_dec"], "b_dec": found["b_dec"]}
+    if cfg.has_threshold:
+        tensors["threshold"] = found["threshold"].to(bias.dtype)
+    if cfg.skip_connection:
+        tensors["W_skip"] = found["W_skip"]
     about, notes = _metadata(name, coder, origin), []
     if about.get("hook_name") is None:
         notes.append(f"{name}: {hookpoint} has no name in TransformerLens that is known here")
-    if not unit:
-        notes.append(f"{name}: decoder rows are not of unit norm, which SAEDashboard cannot fold")
-    values = {
-        **{"architecture": "topk", "k": cfg.k, "rescale_acts_by_decoder_norm": unit},
-        **{"d_in": coder.d_in, "d_sae": len(found["W_dec"])},
-        **{"dtype": str(found["W_dec"].dtype).removeprefix("torch."), "device": "cpu"},
-        **{"apply_b_dec_to_input": not cfg.transcode, "normalize_activations": "none"},
-        **{"reshape_activations": "none", "metadata": about},
-    }
+    values: dict[str, Any] = {"architecture": kind, "d_in": coder.d_in}
+    values |= {"d_sae": len(bias), "dtype": str(bias.dtype).removeprefix("torch.")}
+    values |= {"device": "cpu", "apply_b_dec_to_input": apply_b_dec}
+    values |= {"normalize_activations": "none", "reshape_activations": "none"}
+    if kind == "topk":
+        values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": unit}
+        if not unit:
+            rows = "decoder rows are not of unit norm"
+            notes.append(f"{name}: {rows}, which SAEDashboard cannot fold")
+    if kind in _TRANSCODERS:
+        values["d_out"] = coder.d_out
+    if folder is None:
+        return notes
     folder.mkdir(parents=True, exist_ok=True)
     plain = {key: t.contiguous() for key, t in tensors.items()}
     save_file(plain, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({**values, "metadata": about}, indent=2) + "\n"
+    (folder / "cfg.json").write_text(text, encoding="utf-8")
     return notes
 
 
 def _needs_threshold(coder: CoderFile) -> str | None:
     """Why SAELens cannot hold a coder by its k; None if it can."""
+    if coder.cfg.has_threshold:
+        return None
     if coder.cfg.activation != "topk":
         return f"SAELens has no {coder.cfg.activation}"
     if coder.cfg.skip_connection:
@@ -213,4 +235,5 @@ def _metadata(name: str, coder: CoderFile, origin: Origin) -> dict[str, Any]:
     about |= {"hookpoint": hookpoint, "transcode": coder.cfg.transcode}
     about |= {"dataset_path": origin.dataset, "context_size": origin.ctx_len}
     about |= {"prepend_bos": origin.begins_with_bos, "training_tokens": origin.tokens}
-    return about | {"training_architecture": coder.cfg.activation, "l0": coder.cfg.k}
+    about |= {"training_architecture": coder.cfg.activation, "l0": coder.cfg.k}
+    return {**about, **origin.figures.get(name, {})}

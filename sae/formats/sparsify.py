@@ -1,7 +1,8 @@
 """Coder files as the reference writes them: one folder a coder, and folders of such folders.
 
 CODERS/<name>/cfg.json          what the coder is
-CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, if any, W_skip
+CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, if any, W_skip;
+                                of the kinds that have thresholds also threshold [L], float32
 
 A coder that several ranks hold is in pieces, as `pieces.py` says.
 """
@@ -93,7 +94,11 @@ def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[
         "W_dec": (latents, d_out),
         "b_dec": (d_out,),
     }
-    return {**shapes, "W_skip": (d_out, d_in)} if cfg.skip_connection else shapes
+    if cfg.skip_connection:
+        shapes["W_skip"] = (d_out, d_in)
+    if cfg.has_threshold:
+        shapes["threshold"] = (latents,)
+    return shapes
 
 
 def newest_coders(folder: Path) -> Path:

@@ -69,12 +69,14 @@ def command(flags: dict[str, Any], defaults: dict[str, Any]) -> str:
     words = ["python", "train_sae.py"]
     words += [_shown(flags.get(name)) for name in ("model", "dataset")]
     for name, value in flags.items():
-        if name in _NOT_SHOWN or name not in defaults or value == _plain(defaults[name]):
+        if name in _NOT_SHOWN or name not in defaults:
+            continue
+        if _plain(value) == _plain(defaults[name]):
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{name}", *(_without_folder(str(v)) for v in values)]
     return shlex.join(words)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..formats.hook_names import model_type
+from ..formats.hook_names import about_lm
 from ..formats.origin import Origin
 from ..judge.provenance import flags_of_run
 from ..runs.json_files import read_json
@@ -14,9 +14,11 @@ def origin_of(run: Path) -> Origin:
     summary = next((f for f in (run, run.parent) if (f / "summary.json").is_file()), None)
     tokens = read_json(summary / "summary.json").get("tokens") if summary and flags else None
     model = flags.get("model")
+    kind, layers = about_lm(model)
     return Origin(
         model=_without_folder(model),
-        model_type=model_type(model),
+        model_type=kind,
+        layers=layers,
         dataset=_without_folder(flags.get("dataset")),
         ctx_len=flags.get("ctx_len"),
         tokens=tokens,

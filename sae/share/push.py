@@ -35,7 +35,7 @@ from ..judge.compare import figures_of, summary_of
 from ..judge.provenance import flags_of_run
 from ..runs.json_files import read_json, write_json
 from .card import card
-from .export import ExportConfig, Program, export
+from .export import ExportConfig, Program, export_as_can_be
 
 _PAGE = "report.html"
 
@@ -82,7 +82,7 @@ def assemble(cfg: PushConfig, folder: Path) -> None:
                 shutil.copyfile(file, folder / name / file.name)
     for program in cfg.formats:
         if program != "sparsify":
-            export(ExportConfig(cfg.run, str(folder / program), program))
+            export_as_can_be(ExportConfig(cfg.run, out=str(folder / program), to=program))
     write_json(folder / "summary.json", _of_no_machine(summary, flags))
     if evaluated:
         write_json(folder / "eval.json", _of_no_machine(evaluated, flags))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_runs import call
 from other_programs import (
+    JUMPRELU,
     KINDS,
     assert_same_coder,
     assert_same_function,
@@ -51,6 +52,68 @@ def test_what_is_written_is_the_same_function_there(
     if kind == "transcoder":  # its bias was folded and unfolded
         return assert_same_function(back, dictionary_learning(trainer, found))
     return assert_same_coder(coder, back)
+
+
+@pytest.mark.parametrize("kind", ["sae", "one threshold", "transcoder"])
+def test_thresholds_are_the_same_function_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """One threshold for all fits BatchTopKSAE exactly; several fit JumpReluAutoEncoder."""
+    coder = random_coder(JUMPRELU["transcoder" if kind == "transcoder" else "sae"])
+    if kind == "one threshold":
+        coder.threshold.fill_(1.5)
+    run, out = save_run(tmp_path / "run", {"layers.3": coder}), tmp_path / "out"
+    flags = ("--to", "dictionary_learning", "--out", str(out))
+    assert call(monkeypatch, "export", str(run), *flags) == 0
+    trainer = json.loads((out / "layers.3/config.json").read_text())["trainer"]
+    found = torch.load(out / "layers.3/ae.pt", weights_only=True)
+    named = "BatchTopKSAE" if kind == "one threshold" else "JumpReluAutoEncoder"
+    assert trainer["dict_class"] == named
+    if named == "JumpReluAutoEncoder":
+        shapes = {name: tuple(t.shape) for name, t in found.items()}
+        expected = {"W_enc": (8, 24), "b_enc": (24,), "W_dec": (24, 8), "b_dec": (8,)}
+        assert shapes == {**expected, "threshold": (24,)}
+    assert_same_function(coder, dictionary_learning(trainer, found))
+    back = load_many(out, allow_pt=True)["layers.3"]
+    if kind == "sae":  # its bias was folded and unfolded
+        return assert_same_function(back, dictionary_learning(trainer, found))
+    return assert_same_coder(coder, back)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("AutoEncoder", "GatedAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE"),
+        *("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"),
+    ],
+)
+def test_every_class_is_the_same_function_here(tmp_path: Path, kind: str) -> None:
+    """ReLU, gates, k and thresholds, whichever way the matrices lie."""
+    found = topk_tensors()
+    if kind in ("AutoEncoder", "GatedAutoEncoder"):
+        del found["k"], found["threshold"]
+        centre = found.pop("b_dec")
+        found |= {"bias": centre} if kind == "AutoEncoder" else {"decoder_bias": centre}
+    if kind == "GatedAutoEncoder":
+        found["mag_bias"] = found.pop("encoder.bias")
+        found |= {"gate_bias": torch.randn(24), "r_mag": torch.randn(24)}
+    if kind in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):
+        plain = {"W_enc": found["encoder.weight"].T, "b_enc": found["encoder.bias"]}
+        plain |= {"W_dec": found["decoder.weight"].T, "b_dec": found["b_dec"]}
+        counts = {"k": found["k"], "threshold": found["threshold"]}
+        counts["group_sizes"] = torch.tensor([8, 16])
+        several = {"threshold": torch.rand(24)}
+        found = plain | (several if kind == "JumpReluAutoEncoder" else counts)
+    trainer = write(tmp_path / "c", kind, found)
+    ours = SparseCoder.load_from_disk(tmp_path / "c", allow_pt=True)
+    assert_same_function(ours, dictionary_learning(trainer, found))
+
+
+def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path) -> None:
+    """There such a coder is a plain ReLU, which is nothing that anyone trained."""
+    write(tmp_path / "c", "BatchTopKSAE", {**topk_tensors(), "threshold": torch.tensor(-1.0)})
+    with pytest.raises(UsageError, match="its threshold was never set"):
+        SparseCoder.load_from_disk(tmp_path / "c", allow_pt=True)
 
 
 def write(folder: Path, kind: str, tensors: dict[str, Any], **values: Any) -> dict[str, Any]:

@@ -30,12 +30,12 @@ def test_coders_of_several_programs_lie_in_one_folder(tmp_path: Path) -> None:
     """Each is recognized, in folders below folders too; two of one hookpoint are refused."""
     run = save_run(tmp_path / "run", {"layers.1": random_coder(KINDS["sae"])})
     (run / "run.json").write_text(json.dumps({"model": "demo/lm", "dataset": "x"}))
-    export(ExportConfig(str(run), str(tmp_path / "all/saelens/here"), to="sae_lens"))
+    export(ExportConfig(str(run), out=str(tmp_path / "all/saelens/here"), to="sae_lens"))
     cfg = tmp_path / "all/saelens/here/layers.1/cfg.json"
     values = json.loads(cfg.read_text())
     values["metadata"]["hookpoint"] = "layers.0"
     cfg.write_text(json.dumps(values))
-    export(ExportConfig(str(run), str(tmp_path / "all"), to="dictionary_learning"))
+    export(ExportConfig(str(run), out=str(tmp_path / "all"), to="dictionary_learning"))
     assert list(load_many(tmp_path / "all", allow_pt=True)) == ["layers.0", "layers.1"]
     values["metadata"]["hookpoint"] = "layers.1"
     cfg.write_text(json.dumps(values))
@@ -48,7 +48,7 @@ def test_runs_start_from_coders_of_any_program(tmp_path: Path, to: str) -> None:
     """--finetune copies their weights; a coder at another hookpoint, or a pickle, is refused."""
     coder = random_coder(KINDS["sae"])
     run = save_run(tmp_path / "run", {"layers.1": coder})
-    export(ExportConfig(str(run), str(tmp_path / "out"), to=to))
+    export(ExportConfig(str(run), out=str(tmp_path / "out"), to=to))
     bank = CoderBank({"layers.1": Widths(8, 8)}, KINDS["sae"], (0,), "cpu")
     if to == "dictionary_learning":
         with pytest.raises(UsageError, match="--finetune .* is a pickle"):

@@ -17,7 +17,7 @@ ROWS = torch.randn(4096, 32, generator=torch.Generator().manual_seed(5))
 
 def exported(tmp_path: Path, coder: SparseCoder, program: Any) -> Path:
     run = save_run(tmp_path / "run", {"layers.3": coder})
-    (folder,) = export(ExportConfig(str(run), str(tmp_path / "out"), to=program))[0]
+    (folder,) = export(ExportConfig(str(run), out=str(tmp_path / "out"), to=program))[0]
     return folder
 
 

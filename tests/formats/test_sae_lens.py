@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_runs import call
 from other_programs import (
+    JUMPRELU,
     KINDS,
     assert_same_coder,
     assert_same_function,
@@ -93,6 +94,30 @@ def test_a_coder_with_free_norms_is_not_rescaled(
     assert "not of unit norm, which SAEDashboard cannot fold" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("d_out", [8, 5])
+@pytest.mark.parametrize("kind", JUMPRELU)
+def test_thresholds_are_the_same_function_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, d_out: int
+) -> None:
+    """Each kind goes to the architecture that computes it, with d_out; and comes back."""
+    if d_out != 8 and not JUMPRELU[kind].transcode:
+        return
+    coder = random_coder(JUMPRELU[kind], d_out=d_out)
+    out = exported(tmp_path, monkeypatch, {"layers.3": coder})
+    cfg, tensors = parts(out / "layers.3")
+    names = {"sae": "jumprelu", "skip sae": "jumprelu_skip_transcoder"}
+    names |= {"transcoder": "jumprelu_transcoder", "skip transcoder": "jumprelu_skip_transcoder"}
+    assert cfg["architecture"] == names[kind]
+    assert cfg["apply_b_dec_to_input"] is (kind == "sae") and "k" not in cfg
+    assert (cfg.get("d_out") == d_out) is (kind != "sae")
+    assert tensors["threshold"].shape == (24,) and ("W_skip" in tensors) is ("skip" in kind)
+    assert_same_function(coder, sae_lens(cfg, tensors))
+    back = load_many(out)["layers.3"]
+    if kind == "skip sae":  # its bias was folded and unfolded
+        return assert_same_function(back, sae_lens(cfg, tensors))
+    return assert_same_coder(coder, back)
+
+
 @pytest.mark.parametrize(
     ("cfg", "d_out", "why"),
     [
@@ -101,7 +126,7 @@ def test_a_coder_with_free_norms_is_not_rescaled(
         (SaeConfig(num_latents=24, k=3, activation="groupmax"), 8, "no groupmax"),
     ],
 )
-def test_what_would_be_read_as_plain_relu_is_refused(
+def test_what_would_be_read_as_plain_relu_needs_thresholds(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -109,12 +134,12 @@ def test_what_would_be_read_as_plain_relu_is_refused(
     d_out: int,
     why: str,
 ) -> None:
-    """A kind that SAELens would run without its k is not written, and the way out is named."""
+    """A kind that SAELens would run without its k is not written without text for thresholds."""
     run = save_run(tmp_path / "run", {"c": random_coder(cfg, d_out=d_out)})
     flags = ("--to", "sae_lens", "--out", str(tmp_path / "out"))
     assert call(monkeypatch, "export", str(run), *flags) == 2
-    said = capsys.readouterr().err
-    assert why in said and "python -m sae threshold" in said
+    said = capsys.readouterr()
+    assert why in said.out and "give --model and --dataset" in said.err
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
@@ -143,6 +168,23 @@ def write(folder: Path, kind: str, **values: Any) -> tuple[dict[str, Any], dict[
 
 
 @pytest.mark.parametrize("apply", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("standard", "gated", "jumprelu", "transcoder", "skip_transcoder"),
+        *("jumprelu_transcoder", "jumprelu_skip_transcoder"),
+    ],
+)
+def test_every_architecture_is_the_same_function_here(
+    tmp_path: Path, kind: str, apply: bool
+) -> None:
+    """ReLU, gates and thresholds, with and without b_dec at the input."""
+    apply = apply and "transcoder" not in kind
+    cfg, tensors = write(tmp_path / "c", kind, apply_b_dec_to_input=apply)
+    assert_same_function(SparseCoder.load_from_disk(tmp_path / "c"), sae_lens(cfg, tensors))
+
+
+@pytest.mark.parametrize("apply", [True, False])
 @pytest.mark.parametrize("rescale", [True, False])
 def test_topk_coders_of_sae_lens_are_the_same_function_here(
     tmp_path: Path, apply: bool, rescale: bool
@@ -162,6 +204,7 @@ REFUSED = {
     "finetuned": ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
     "other width": ({"d_in": 9}, "W_enc of shape"),
     "negative": ({"d_sae": -1}, "d_sae is -1"),
+    "d_out is missing": ({"architecture": "skip_transcoder"}, "d_out is None"),
 }
 
 

@@ -88,10 +88,12 @@ def test_the_dry_run_is_what_would_be_uploaded(
     }
     assert "| layers.1 | 24 | 3 | 0.25 | 2.5 | 0.01 | 0.9 |" in body
     assert "| layers.3 | 24 | 3 | 0.125 | 2.5 | 0.01 | 0.9 |" in body
-    command = "python train_sae.py org/tiny-lm text.txt"
-    assert (
-        f"{command} --ctx_len 64 --k 3 --lr 0.004 --optimizer adam --no-normalize_decoder" in body
+    words = body.split("```bash\n")[1].split("```")[0].split()
+    assert words[:4] == ["python", "train_sae.py", "org/tiny-lm", "text.txt"]
+    given = (
+        "--ctx_len 64 --eval_tokens 512 --k 3 --lr 0.004 --optimizer adam --no-normalize_decoder"
     )
+    assert sorted(words[4:]) == sorted([*given.split(), "--hookpoints", "layers.1"])
     assert 'load_many("org/name")' in body and "sae_lens/layers.1" in body and "torch 2." in body
     assert call(monkeypatch, *push, "--dry_run", str(out)) == 2
     assert "is not empty" in capsys.readouterr().err

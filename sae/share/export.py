@@ -57,7 +57,7 @@ def export(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
             raise UsageError(f"--out {cfg.out}: already holds {name}; give another folder")
     if cfg.to != "sparsify":
         coders = {name: kinds.read(path, cfg.allow_pt) for name, path in paths.items()}
-        return write(cfg, coders, origin_of(Path(cfg.coders)))
+        return write(cfg, coders, origin_of(Path(cfg.coders), cfg.model))
     for name, path in paths.items():
         with _disk_errors(cfg, name):
             (Path(cfg.out) / name).mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def through_thresholds(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
     for name, coder in made.items():
         tensors = {key: t.cpu() for key, t in coder.state_dict().items()}
         coders[name] = CoderFile(coder.cfg, coder.d_in, coder.d_out, tensors)
-    return write(cfg, coders, replace(origin_of(Path(cfg.coders)), figures=figures))
+    return write(cfg, coders, replace(origin_of(Path(cfg.coders), cfg.model), figures=figures))
 
 
 def main(cfg: ExportConfig) -> None:

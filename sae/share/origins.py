@@ -8,12 +8,12 @@ from ..judge.provenance import flags_of_run
 from ..runs.json_files import read_json
 
 
-def origin_of(run: Path) -> Origin:
-    """What a run's folder, or one of its checkpoints, says of its LM and text."""
+def origin_of(run: Path, model: str | None = None) -> Origin:
+    """What a run's folder, or one of its checkpoints, says of its LM and text; or its `model`."""
     flags = flags_of_run(run)
     summary = next((f for f in (run, run.parent) if (f / "summary.json").is_file()), None)
     tokens = read_json(summary / "summary.json").get("tokens") if summary and flags else None
-    model = flags.get("model")
+    model = model or flags.get("model")
     kind, layers = about_lm(model)
     return Origin(
         model=_without_folder(model),

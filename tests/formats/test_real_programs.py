@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from other_programs import KINDS, dense, random_coder, save_run
+from other_programs import JUMPRELU, KINDS, dense, random_coder, save_run
 from torch import Tensor
 
 from sae import SparseCoder
@@ -46,6 +46,19 @@ def test_sae_lens_computes_the_same(tmp_path: Path, kind: str) -> None:
     assert_same(coder, acts, theirs.decode(acts))
 
 
+@pytest.mark.parametrize("kind", JUMPRELU)
+@torch.no_grad()
+def test_sae_lens_computes_the_same_with_thresholds(tmp_path: Path, kind: str) -> None:
+    """The same of JumpReLU coders, skip connection and all, before and after folding."""
+    from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+
+    coder = random_coder(JUMPRELU[kind], 32)
+    theirs = SAE.load_from_disk(str(exported(tmp_path, coder, "sae_lens")))
+    assert_same(coder, theirs.encode(ROWS), theirs(ROWS))
+    theirs.fold_W_dec_norm()
+    assert_same(coder, theirs.encode(ROWS), theirs(ROWS))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_dictionary_learning_computes_the_same(tmp_path: Path, kind: str) -> None:
@@ -58,6 +71,34 @@ def test_dictionary_learning_computes_the_same(tmp_path: Path, kind: str) -> Non
     acts = theirs.encode(ROWS)
     assert_same(coder, acts, theirs.decode(acts))
     assert config["trainer"]["layer"] == 3
+
+
+@pytest.mark.parametrize("kind", ["sae", "one threshold", "transcoder"])
+@torch.no_grad()
+def test_dictionary_learning_computes_the_same_with_thresholds(tmp_path: Path, kind: str) -> None:
+    """BatchTopKSAE and JumpReluAutoEncoder, as load_dictionary makes them."""
+    from dictionary_learning.utils import load_dictionary  # pyright: ignore[reportMissingImports]
+
+    coder = random_coder(JUMPRELU["transcoder" if kind == "transcoder" else "sae"], 32)
+    if kind == "one threshold":
+        coder.threshold.fill_(1.5)
+    theirs, _ = load_dictionary(str(exported(tmp_path, coder, "dictionary_learning")), "cpu")
+    acts = theirs.encode(ROWS)
+    assert_same(coder, acts, theirs.decode(acts))
+
+
+@pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu"])
+@torch.no_grad()
+def test_other_coders_of_sae_lens_are_the_same_here(tmp_path: Path, kind: str) -> None:
+    """SAEs that SAELens itself wrote, of the kinds that are read through thresholds."""
+    from sae_lens.registry import get_sae_class  # pyright: ignore[reportMissingImports]
+
+    sae_class, cfg_class = get_sae_class(kind)
+    theirs = sae_class(cfg_class(d_in=32, d_sae=64))
+    for parameter in theirs.parameters():
+        parameter.data.normal_()
+    theirs.save_model(str(tmp_path / "c"))
+    assert_same(SparseCoder.load_from_disk(tmp_path / "c"), theirs.encode(ROWS), theirs(ROWS))
 
 
 @torch.no_grad()

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_runs import call
 from other_programs import KINDS, random_coder
+
+from sae import TranscoderConfig, load_many
 
 LM = str(Path(__file__).parents[2] / "demo/lm")
 
@@ -53,3 +56,34 @@ def test_commands_take_coders_of_any_program(
     random_coder(KINDS["sae"], 192).save_to_disk(ours / "layers.2")
     assert call(monkeypatch, "export", str(ours), *names, *flags) == 2
     assert "there are layers.1, layers.2" in capsys.readouterr().err
+
+
+def test_thresholds_are_made_where_a_program_has_no_k(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one command: L0 and FVU before and after are printed and written, and L0 stays at k."""
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n\n\nfor i in range(7):\n    print(f(i))\n" * 400)
+    skip = TranscoderConfig(num_latents=24, k=3, skip_connection=True)
+    ours, out = tmp_path / "ours", tmp_path / "sae_lens"
+    for i in range(6):
+        random_coder(skip, 192).save_to_disk(ours / f"layers.{i}.mlp")
+    where = ("--model", LM, "--dataset", str(text), "--ctx_len", "64", "--tokens", "512")
+    command = ("export", str(ours), *where)
+    assert call(monkeypatch, *command, "--to", "sae_lens", "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert "has no TopK coder with a skip connection; so thresholds are made" in printed
+    cfg = json.loads((out / "layers.3.mlp/cfg.json").read_text())
+    assert cfg["architecture"] == "jumprelu_skip_transcoder"
+    about = cfg["metadata"]
+    assert about["training_architecture"] == "topk" and about["l0"] == pytest.approx(3, abs=0.1)
+    assert about["l0_before_threshold"] == pytest.approx(3, abs=0.1)
+    rows = [line.split() for line in printed.splitlines() if line.startswith("layers.3.mlp ")]
+    before, after = (next(r for r in rows if r[1] == kind) for kind in ("topk", ">"))
+    assert before[2] == f"{about['fvu_before_threshold']:.4f}" and after[3] == f"{about['fvu']:.4f}"
+    assert f"{load_many(out)['layers.3.mlp'].threshold[0]:.4g}" == after[2]
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *command, "--to", "circuit_tracer", "--out", "set") == 0
+    theirs = load_many(tmp_path / "set")
+    assert list(theirs) == [f"layers.{i}.mlp" for i in range(6)]
+    assert torch.equal(theirs["layers.3.mlp"].threshold, load_many(out)["layers.3.mlp"].threshold)

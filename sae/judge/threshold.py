@@ -1,14 +1,16 @@
-"""JumpReLU coders from trained ones: a threshold at which k latents are active in the mean.
+"""JumpReLU coders from trained ones: every latent is active as often as before, above a threshold.
 
 python -m sae threshold checkpoints/RUN                  writes into checkpoints/RUN/thresholds
 python -m sae threshold CODERS --model gpt2 --dataset DATA --out DIR
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..coders.bank import CoderBank
@@ -20,6 +22,7 @@ from .figures import Evaluation
 from .trained import CodersConfig, TrainedCoders, load_trained
 
 _AT_ONCE = 2**26  # pre_acts
+_MARGIN = 0.01  # what two products may differ by, relative; bfloat16 rounds to 0.4 %
 
 
 @dataclass(frozen=True)
@@ -31,61 +34,89 @@ class ThresholdConfig(CodersConfig):
 
 
 class _Largest:
-    """The largest of many positive numbers, of which few are in memory at a time."""
+    """Of each latent the `counts` + 1 largest pre-activations, few of the others in memory."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.count = count
-        self.floor = torch.zeros((), device=device)
-        """Numbers no larger than this do not count any more."""
-        self._kept = torch.empty(0, device=device)
+    def __init__(self, counts: Int[Tensor, " L"], floor: Float[Tensor, " L"]) -> None:
+        """Each latent has `counts` above its `floor`."""
+        self.counts, self.floor = counts, floor
+        self._acts, self._latents = floor[:0], counts[:0]
+        self._room = 2 * len(floor) + 4 * int(counts.sum())
 
-    def add(self, numbers: Float[Tensor, " n"]) -> None:
-        """Look at more numbers."""
-        self._kept = torch.cat([self._kept, numbers])
-        if len(self._kept) > 2 * self.count:
-            self._kept = self.in_order()
-            self.floor = self._kept[-1]
+    def add(self, acts: Float[Tensor, " E"], latents: Int[Tensor, " E"]) -> None:
+        """Look at pre-activations that are above their latent's floor."""
+        self._acts = torch.cat([self._acts, acts])
+        self._latents = torch.cat([self._latents, latents])
+        if len(self._acts) > self._room:
+            _, self.floor = self.last_two()
 
-    def in_order(self) -> Float[Tensor, " n"]:
-        """What is known of the `count` largest, the largest first."""
-        return self._kept.topk(min(self.count, len(self._kept))).values
+    def last_two(self) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+        """Of each latent number `counts` and the next; where there is none, the floor."""
+        by_size = self._acts.argsort(descending=True)
+        order = by_size[self._latents[by_size].argsort(stable=True)]
+        acts, latents = self._acts[order], self._latents[order]
+        held = latents.bincount(minlength=len(self.counts))
+        first = held.cumsum(0) - held
+        place = torch.arange(len(acts), device=acts.device) - first[latents]
+        kept = place <= self.counts[latents]
+        self._acts, self._latents = acts[kept], latents[kept]
+
+        def number(n: Tensor) -> Tensor:
+            there = (n > 0) & (n <= held)
+            found = F.pad(acts, (0, 1))[torch.where(there, first + n - 1, len(acts))]
+            return torch.where(there, found, self.floor)
+
+        return number(self.counts), number(self.counts + 1)
 
 
-@torch.no_grad()
-def thresholds(trained: TrainedCoders) -> dict[str, float]:
-    """By coder the threshold at which the mean number of active latents on the text is its k.
-
-    Of N rows it is the (k N + 1)-th largest pre-activation, where that is positive; else 0.
-    """
-    bank, rows = trained.state.bank, dict.fromkeys(trained.state.bank.hookpoint, 0)
-    tokens = len(trained.blocks) * trained.source.block_len
-    largest = {n: _Largest(c.cfg.k * tokens + 1, c.device) for n, c in bank.items()}
+def _rows(trained: TrainedCoders) -> Iterator[tuple[str, SparseCoder, Tensor]]:
+    """Of all coders what they read of the text, a few rows at a time."""
+    bank = trained.state.bank
     for batch in trained.source.batches(trained.blocks, 1):
         pairs = trained.capture(batch.to(trained.capture.lm.device))
         for name, coder in bank.items():
             x, y = pairs[bank.hookpoint[name]]
             inputs = (x if coder.cfg.transcode else y).to(coder.dtype)
-            rows[name] += len(inputs)
             for part in inputs.split(max(1, _AT_ONCE // coder.num_latents)):
-                floor = largest[name].floor.expand(coder.num_latents)
-                weights = coder.encoder.weight, coder.encoder.bias, floor
-                found = coder.kernels.encode_above(
-                    part, *weights, coder.pre_bias, coder.matmul_dtype
-                )
-                largest[name].add(found.acts)
-    found = {}
-    for name, coder in bank.items():
-        numbers, active = largest[name].in_order(), coder.cfg.k * rows[name]
-        found[name] = float(numbers[active]) if active < len(numbers) else 0.0
-    return found
+                yield name, coder, part
 
 
-def with_threshold(coder: SparseCoder, threshold: float) -> SparseCoder:
-    """The JumpReLU coder of the same weights, with one threshold for all latents."""
+@torch.no_grad()
+def thresholds(trained: TrainedCoders) -> dict[str, Float[Tensor, " L"]]:
+    """By coder the thresholds above which every latent is active on as many rows as in the coder.
+
+    So the mean number of active latents stays what it is on this text. A latent that is active on
+    none gets its largest pre-activation there.
+    """
+    bank, found = trained.state.bank, dict[str, _Largest]()
+    counts = {n: torch.zeros(c.num_latents, device=c.device).long() for n, c in bank.items()}
+    least = {n: torch.full((c.num_latents,), torch.inf, device=c.device) for n, c in bank.items()}
+    for name, coder, rows in _rows(trained):
+        latents = coder.encode(rows)
+        active = latents.top_acts > 0
+        acts, numbers = latents.top_acts[active], latents.top_indices[active]
+        counts[name] += numbers.bincount(minlength=coder.num_latents)
+        least[name].scatter_reduce_(0, numbers, acts, "amin")
+    for name, coder, rows in _rows(trained):
+        if name not in found:
+            floor = (1 - _MARGIN) * least[name].where(counts[name] > 0, 0)
+            found[name] = _Largest(counts[name], floor)
+        floor, encoder = found[name].floor, coder.encoder
+        arguments = (rows, encoder.weight, encoder.bias, floor, coder.pre_bias, coder.matmul_dtype)
+        above = coder.kernels.encode_above(*arguments)
+        found[name].add(above.acts, above.indices)
+    levels = {}
+    for name, largest in found.items():
+        last, beyond = largest.last_two()
+        between = (last + beyond) / 2  # so that rounding moves few rows
+        levels[name] = between.where(counts[name] > 0, beyond * (1 + _MARGIN))
+    return levels
+
+
+def with_thresholds(coder: SparseCoder, levels: Float[Tensor, " L"]) -> SparseCoder:
+    """The JumpReLU coder of the same weights, with a threshold for every latent."""
     cfg = replace(coder.cfg, activation="jumprelu", multi_topk=False, num_latents=coder.num_latents)
     made = SparseCoder(coder.d_in, cfg, "meta", d_out=coder.d_out)
-    level = torch.full((coder.num_latents,), threshold, device=coder.device)
-    made.load_state_dict({**coder.state_dict(), "threshold": level}, assign=True)
+    made.load_state_dict({**coder.state_dict(), "threshold": levels.float()}, assign=True)
     made.matmul_dtype = coder.matmul_dtype
     return made
 
@@ -106,13 +137,13 @@ def main(cfg: ThresholdConfig) -> None:
     check_target("--out", out / "cfg.json")
     trained = load_trained(cfg)
     found = thresholds(trained)
-    made = {n: with_threshold(coder, found[n]) for n, coder in trained.state.bank.items()}
+    made = {n: with_thresholds(coder, found[n]) for n, coder in trained.state.bank.items()}
     before = evaluate_loaded(trained)
     after = evaluate_loaded(of_coders(trained, made))
     lines = {}
     for name, coder in trained.state.bank.items():
         lines[f"{name} {coder.cfg.activation}"] = before.coders[name]
-        lines[f"{name} > {found[name]:.4g}"] = after.coders[name]
+        lines[f"{name} jumprelu"] = after.coders[name]
     print(table(Evaluation(lines)))
     for name, coder in made.items():
         try:

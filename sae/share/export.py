@@ -20,7 +20,7 @@ from ..formats.origin import Origin
 from ..judge.evaluate import evaluate_loaded, table
 from ..judge.figures import Evaluation
 from ..judge.provenance import flags_of_run
-from ..judge.threshold import of_coders, thresholds, with_threshold
+from ..judge.threshold import of_coders, thresholds, with_thresholds
 from ..judge.trained import CodersConfig, load_trained
 from .origins import origin_of
 
@@ -125,13 +125,13 @@ def through_thresholds(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
     names = (f.name for f in fields(CodersConfig))
     trained = load_trained(CodersConfig(**{name: getattr(cfg, name) for name in names}))
     found = thresholds(trained)
-    made = {n: with_threshold(c, found[n]) for n, c in trained.state.bank.items()}
+    made = {n: with_thresholds(c, found[n]) for n, c in trained.state.bank.items()}
     before = evaluate_loaded(trained).coders
     after = evaluate_loaded(of_coders(trained, made)).coders
     lines, figures = {}, {}
     for name, coder in trained.state.bank.items():
         lines[f"{name} {coder.cfg.activation}"] = before[name]
-        lines[f"{name} > {found[name]:.4g}"] = after[name]
+        lines[f"{name} jumprelu"] = after[name]
         figures[name] = {"training_architecture": coder.cfg.activation, "l0": after[name].l0}
         figures[name] |= {"l0_before_threshold": before[name].l0, "fvu": after[name].fvu}
         figures[name] |= {"fvu_before_threshold": before[name].fvu}

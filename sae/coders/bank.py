@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import SparseCoderConfig, Widths
 from ..flag_checks import UsageError
 from ..formats import kinds
-from ..formats.hub import coders_folder
+from ..formats.hub import HubName, coders_folder
 from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
 from .families.family import family_of
@@ -152,10 +152,12 @@ def _weights_for(coder: SparseCoder, name: str, source: str) -> dict[str, Tensor
 
 def _files_of(name: str, source: str) -> Path:
     """The folder of the coder of this name; of a single one that does not say where it reads."""
-    here = Path(source).is_dir()
-    folder = coders_folder(source, pattern=None if here else name)
+    named = Path(source).exists() or HubName.parse(source).folder is not None
+    folder = coders_folder(source, pattern=None if named else name)
     if (folder / name).is_dir():
         return folder / name
+    if not named:  # other programs' folders have names of their own
+        folder = coders_folder(source)
     found = kinds.list_coders(folder)
     if len(found) == 1 and not kinds.says_hookpoint(next(iter(found.values()))):
         return next(iter(found.values()))

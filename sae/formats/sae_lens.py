@@ -185,7 +185,10 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
         tensors["W_skip"] = found["W_skip"]
     about, notes = _metadata(name, coder, origin), []
     if about.get("hook_name") is None:
-        notes.append(f"{name}: {hookpoint} has no name in TransformerLens that is known here")
+        lacking = "has no name in TransformerLens that is known here"
+        if origin.model_type is None:
+            lacking = "has no name in TransformerLens as long as the LM's config is not at hand"
+        notes.append(f"{name}: {hookpoint} {lacking}")
     values: dict[str, Any] = {"architecture": kind, "d_in": coder.d_in}
     values |= {"d_sae": len(bias), "dtype": str(bias.dtype).removeprefix("torch.")}
     values |= {"device": "cpu", "apply_b_dec_to_input": apply_b_dec}

@@ -10,20 +10,29 @@ from typing import Any
 
 import pytest
 from loopback_hub import READER, WRITER, Hub, Repo, commit_of, loopback_hub
+from other_programs import KINDS, random_coder, save_run
 
 from sae import Sae, SaeConfig, SparseCoder, UsageError
+from sae.share.export import ExportConfig, export
 
 ROOT = Path(__file__).parents[2]
 # One process per cache loads what it is told to, a line each, and says what it found.
 LOADER = """
 import json, os, sys
-from sae import Sae, UsageError, load_many
+from sae import Sae, SaeConfig, UsageError, load_many
+from sae.coders.bank import CoderBank
+from sae.config import Widths
 for call, name, arguments, environment in json.load(sys.stdin):
     os.environ.pop("HF_TOKEN", None)
     os.environ.update(environment)
     try:
         if call == "many":
             print(json.dumps(sorted(load_many(name, **arguments))))
+        elif call == "finetune":
+            cfg = SaeConfig(num_latents=24, k=3)
+            bank = CoderBank({"layers.3": Widths(8, 8)}, cfg, (0,), "cpu")
+            bank.load_pretrained(name)
+            print(json.dumps(bank["layers.3"].b_dec.tolist()))
         else:
             print(json.dumps(Sae.load_from_hub(name, **arguments).num_latents))
     except UsageError as error:
@@ -78,6 +87,11 @@ def test_coders_are_pulled_by_name_revision_and_folder(hub: Hub, tmp_path: Path)
     old = coders(tmp_path / "old", "layers.3", latents=24)
     hub.repos["org/repo"] = Repo({"main": main, "v1": old})
     hub.cut_once.add("layers.3/sae.safetensors")
+    theirs = random_coder(KINDS["sae"])
+    run = save_run(tmp_path / "run", {"layers.3": theirs})
+    (folder,) = export(ExportConfig(str(run), out=str(tmp_path / "theirs"), to="sae_lens"))[0]
+    folder = folder.rename(folder.with_name("blocks.3.hook_resid_post"))
+    hub.repos["org/theirs"] = Repo({"main": files_of(folder.parent)})
     found = load(
         *(hub, tmp_path / "cache"),
         ("one", "org/repo", {"hookpoint": "layers.3"}),
@@ -87,7 +101,10 @@ def test_coders_are_pulled_by_name_revision_and_folder(hub: Hub, tmp_path: Path)
         ("one", "org/repo", {"hookpoint": "layers.4"}),
         ("many", "org/repo@v2"),
         ("many", "org/repo/narrow"),
+        ("finetune", "org/theirs"),
+        ("finetune", "org/theirs/blocks.3.hook_resid_post"),
     )
+    assert found[7:] == [theirs.b_dec.tolist()] * 2
     assert found[:4] == [2**19, ["layers.10", "layers.3"], 24, ["layers.1"]]
     assert "has no coder at hookpoint layers.4" in found[4]
     assert "org/repo has no revision v2" in found[5]

@@ -141,9 +141,14 @@ def named_coders(cfg: CodersConfig) -> dict[str, SparseCoder]:
     paths = kinds.chosen(kinds.list_coders(folder), cfg.hookpoint)
     silent = [name for name, path in paths.items() if _is_silent(path, folder)]
     if silent and cfg.hookpoint is None:
+        if folder in paths.values():
+            raise UsageError(
+                f"{cfg.coders} is one coder, whose files do not say where it reads: give "
+                f"--hookpoint, or of a run {folder.resolve().parent}"
+            )
         raise UsageError(
             f"{cfg.coders}: the files of {silent[0]} do not say where it reads: give the folder of "
-            f"one coder and --hookpoint, or of a run's coders the folder that holds them"
+            f"one coder, and --hookpoint"
         )
     load = SparseCoder.load_from_disk
     return {name: load(path, allow_pt=cfg.allow_pt) for name, path in paths.items()}

@@ -161,8 +161,7 @@ def train(
 
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
     log.start(len(held_out) * source.block_len, kernels_description)
-    remaining = order[first_step * per_step :]
-    batches = ranks.batches(source, remaining, training.batch_size)
+    batches = ranks.batches(source, order[first_step * per_step :], training.batch_size)
     signals.training_begins()
     for step in range(first_step, total_steps):
         sums = StepSums(bank)
@@ -182,8 +181,9 @@ def train(
             for hookpoint, (x, y) in each_once(pairs):  # what was used is freed
                 sums.add_targets(hookpoint, y)
                 for name, coder in bank.at(hookpoint):
-                    for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps):
-                        errors = coder.errors(x_rows, y_rows, dead[name], k[name])
+                    group = coder.family.group(training, len(y), len(tokens.ids) * exchange.readers)
+                    for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps, group):
+                        errors = coder.errors(x_rows, y_rows, dead[name], k[name], group)
                         # EDIT: the loss, in units of squared error: FVU once all rows are in.
                         loss = errors.squared_error + auxiliary_loss(errors, training.auxk_alpha)
                         loss.backward()
@@ -208,6 +208,7 @@ def train(
             for name, optimizer in optimizers.items():
                 optimizer.step(step, total_steps, training.lr_warmup_steps)
                 firing[name].add_step_(*seen[name], dead_then[name])
+                bank[name].family.update_threshold_(bank[name], sums.levels.get(name))
                 # EDIT: what is logged.
                 metrics[f"lr/{name}"] = optimizer.lr
                 metrics[f"l0/{name}"] = sums.fired[name].sum() / rows[bank.hookpoint[name]]
@@ -215,8 +216,7 @@ def train(
                 metrics[f"k/{name}"] = k[name]
             metrics |= ranks.traffic()
         else:
-            sequences = order[step * per_step :][:per_step]
-            bad_steps.skip(bad, step + 1, sequences)
+            bad_steps.skip(bad, step + 1, order[step * per_step :][:per_step])
             metrics = {"skipped_steps": float(bad_steps.skipped)}
         log.step(step + 1, metrics, max(rows.values()), state)
         if log.histograms_are_due(step + 1):

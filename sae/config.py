@@ -19,8 +19,8 @@ from .flag_checks import (
     refuse,
 )
 
-Activation = Literal["topk", "groupmax", "jumprelu"]
-WITH_THRESHOLD = frozenset({"jumprelu"})
+Activation = Literal["topk", "groupmax", "batchtopk", "jumprelu"]
+WITH_THRESHOLD = frozenset({"batchtopk", "jumprelu"})
 """Of these the ones in whose files every latent has a threshold."""
 OptimizerName = Literal["signum", "adam", "muon"]
 KernelChoice = Literal["auto", "torch", "native", "int8"]
@@ -46,8 +46,8 @@ class SparseCoderConfig:
     """What a coder is; written to its cfg.json."""
 
     activation: Activation = "topk"
-    """topk: the k largest latents of a row; groupmax: the largest of each of k groups; jumprelu:
-    those above a threshold, for trained coders (see docs/families.md)."""
+    """topk: the k largest latents of a row; groupmax: the largest of each of k groups; batchtopk:
+    the k B largest of B rows; jumprelu: those above a threshold, of trained coders."""
     expansion_factor: Annotated[int, AtLeast(1)] = 32
     """Number of latents as a multiple of the input width."""
     normalize_decoder: bool = True
@@ -255,6 +255,8 @@ class TrainingConfig:
     """LM forwards per optimizer step."""
     micro_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
     """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
+    group_sequences: Annotated[int, AtLeast(1)] = 1
+    """Sequences whose rows share one selection (batchtopk); 1 goes with every number of ranks."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
     """Steps with NaN or Inf that are skipped before the run ends."""
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..config import INT8_CANDIDATES, Activation
@@ -86,12 +86,49 @@ def encode_above(
     Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), equations 3 and 4.
     """
     pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
-    active = (pre_acts > threshold) & (pre_acts > 0)
-    longest = int(active.sum(1).amax()) if len(x) else 0
+    return _in_rows(pre_acts, (pre_acts > threshold) & (pre_acts > 0), W_enc.dtype)
+
+
+def _in_rows(
+    pre_acts: Float[Tensor, "N L"], active: Bool[Tensor, "N L"], dtype: torch.dtype
+) -> Latents:
+    longest = int(active.sum(1).amax()) if len(active) else 0
     order = active.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
     kept = active.gather(1, order)
     top_acts = torch.where(kept, pre_acts.gather(1, order), 0)
-    return Latents(top_acts.to(W_enc.dtype), order * kept)
+    return Latents(top_acts.to(dtype), order * kept)
+
+
+def encode_in_groups(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    group: int,
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    dead: Int[Tensor, " M"] | None = None,
+    k_dead: int = 0,
+) -> tuple[Latents, Latents | None]:
+    """The k B largest latents of every B = `group` neighbouring rows, and AuxK's as of `encode`.
+
+    pre_acts as of `encode`;  acts = relu(the k B largest of B x L)
+
+    The last group may have fewer rows. Of equal ones the first row's come first, then those of
+    lower number.
+
+    Source: Bussmann et al., "BatchTopK Sparse Autoencoders" (arXiv 2412.06410), section 3.
+    """
+    pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
+    active = torch.zeros_like(pre_acts, dtype=torch.bool)
+    for rows, chosen in zip(pre_acts.split(group), active.split(group), strict=True):
+        order = rows.flatten().argsort(dim=0, descending=True, stable=True)
+        chosen.view(-1)[order[: k * len(rows)]] = True
+    latents = _in_rows(pre_acts, active & (pre_acts > 0), W_enc.dtype)
+    if dead is None:
+        return latents, None
+    of_dead = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
+    return latents, Latents(of_dead.acts, dead[of_dead.indices])
 
 
 def encode_with_dead(

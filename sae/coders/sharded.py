@@ -108,10 +108,15 @@ class ShardedCoder(SparseCoder):
         self.kernels = ShardedKernels(kernels, self.group, latents.start, self.num_latents)
 
     def errors(
-        self, x: Tensor, y: Tensor, dead: Tensor | None = None, k: int | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        dead: Tensor | None = None,
+        k: int | None = None,
+        group: int | None = None,
     ) -> CoderErrors:
         """As of the whole coder, but that `sae_out` has this rank's columns."""
-        return super().errors(x, y[:, self.columns], dead, k)
+        return super().errors(x, y[:, self.columns], dead, k, group)
 
     def _offset(self, rows: Tensor) -> Tensor:
         rows, b_dec = copied(self.group, rows, self.b_dec)

@@ -82,6 +82,31 @@ def entries_above(
     return torch.cat(acts), Entries(backend, torch.cat(indices), starts, len(W))
 
 
+def largest_in_groups(
+    top_acts: Float[Tensor, "N M"], top_indices: Int[Tensor, "N M"], k: int, group: int, whole: bool
+) -> tuple[Float[Tensor, " E"], Int[Tensor, " E"], Int[Tensor, " N+1"]] | None:
+    """Of the M largest latents of each row those that `functional.encode_in_groups` finds.
+
+    None where a row may have more of them than M; `whole`: M is all. A GPU is asked how many.
+    """
+    top_indices, order = top_indices.sort(1)  # equal ones are taken in this order
+    top_acts = top_acts.gather(1, order)
+    kept = torch.zeros_like(top_acts, dtype=torch.bool)
+    for acts, chosen in zip(top_acts.split(group), kept.split(group), strict=True):
+        if not len(acts):
+            break
+        flat = acts.flatten()
+        wanted = min(k * len(acts), flat.numel())
+        level = flat.topk(wanted).values.amin()
+        if not whole and bool(((acts.amin(1) >= level) & (acts.amin(1) > 0)).any()):
+            return None
+        above, equal = flat > level, (flat == level) & (flat > 0)
+        first = equal.cumsum(0) <= wanted - above.sum()
+        chosen.copy_((above | (equal & first)).view_as(acts))
+    starts = F.pad(kept.sum(1).cumsum(0), (1, 0))
+    return top_acts[kept], top_indices[kept], starts
+
+
 def in_rows(
     acts: Tensor, indices: Tensor, starts: Int[Tensor, " N+1"] | None
 ) -> tuple[Float[Tensor, "N K"], Int[Tensor, "N K"]]:

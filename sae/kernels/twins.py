@@ -25,9 +25,11 @@ from ..config import Activation, KernelChoice
 from . import updates
 from .backend import Backend
 from .dense_products import AllOf, wide_product
-from .entries import entries_above
+from .entries import Entries, entries_above, largest_in_groups
 from .selection import active_latents
 from .sparse_products import ByLatent, reconstruct, square_sum
+
+_CANDIDATES = 4  # per row, over k, of which most rows of a group have fewer active
 
 
 class Latents(NamedTuple):
@@ -106,6 +108,23 @@ class Kernels:
         """Twin of `functional.encode_above`, in `Entries`."""
         select = partial(_above, self.backend, threshold)
         return Latents(*_apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype))
+
+    def encode_in_groups(
+        self,
+        x: Float[Tensor, "N D"],
+        W_enc: Float[Tensor, "L D"],
+        b_enc: Float[Tensor, " L"],
+        k: int,
+        group: int,
+        pre_bias: Float[Tensor, " D"] | None = None,
+        matmul_dtype: torch.dtype | None = None,
+        dead: Int[Tensor, " M"] | None = None,
+        k_dead: int = 0,
+    ) -> tuple[Latents, Latents | None]:
+        """Twin of `functional.encode_in_groups`, in `Entries`; of one product both selections."""
+        select = partial(_in_groups, self.backend, k, group, dead, k_dead)
+        found = _apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype)
+        return Latents(*found[:3]), None if dead is None else Latents(*found[3:])
 
     def decode(self, latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"]:
         """Twin of `functional.decode`."""
@@ -187,6 +206,30 @@ def _above(
 ) -> list[Latents]:
     acts, entries = entries_above(backend, inputs, W_enc, b_enc, threshold)
     return [Latents(acts, entries.indices, entries)]
+
+
+def _in_groups(
+    backend: Backend,
+    k: int,
+    group: int,
+    dead: Tensor | None,
+    k_dead: int,
+    inputs: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+) -> list[Latents]:
+    """Rows propose candidates, twice as many again where a row has all of its own chosen."""
+    candidates = min(_CANDIDATES * k, len(W_enc))
+    while True:
+        widths = (candidates,) if dead is None else (candidates, k_dead)
+        found = _largest(backend, "topk", widths, dead, inputs, W_enc, b_enc)
+        whole = candidates == len(W_enc)
+        chosen = largest_in_groups(found[0].acts, found[0].indices, k, group, whole)
+        if chosen is not None:
+            acts, indices, starts = chosen
+            entries = Entries(backend, indices, starts, len(W_enc))
+            return [Latents(acts, indices, entries), *found[1:]]
+        candidates = min(2 * candidates, len(W_enc))
 
 
 class _Encode(torch.autograd.Function):

@@ -207,7 +207,8 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     """
     training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
     k = k_at(0, training.k_decay_steps, coder)
-    active = min(4 * k, coder.num_latents) if coder.cfg.multi_topk else k
+    wide = 4 if coder.cfg.multi_topk else coder.family.candidates
+    active = min(wide * k, coder.num_latents)
     dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
     floats = 2 * d_out  # the reconstruction and its error
     if item < 4:  # targets in float32, and what a transcoder reads

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...config import Activation, SparseCoderConfig, check_together
+from ...config import Activation, SparseCoderConfig, TrainingConfig, check_together
 from ...kernels.twins import Latents
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 class Family(ABC):
     """A kind of coder; one object stands for all coders of the kind and holds no state."""
+
+    candidates = 1
+    """Latents that a row proposes, over k, where more are looked at than are active."""
 
     def check(self, cfg: SparseCoderConfig, d_in: int, where: str) -> None:
         """Raise UsageError for a coder `d_in` wide that cannot be; `where` says which it is."""
@@ -27,9 +30,29 @@ class Family(ABC):
 
     @abstractmethod
     def encode(
-        self, coder: "SparseCoder", rows: Tensor, k: int, dead: Tensor | None = None
+        self,
+        coder: "SparseCoder",
+        rows: Tensor,
+        k: int,
+        dead: Tensor | None = None,
+        group: int | None = None,
     ) -> tuple[Latents, Latents | None]:
-        """The active latents of `rows` [N D], and those that AuxK takes where any are `dead`."""
+        """The active latents of `rows` [N D], and those that AuxK takes where any are `dead`.
+
+        `group`: in training, how many rows share a selection, in kinds where they do.
+        """
+
+    def group(self, cfg: TrainingConfig, rows: int, sequences: int) -> int | None:
+        """How many of the `rows` of whole sequences share a selection; None: each has its own."""
+        return None
+
+    def levels(self, latents: Latents, rows: int, group: int | None) -> Tensor | None:
+        """What a step must add up to learn the threshold, [2] in float64; None: it learns none."""
+        return None
+
+    def update_threshold_(self, coder: "SparseCoder", levels: Tensor | None) -> None:
+        """Learn the threshold from the `levels` of a step."""
+        assert levels is None or not levels.any(), "this kind learns none"
 
     @abstractmethod
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:

@@ -35,7 +35,12 @@ class JumpReLU(Family):
         )
 
     def encode(
-        self, coder: "SparseCoder", rows: Tensor, k: int, dead: Tensor | None = None
+        self,
+        coder: "SparseCoder",
+        rows: Tensor,
+        k: int,
+        dead: Tensor | None = None,
+        group: int | None = None,
     ) -> tuple[Latents, Latents | None]:
         """The latents above their thresholds, whatever k is; none for AuxK."""
         encoder = coder.encoder

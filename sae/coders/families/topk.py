@@ -21,7 +21,12 @@ class TopK(Family):
     """
 
     def encode(
-        self, coder: "SparseCoder", rows: Tensor, k: int, dead: Tensor | None = None
+        self,
+        coder: "SparseCoder",
+        rows: Tensor,
+        k: int,
+        dead: Tensor | None = None,
+        group: int | None = None,
     ) -> tuple[Latents, Latents | None]:
         """The k active latents, and the k_aux largest of the `dead` out of the same product."""
         encoder, activation = coder.encoder, coder.cfg.activation

@@ -199,6 +199,7 @@ def test_placement_changes_no_number(tmp_path: Path) -> None:
         ({"exclude_tokens": (3,)}, "--exclude_tokens .*as many rows"),
         ({"exclude_norm": 4.0}, "--exclude_norm 4.0: .*as many rows"),
         ({"pack": False}, "--no-pack: --activation batchtopk"),
+        ({"multi_topk": True}, "--multi_topk True: --activation batchtopk"),
         ({"loss_fn": "kl"}, "--loss_fn kl: --activation batchtopk"),
         ({"batch_size": 8, "group_sequences": 3}, "--group_sequences 3: must divide --batch_size"),
     ],

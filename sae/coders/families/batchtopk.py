@@ -42,6 +42,8 @@ class BatchTopK(JumpReLU):
                 refuse(group, flag, "--activation batchtopk needs sequences of as many rows each")
         if not cfg.data.pack:
             raise UsageError("--no-pack: --activation batchtopk needs sequences of as many rows")
+        if cfg.coder.multi_topk:
+            refuse(cfg.coder, "multi_topk", "--activation batchtopk has no 4k latents: drop it")
         if cfg.training.uses_lm_loss:
             refuse(cfg.training, "loss_fn", "--activation batchtopk is trained on fvu")
         if cfg.training.batch_size % cfg.training.group_sequences:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sae.coders.bank import CoderBank, costs
+from sae.coders.families.family import check_flags
 from sae.coders.firing import FiringRecord, dead_latents
 from sae.config import (
     DataConfig,
@@ -28,7 +29,6 @@ from sae.config import (
     SparseCoderConfig,
     TrainingConfig,
     accept_names,
-    check_together,
 )
 from sae.data.blocks import BatchPlan, split_blocks
 from sae.data.text import load_tokens
@@ -75,7 +75,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         accept_names(self)
-        check_together(self)
+        check_flags(self)
 
 
 def train(
@@ -132,7 +132,7 @@ def train(
     held_out, trained_on = split_blocks(source, data, per_batch)
     order = source.order(trained_on, data.shuffle_seed)
     rows = per_batch * source.block_len
-    plan = BatchPlan(order, per_batch, steps_per_batch(training, rows), data.shuffle_seed)
+    plan = BatchPlan(order, per_batch, steps_per_batch(cfg, rows), data.shuffle_seed)
     total_steps = plan.total_steps
     schedule = Schedule(training, total_steps, rows // plan.steps)
     if not resumes:
@@ -173,18 +173,18 @@ def train(
         ranks.clear_traffic()
         k = {name: schedule.k(step, coder) for name, coder in bank.items()}
         dead = dead_latents(firing) if training.auxk_alpha > 0 else dict.fromkeys(firing)
-
         if end_to_end is not None:  # the LM's own loss, with reconstructions spliced in
             for tokens in islice(forwards, training.grad_acc_steps):
                 end_to_end.backward(tokens, sums, dead, k)
-        for counted, pairs in dealer.rows(step) if end_to_end is None else ():
+        for sequences, counted, pairs in dealer.rows(step) if end_to_end is None else ():
             sums.rows.update(counted)
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
             for hookpoint, (x, y) in each_once(pairs):  # what was used is freed
                 sums.add_targets(hookpoint, y)
                 for name, coder in bank.at(hookpoint):
-                    for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps):
-                        errors = coder.errors(x_rows, y_rows, dead[name], k[name])
+                    group = coder.family.group(training, len(y), sequences)
+                    for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps, group):
+                        errors = coder.errors(x_rows, y_rows, dead[name], k[name], group)
                         # EDIT: the loss, in units of squared error: FVU once all rows are in.
                         loss = errors.squared_error + auxiliary_loss(errors, training.auxk_alpha)
                         loss.backward()
@@ -209,6 +209,7 @@ def train(
             for name, optimizer in optimizers.items():
                 optimizer.step(step)
                 firing[name].add_step_(*seen[name], dead_then[name])
+                bank[name].family.update_threshold_(bank[name], sums.levels.get(name))
                 # EDIT: what is logged.
                 metrics[f"lr/{name}"] = optimizer.lr
                 metrics[f"l0/{name}"] = sums.fired[name].sum() / rows[bank.hookpoint[name]]
@@ -223,7 +224,6 @@ def train(
             log.histograms(step + 1, state)
             for record in firing.values():
                 record.clear_recent()
-
         if cfg.run.eval_every and (step + 1) % cfg.run.eval_every == 0:
             log.evaluation(step + 1, evaluate().scalars())
         stop = bad_steps.verdict or ranks.stop_reason()

@@ -56,6 +56,9 @@ SIDES = ("ours", "theirs")
 DEFAULTS = {"hookpoint": "layers.3", "num_latents": 12288, "k": 32, "ctx_len": 256}
 DEFAULTS |= {"batch_size": 32, "steps": 60, "eval_tokens": 2**15, "shuffle_seed": 42}
 DEFAULTS |= {"init_seed": 0}
+# The reference's recipe: both sides are to do the same.
+RECIPE = {"optimizer": "signum", "steps_per_batch": 1, "encoder_lr": 1.0, "rms_units": False}
+RECIPE |= {"auxk_alpha": 0.0, "dead_feature_threshold": 1e7}
 # What the median of ours / theirs should be.
 TARGETS = {"tokens_per_second": (">=", 2.5), "peak_mb": ("<=", 0.6), "fvu": ("<=", 1.0)}
 
@@ -100,7 +103,7 @@ def train_ours(lm: Any, folder: Path, flags: dict[str, Any]) -> Path:
     from train_sae import TrainConfig, train
 
     hookpoint, steps = flags.pop("hookpoint"), flags.pop("steps")
-    chosen = {"hookpoints": (hookpoint,), "log_with": "none"}
+    chosen = {"hookpoints": (hookpoint,), "log_with": "none", **RECIPE}
     chosen |= {"mixed_precision": "bf16" if lm.dtype == torch.bfloat16 else "no"}
     chosen |= {"max_examples": steps * flags["batch_size"], "save_every": steps + 2}
     chosen |= {"finetune": str(folder / "start")}

@@ -23,7 +23,9 @@ COMMANDS = {
     "evaluate": Command("EvaluateConfig", "figures of trained coders on held-out text"),
     "features": Command("FeaturesConfig", "a page of what the latents stand for"),
     "compare": Command("CompareConfig", "runs side by side"),
-    "export": Command("ExportConfig", "coders in files for other programs", "formats"),
+    "threshold": Command("ThresholdConfig", "JumpReLU coders from trained ones"),
+    "export": Command("ExportConfig", "coders in files for other programs", "share"),
+    "push": Command("PushConfig", "a run's coders on the Hub, with a model card", "share"),
 }
 
 

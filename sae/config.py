@@ -19,7 +19,9 @@ from .flag_checks import (
     refuse,
 )
 
-Activation = Literal["topk", "groupmax"]
+Activation = Literal["topk", "groupmax", "batchtopk", "jumprelu"]
+WITH_THRESHOLD = frozenset({"batchtopk", "jumprelu"})
+"""Of these the ones in whose files every latent has a threshold."""
 OptimizerName = Literal["signum", "adam", "muon"]
 KernelChoice = Literal["auto", "torch", "native", "int8"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "none"]
@@ -44,7 +46,8 @@ class SparseCoderConfig:
     """What a coder is; written to its cfg.json."""
 
     activation: Activation = "topk"
-    """topk: the k largest latents of a row; groupmax: the largest of each of k groups."""
+    """topk: the k largest latents of a row; groupmax: the largest of each of k groups; batchtopk:
+    the k B largest of B rows; jumprelu: those above a threshold, of trained coders."""
     expansion_factor: Annotated[int, AtLeast(1)] = 32
     """Number of latents as a multiple of the input width."""
     normalize_decoder: bool = True
@@ -52,7 +55,7 @@ class SparseCoderConfig:
     num_latents: Annotated[int, AtLeast(0)] = 0
     """Number of latents; 0: expansion_factor times the width."""
     k: Annotated[int, AtLeast(1)] = 32
-    """Active latents per token."""
+    """Active latents per token; with thresholds, their mean."""
     multi_topk: bool = False
     """Add the FVU of a reconstruction from 4k latents, weighted 1/8."""
     skip_connection: bool = False
@@ -62,6 +65,11 @@ class SparseCoderConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether every latent has a threshold, above which it is active."""
+        return self.activation in WITH_THRESHOLD
 
     def latents(self, d_in: int) -> int:
         """num_latents of a coder whose input has width `d_in`."""
@@ -79,14 +87,6 @@ class SparseCoderConfig:
             raise UsageError(
                 f"--k {self.k} is larger than the {latents} latents of the coder at {where}: "
                 f"lower --k, or raise --num_latents or --expansion_factor"
-            )
-        widths = [self.k, 4 * self.k] if self.multi_topk else [self.k]
-        if self.activation == "groupmax" and any(latents % k for k in widths):
-            raise UsageError(
-                f"--activation groupmax splits the {latents} latents at {where} into equal groups, "
-                f"which --k {self.k} does not allow: give a --k "
-                + ("whose fourfold divides" if self.multi_topk else "that divides")
-                + f" {latents}"
             )
         if self.multi_topk and 4 * self.k > latents:
             raise UsageError(
@@ -243,8 +243,8 @@ class TrainingConfig:
     """Share of the run, or, above 1, steps in which the rate rises from 0 (not of signum)."""
     lr_decay: Annotated[float, AtLeast(0)] = 0.2
     """Share of the rest, or, above 1, steps at its end in which the rate falls to 0 (nor here)."""
-    encoder_lr: Annotated[float, AtLeast(0)] = 0.5
-    """The rate of W_enc over that of the other parameters."""
+    encoder_lr: Annotated[float | None, AtLeast(0)] = None
+    """The rate of W_enc over that of the other parameters; default: 0.5, of transcoders 0.25."""
     rms_units: bool = True
     """Rates of biases, and how transcoders start, in units of the rms of their activations."""
     adam_beta1: Annotated[float, AtLeast(0)] = 0.8
@@ -269,6 +269,8 @@ class TrainingConfig:
     fewer, so that a step has 4,096 rows; 1 with --loss_fn ce or kl."""
     micro_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
     """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
+    group_sequences: Annotated[int, AtLeast(1)] = 1
+    """Sequences whose rows share one selection (batchtopk); 1 goes with every number of ranks."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
     """Steps with NaN or Inf that are skipped before the run ends."""
 
@@ -371,8 +373,6 @@ def check_together(cfg: Any) -> None:
 
     `cfg` is the script's `TrainConfig`; everything here is known before anything is loaded.
     """
-    if cfg.training.k_decay_steps and cfg.coder.activation == "groupmax":
-        refuse(cfg.training, "k_decay_steps", "--activation groupmax needs a k that divides")
     if cfg.run.resume and cfg.training.adam_8bit:
         refuse(cfg.run, "resume", "the state of --adam_8bit is not kept: start a new --finetune")
     inputs = [pattern for pattern in cfg.model.hookpoints if ":" in pattern]

@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--faults`: only what is marked so, which takes about an hour."""
     parser.addoption("--faults", action="store_true", help="the long faults, and their figures")
     parser.addoption("--architectures", action="store_true", help="every module of every LM")
+    parser.addoption("--formats", action="store_true", help="files opened by other programs")
     parser.addoption("--fake-cuda", action="store_true", help="runs on a GPU that is not there")
 
 
@@ -44,14 +45,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long_fault = item.get_closest_marker("faults") is not None
         architecture = item.get_closest_marker("architectures") is not None
         on_fake_gpu = item.get_closest_marker("fake_cuda") is not None
+        by_others = item.get_closest_marker("formats") is not None
         if config.getoption("--faults"):
             wanted = fault
+        elif config.getoption("--formats"):
+            wanted = by_others
         elif config.getoption("--architectures"):
             wanted = architecture
         elif config.getoption("--fake-cuda"):
             wanted = on_fake_gpu
         else:
-            wanted = not long_fault and not architecture and not on_fake_gpu
+            special = long_fault or architecture or on_fake_gpu or by_others
+            wanted = not special
         if wanted:
             kept.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

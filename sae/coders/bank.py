@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from ..config import SparseCoderConfig, Widths
 from ..flag_checks import UsageError
-from ..formats.hub import coder_folder
-from ..formats.sparsify import newest_coders, opened, shapes_of
+from ..formats import kinds
+from ..formats.hub import HubName, coders_folder
+from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
-from .functional import Moments
+from .families.family import family_of
+from .functional import Moments, Scale
 from .sharded import Group, ShardedCoder
-from .sparse_coder import Scale, SparseCoder
+from .sparse_coder import SparseCoder
 
 
 class CoderBank(nn.Module):
@@ -135,23 +137,62 @@ class CoderBank(nn.Module):
 
 def _weights_for(coder: SparseCoder, name: str, source: str) -> dict[str, Tensor]:
     """Of the weights of a trained coder those that `coder` has here."""
-    if Path(source).is_dir():
-        folder = newest_coders(Path(source)) / name
-    else:
-        folder = coder_folder(source, name)
-    if not folder.is_dir():
+    found = _files_of(name, source)
+    mine = shapes_of(coder.cfg, coder.d_in, coder.d_out)
+    if kinds.kind_of(found) in ("sparsify", None):  # a coder in pieces is never whole in memory
+        with opened(found) as (cfg, _, _, stored):
+            _check_kind(name, cfg, coder.cfg, stored.shapes, mine)
+            return stored.read_all(coder.piece)
+    cfg, _, _, tensors, _ = kinds.read(found)
+    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
+    _check_kind(name, cfg, coder.cfg, shapes, mine)
+    parts = {key: coder.piece and coder.piece.part_of(key) for key in tensors}
+    return {
+        key: t
+        if (part := parts[key]) is None
+        else t.narrow(part.dim, part.indices.start, len(part.indices))
+        for key, t in tensors.items()
+    }
+
+
+def _files_of(name: str, source: str) -> Path:
+    """The folder of the coder of this name; of a single one that does not say where it reads."""
+    named = Path(source).exists() or HubName.parse(source).folder is not None
+    folder = coders_folder(source, pattern=None if named else name)
+    if (folder / name).is_dir():
+        return folder / name
+    if not named:  # other programs' folders have names of their own
+        folder = coders_folder(source)
+    found = kinds.list_coders(folder)
+    if len(found) == 1 and not kinds.says_hookpoint(next(iter(found.values()))):
+        return next(iter(found.values()))
+    if name not in found:
         raise UsageError(f"it has no {name}; give the folder that holds {name}")
-    with opened(folder) as (cfg, _, _, stored):
-        if cfg.transcode != coder.cfg.transcode:
-            kind = "a transcoder" if cfg.transcode else "an SAE"
-            raise UsageError(f"{name} there is {kind}: see --transcode")
-        mine = shapes_of(coder.cfg, coder.d_in, coder.d_out)
-        if mine != stored.shapes:
-            raise UsageError(
-                f"{name} has {stored.shapes} there and {mine} here: set --num_latents, "
-                f"--skip_connection and the model as there"
-            )
-        return stored.read_all(coder.piece)
+    return found[name]
+
+
+def _check_kind(
+    name: str,
+    theirs: SparseCoderConfig,
+    ours: SparseCoderConfig,
+    there: dict[str, tuple[int, ...]],
+    here: dict[str, tuple[int, ...]],
+) -> None:
+    """Raise UsageError unless weights there fit a coder here."""
+    if theirs.transcode != ours.transcode:
+        kind = "a transcoder" if theirs.transcode else "an SAE"
+        raise UsageError(f"{name} there is {kind}: see --transcode")
+    thresholds = theirs.has_threshold or ours.has_threshold
+    if thresholds and theirs.activation != ours.activation:
+        raise UsageError(
+            f"{name} is a {theirs.activation} coder there, and --activation here is "
+            f"{ours.activation}: start from a coder of the kind that is to be trained"
+        )
+    if there != here:
+        raise UsageError(
+            f"{name} has {there} there and {here} here: set --num_latents, "
+            f"--skip_connection and the model as there"
+        )
 
 
 def costs(
@@ -166,7 +207,7 @@ def costs(
         d_in = _d_in(width, cfg)
         if d_in == 0:
             raise UsageError(f"--transcode: {hookpoint} takes token ids, not activations")
-        cfg.check(d_in, where=hookpoint)
+        family_of(cfg).check(cfg, d_in, where=hookpoint)
         found[hookpoint] = len(seeds) * cfg.latents(d_in) * (d_in + width.d_out)
     return found
 

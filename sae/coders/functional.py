@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..config import INT8_CANDIDATES, Activation
 
 
 class Latents(NamedTuple):
-    """The active latents of every row, in no order."""
+    """The active latents of every row, in no order; shorter rows end in zeros of latent 0."""
 
     acts: Float[Tensor, "N K"]
     indices: Int[Tensor, "N K"]
@@ -47,9 +47,7 @@ def encode(
 
     Source: Gao et al., section 2.3 (TopK).
     """
-    inputs = x if pre_bias is None else x - pre_bias
-    dtype = matmul_dtype or inputs.dtype
-    pre_acts = F.linear(inputs.to(dtype), W_enc.to(dtype), b_enc.to(dtype))  # [N L]
+    pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
     if activation == "topk":
         top_acts, top_indices = pre_acts.topk(k, dim=1, sorted=False)
     else:
@@ -57,6 +55,80 @@ def encode(
         starts = torch.arange(k, device=x.device) * (pre_acts.shape[1] // k)
         top_indices = within + starts
     return Latents(top_acts.relu().to(W_enc.dtype), top_indices)
+
+
+def _pre_acts(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    pre_bias: Tensor | None,
+    matmul_dtype: torch.dtype | None,
+) -> Float[Tensor, "N L"]:
+    inputs = x if pre_bias is None else x - pre_bias
+    dtype = matmul_dtype or inputs.dtype
+    return F.linear(inputs.to(dtype), W_enc.to(dtype), b_enc.to(dtype))
+
+
+def encode_above(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    threshold: Float[Tensor, " L"],
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+) -> Latents:
+    """The latents of every row that are above their thresholds.
+
+    pre_acts as of `encode`;  acts = relu(pre_acts) 1[pre_acts > threshold]
+
+    The threshold gets no gradient here.
+
+    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), equations 3 and 4.
+    """
+    pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
+    return _in_rows(pre_acts, (pre_acts > threshold) & (pre_acts > 0), W_enc.dtype)
+
+
+def _in_rows(
+    pre_acts: Float[Tensor, "N L"], active: Bool[Tensor, "N L"], dtype: torch.dtype
+) -> Latents:
+    longest = int(active.sum(1).amax()) if len(active) else 0
+    order = active.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    kept = active.gather(1, order)
+    top_acts = torch.where(kept, pre_acts.gather(1, order), 0)
+    return Latents(top_acts.to(dtype), order * kept)
+
+
+def encode_in_groups(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    k: int,
+    group: int,
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    dead: Int[Tensor, " M"] | None = None,
+    k_dead: int = 0,
+) -> tuple[Latents, Latents | None]:
+    """The k B largest latents of every B = `group` neighbouring rows, and AuxK's as of `encode`.
+
+    pre_acts as of `encode`;  acts = relu(the k B largest of B x L)
+
+    The last group may have fewer rows. Of equal ones the first row's come first, then those of
+    lower number.
+
+    Source: Bussmann et al., "BatchTopK Sparse Autoencoders" (arXiv 2412.06410), section 3.
+    """
+    pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
+    active = torch.zeros_like(pre_acts, dtype=torch.bool)
+    for rows, chosen in zip(pre_acts.split(group), active.split(group), strict=True):
+        order = rows.flatten().argsort(dim=0, descending=True, stable=True)
+        chosen.view(-1)[order[: k * len(rows)]] = True
+    latents = _in_rows(pre_acts, active & (pre_acts > 0), W_enc.dtype)
+    if dead is None:
+        return latents, None
+    of_dead = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
+    return latents, Latents(of_dead.acts, dead[of_dead.indices])
 
 
 def encode_with_dead(
@@ -229,6 +301,19 @@ class Moments(NamedTuple):
     def total_variance(self) -> Tensor:
         """sum ||y - y_mean||^2 = sum ||y||^2 - ||sum y||^2 / count, the denominator of FVU."""
         return self.total_sq - self.total.square().sum() / self.count
+
+
+class Scale(NamedTuple):
+    """The rms of what a coder reads and of what it predicts, each about its mean."""
+
+    x: float = 1.0
+    y: float = 1.0
+
+    @classmethod
+    def of(cls, x: Moments, y: Moments) -> "Scale":
+        """The scale of rows with these moments; 1 where all rows are equal."""
+        found = [float((m.total_variance / (m.count * len(m.total))).sqrt()) for m in (x, y)]
+        return cls(*(rms if rms > 0 else 1.0 for rms in found))
 
 
 def accumulate(moments: dict[str, Moments], key: str, rows: Float[Tensor, "N D"]) -> None:

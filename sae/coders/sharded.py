@@ -11,6 +11,7 @@ from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
 from ..formats.pieces import Part, Piece
 from ..kernels.twins import Kernels
+from .families.family import family_of
 from .sharded_kernels import Group, ShardedKernels, copied, row_dots, share
 from .sparse_coder import CoderErrors, SparseCoder
 
@@ -20,12 +21,10 @@ _DRAWN_ROWS = 1024  # so much of the encoder is there at a time when it starts
 def shared_latents(cfg: SparseCoderConfig, num_latents: int, size: int) -> list[range]:
     """The latents that each of several ranks holds; with groupmax, whole groups of latents.
 
-    Raises UsageError where there is too little to share.
+    Raises UsageError where there is too little to share, or the family does not allow it.
     """
-    in_groups = cfg.activation == "groupmax"
-    shared = cfg.k if in_groups else num_latents
+    shared, what = family_of(cfg).shared_by_ranks(cfg, num_latents)
     if shared < size:
-        what = f"k = {cfg.k} groups of latents (groupmax)" if in_groups else f"{shared} latents"
         raise UsageError(_too_many(size, what))
     return [share(num_latents, rank, size, num_latents // shared) for rank in range(size)]
 
@@ -109,10 +108,15 @@ class ShardedCoder(SparseCoder):
         self.kernels = ShardedKernels(kernels, self.group, latents.start, self.num_latents)
 
     def errors(
-        self, x: Tensor, y: Tensor, dead: Tensor | None = None, k: int | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        dead: Tensor | None = None,
+        k: int | None = None,
+        group: int | None = None,
     ) -> CoderErrors:
         """As of the whole coder, but that `sae_out` has this rank's columns."""
-        return super().errors(x, y[:, self.columns], dead, k)
+        return super().errors(x, y[:, self.columns], dead, k, group)
 
     def _offset(self, rows: Tensor) -> Tensor:
         rows, b_dec = copied(self.group, rows, self.b_dec)

@@ -1,4 +1,4 @@
-"""One sparse coder: an SAE or a transcoder with TopK latents, and its losses."""
+"""One sparse coder: an SAE or a transcoder, and its losses."""
 
 import math
 from pathlib import Path
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
-from ..formats import hub, sparsify
+from ..formats import hub, kinds, sparsify
 from ..formats.pieces import Piece
+from ..kernels.entries import Entries, in_rows
 from ..kernels.twins import Kernels, Latents
 from . import functional
+from .families.family import family_of
 
 
 class EncoderOutput(NamedTuple):
-    """The active latents of every row, in no order."""
+    """The active latents of every row, in no order; shorter rows end in zeros of latent 0."""
 
     top_acts: Float[Tensor, "*rows K"]
     top_indices: Int[Tensor, "*rows K"]
@@ -30,7 +32,7 @@ class CoderOutput(NamedTuple):
     """The reconstruction of the target."""
 
     top_acts: Float[Tensor, "*rows K"]
-    """Activations of the active latents, 0 where fewer than k are positive."""
+    """Activations of the active latents, 0 where a row has fewer."""
 
     top_indices: Int[Tensor, "*rows K"]
     """Their indices in [0, num_latents)."""
@@ -49,8 +51,10 @@ class CoderErrors(NamedTuple):
     """What training needs of a forward: errors that add up over rows, and are divided once."""
 
     sae_out: Float[Tensor, "N D"]
-    top_acts: Float[Tensor, "N K"]
-    top_indices: Int[Tensor, "N K"]
+    top_acts: Float[Tensor, "N K"] | Float[Tensor, " E"]
+    """Where rows have numbers of latents of their own, those of all rows, row after row."""
+
+    top_indices: Int[Tensor, "N K"] | Int[Tensor, " E"]
 
     squared_error: Float[Tensor, ""]
     """sum ||y - sae_out||^2."""
@@ -61,36 +65,36 @@ class CoderErrors(NamedTuple):
     multi_topk_error: Float[Tensor, ""]
     """sum ||y - sae_out_4k||^2; 0 unless `multi_topk`."""
 
+    row_starts: Int[Tensor, " N+1"] | None = None
+    """Where the latents of each row start, if they are [E]."""
 
-class Scale(NamedTuple):
-    """The rms of what a coder reads and of what it predicts, each about its mean."""
-
-    x: float = 1.0
-    y: float = 1.0
-
-    @classmethod
-    def of(cls, x: functional.Moments, y: functional.Moments) -> "Scale":
-        """The scale of rows with these moments; 1 where all rows are equal."""
-        found = [float((m.total_variance / (m.count * len(m.total))).sqrt()) for m in (x, y)]
-        return cls(*(rms if rms > 0 else 1.0 for rms in found))
+    levels: Float[Tensor, "2"] | None = None
+    """What a step adds up to learn a threshold from."""
 
 
 class SparseCoder(nn.Module):
-    """A k-sparse autoencoder or transcoder.
+    """A sparse autoencoder or transcoder, of the family that `cfg.activation` names.
 
     SAE:         top = encode(x - b_dec);  sae_out = top W_dec + b_dec
     transcoder:  top = encode(x);          sae_out = top W_dec + b_dec [+ x W_skip^T]
 
     `encoder.weight` [L D], `encoder.bias` [L], `W_dec` [L D_out], `b_dec` [D_out] and the optional
-    `W_skip` [D_out D] have the reference's names, in memory and on disk. An SAE's decoder starts
-    as the unit-normed encoder (Gao et al., section 2.4), a transcoder's decoder and skip at 0.
+    `W_skip` [D_out D] have the reference's names, in memory and on disk. Where latents have
+    thresholds, `threshold` [L] is theirs, in float32. An SAE's decoder starts as the unit-normed
+    encoder (Gao et al., section 2.4), a transcoder's decoder and skip at 0.
     """
 
     kernels: Kernels = Kernels()
     """What computes: the kernels of the run, or `functional`, the specification."""
 
-    scale: Scale = Scale()
+    scale: functional.Scale = functional.Scale()
     """What learning rates are in units of; none, unless training has set it."""
+
+    threshold: Tensor
+    """[L], above which latents are active, in families that have one."""
+
+    level: float = math.inf
+    """The threshold of all latents in one, where training estimates it; infinite before."""
 
     piece: Piece | None = None
     """What is here of a coder that several ranks hold; None: all."""
@@ -112,7 +116,8 @@ class SparseCoder(nn.Module):
         self.d_in = d_in
         self.d_out = d_in if d_out is None else d_out
         self.num_latents = cfg.latents(d_in)
-        cfg.check(d_in, where="this coder")
+        self.family = family_of(cfg)
+        self.family.check(cfg, d_in, where="this coder")
         if not cfg.transcode and self.d_in != self.d_out:
             raise UsageError(
                 f"an SAE reconstructs its input, but d_in is {self.d_in} and d_out {self.d_out}: "
@@ -137,6 +142,9 @@ class SparseCoder(nn.Module):
         self.W_skip: nn.Parameter | None = None
         if cfg.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, device=device, dtype=dtype))
+        if cfg.has_threshold:
+            threshold = torch.full((self.num_latents,), self.level, device=device)
+            self.register_buffer("threshold", threshold)
         self.normalize_decoder_()
 
     @staticmethod
@@ -158,29 +166,20 @@ class SparseCoder(nn.Module):
         self.kernels = kernels
 
     def encode(self, x: Float[Tensor, "*rows D"], k: int | None = None) -> EncoderOutput:
-        """The `k` (default: the config's) active latents of every row of `x`."""
-        k = k or self.cfg.k
-        latents, _ = self._encode_rows(x.reshape(-1, self.d_in).to(self.dtype), k)
-        shape = (*x.shape[:-1], k)
-        return EncoderOutput(latents.acts.view(shape), latents.indices.view(shape))
+        """The active latents of every row of `x`: `k` (default: the config's), or all above theirs.
 
-    def _encode_rows(
-        self, rows: Tensor, k: int, dead: Tensor | None = None
-    ) -> tuple[Latents, Latents | None]:
-        """The active latents, and those that AuxK takes where any are dead."""
-        arguments = (
-            rows,
-            self.encoder.weight,
-            self.encoder.bias,
-            k,
-            self.cfg.activation,
-            None if self.cfg.transcode else self.b_dec,
-            self.matmul_dtype,
-        )
-        if dead is None:
-            return self.kernels.encode(*arguments), None
-        k_dead = min(functional.k_aux(self.d_out), len(dead))
-        return self.kernels.encode_with_dead(*arguments, dead, k_dead)
+        K is k or, where latents have thresholds, the number that the row with the most has.
+        """
+        rows = x.reshape(-1, self.d_in).to(self.dtype)
+        latents, _ = self.family.encode(self, rows, k or self.cfg.k)
+        found = in_rows(latents.acts, latents.indices, _row_starts(latents))
+        shape = (*x.shape[:-1], found[0].shape[1])
+        return EncoderOutput(found[0].view(shape), found[1].view(shape))
+
+    @property
+    def pre_bias(self) -> Float[Tensor, " D"] | None:
+        """What is subtracted from what the encoder reads."""
+        return None if self.cfg.transcode else self.b_dec
 
     def decode(
         self, top_acts: Float[Tensor, "*rows K"], top_indices: Int[Tensor, "*rows K"]
@@ -215,10 +214,11 @@ class SparseCoder(nn.Module):
         if total_variance is None:
             total_variance = functional.Moments.of(y_rows).total_variance.to(self.dtype)
         found = self.errors(rows, y_rows, dead_mask, k)
+        latents = in_rows(found.top_acts, found.top_indices, found.row_starts)
         return CoderOutput(
             found.sae_out.view(*x.shape[:-1], self.d_out),
-            found.top_acts.view(*x.shape[:-1], k),
-            found.top_indices.view(*x.shape[:-1], k),
+            latents[0].view(*x.shape[:-1], latents[0].shape[1]),
+            latents[1].view(*x.shape[:-1], latents[1].shape[1]),
             found.squared_error / total_variance,
             found.auxk_error / total_variance,
             found.multi_topk_error / total_variance,
@@ -230,12 +230,14 @@ class SparseCoder(nn.Module):
         y: Float[Tensor, "N D_out"],
         dead: Bool[Tensor, " L"] | Int[Tensor, " M"] | None = None,
         k: int | None = None,
+        group: int | None = None,
     ) -> CoderErrors:
         """Reconstruct the rows of `y` from those of `x`; squared errors, divided by nothing.
 
         AuxK (Gao et al., appendix A.2): e = (y - sae_out).detach(), and e_hat is the
         reconstruction, without b_dec, from the k_aux largest of the `dead` latents. These are given
-        as a mask or, which does not make the host wait for the device, by number.
+        as a mask or, which does not make the host wait for the device, by number. `group`: in
+        training, how many rows share a selection, of the families where rows do.
         """
         k = k or self.cfg.k
         y_rows = y.to(self.dtype)
@@ -246,8 +248,8 @@ class SparseCoder(nn.Module):
             dead = None
 
         wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
-        wide, dead_latents = self._encode_rows(rows, wide_k, dead)
-        latents = self._narrow(rows, wide, k) if self.cfg.multi_topk else wide
+        wide, dead_latents = self.family.encode(self, rows, wide_k, dead, group)
+        latents = self.family.narrow(self, rows, wide, k) if self.cfg.multi_topk else wide
         offset = self._offset(rows)
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
         arguments = (self.W_dec, offset, y_rows)
@@ -260,7 +262,9 @@ class SparseCoder(nn.Module):
         if self.cfg.multi_topk:
             multi_topk_error = self.kernels.reconstruct(wide, *arguments).squared_error
         return CoderErrors(
-            sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error
+            *(sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error),
+            row_starts=_row_starts(latents),
+            levels=self.family.levels(latents, len(rows), group),
         )
 
     def _offset(self, rows: Tensor) -> Tensor:
@@ -268,13 +272,6 @@ class SparseCoder(nn.Module):
         if self.W_skip is None:
             return self.b_dec
         return self.kernels.linear(rows, self.W_skip, self.matmul_dtype) + self.b_dec
-
-    def _narrow(self, rows: Tensor, wide: Latents, k: int) -> Latents:
-        """The k active latents among the 4k, without a second product where topk allows it."""
-        if self.cfg.activation == "groupmax":
-            return self._encode_rows(rows, k)[0]
-        top_acts, position = wide.acts.topk(k, dim=1)
-        return self.kernels.Latents(top_acts, wide.indices.gather(1, position))
 
     @torch.no_grad()
     def center_(self, x_mean: Float[Tensor, " D"], y_mean: Float[Tensor, " D"]) -> None:
@@ -317,6 +314,17 @@ class SparseCoder(nn.Module):
         """The sum of numbers that are each of one parameter."""
         return sum(by_parameter.values(), self.b_dec.new_zeros(()))
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What resuming needs beside the weights: a threshold as far as it is known."""
+        level = torch.tensor(self.level, dtype=torch.float64)
+        return {"threshold.level": level} if self.cfg.has_threshold else {}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned."""
+        if self.cfg.has_threshold:
+            self.level = float(tensors["threshold.level"])
+            self.threshold.fill_(self.level)
+
     def save_to_disk(self, path: Path | str) -> None:
         """Write `cfg.json` and `sae.safetensors` into the folder `path`, or what is here of it."""
         tensors = self.state_dict()
@@ -324,14 +332,18 @@ class SparseCoder(nn.Module):
 
     @staticmethod
     def load_from_disk(
-        path: Path | str, device: str | torch.device = "cpu", *, decoder: bool = True
+        path: Path | str,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+        allow_pt: bool = False,
     ) -> "SparseCoder":
-        """Read a coder that this project or the reference wrote.
+        """Read a coder of any program that docs/files.md names; of pickles only with `allow_pt`.
 
         Raises UsageError for a folder that is not a coder's, a damaged file, or shapes that do not
         fit `cfg.json`; nothing is allocated before the shapes are known to fit.
         """
-        cfg, d_in, d_out, tensors = sparsify.read(Path(path), decoder=decoder)
+        cfg, d_in, d_out, tensors, _ = kinds.read(Path(path), allow_pt, decoder=decoder)
         coder = SparseCoder(d_in, cfg, "meta", d_out=d_out, decoder=decoder)
         coder.load_state_dict(tensors, assign=True)
         return coder.to(device)
@@ -345,16 +357,18 @@ class SparseCoder(nn.Module):
         *,
         decoder: bool = True,
         pattern: str | None = None,
+        allow_pt: bool = False,
     ) -> dict[str, "SparseCoder"]:
         """Every coder of a folder or Hub repository by its hookpoint, in natural order.
 
-        A run's folder stands for its newest whole checkpoint. `layers` names hookpoints, `pattern`
+        A run's folder stands for its newest whole checkpoint; of the Hub, `name` is a repository,
+        with `@revision` and `/folder` behind it where wanted. `layers` names hookpoints, `pattern`
         is a glob over them; `local` forces (True) or forbids (False) reading `name` as a folder.
         """
-        found = sparsify.list_coders(hub.coders_folder(name, local, pattern), layers, pattern)
+        folder = hub.coders_folder(name, local, pattern, allow_pt)
         return {
-            hookpoint: SparseCoder.load_from_disk(folder, device, decoder=decoder)
-            for hookpoint, folder in found.items()
+            hookpoint: SparseCoder.load_from_disk(path, device, decoder=decoder, allow_pt=allow_pt)
+            for hookpoint, path in kinds.list_coders(folder, layers, pattern).items()
         }
 
     @staticmethod
@@ -364,11 +378,16 @@ class SparseCoder(nn.Module):
         device: str | torch.device = "cpu",
         *,
         decoder: bool = True,
+        allow_pt: bool = False,
     ) -> "SparseCoder":
         """The coder of one hookpoint of a Hub repository (or its only one)."""
-        return SparseCoder.load_from_disk(
-            hub.coder_folder(name, hookpoint), device, decoder=decoder
-        )
+        folder = hub.coder_folder(name, hookpoint, allow_pt)
+        return SparseCoder.load_from_disk(folder, device, decoder=decoder, allow_pt=allow_pt)
+
+
+def _row_starts(latents: Latents) -> Tensor | None:
+    order = getattr(latents, "by_latent", None)  # those of the specification have none
+    return order.starts if isinstance(order, Entries) else None
 
 
 Sae = SparseCoder

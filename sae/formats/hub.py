@@ -1,39 +1,130 @@
-"""Folders of coders on the Hub."""
+"""Folders of coders on the Hub: ORG/NAME, ORG/NAME@REVISION, ORG/NAME@REVISION/FOLDER."""
 
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ..flag_checks import UsageError
+from . import kinds
 from .sparsify import check_name, newest_coders
 
+T = TypeVar("T")
 
-def coders_folder(name: str | Path, local: bool | None = None, pattern: str | None = None) -> Path:
+_TRIES, _LONGEST_WAIT = 5, 60  # seconds
+_FILES = ("*.json", "*.safetensors", "*.npz", "*.yaml")
+
+
+class HubName(NamedTuple):
+    """What a name on the Hub stands for."""
+
+    repo: str
+    revision: str | None
+    folder: str | None
+
+    @classmethod
+    def parse(cls, name: str) -> "HubName":
+        """Take a name apart. Raises UsageError for a folder that leads out of its repository."""
+        found = re.fullmatch(r"([^/@]+(?:/[^/@]+)?)(?:@([^/]+))?(?:/(.+))?", name)
+        if found is None:
+            return cls(name, None, None)
+        if found[3] is not None:
+            check_name(found[3])
+        return cls(found[1], found[2], found[3] and found[3].strip("/"))
+
+
+def coders_folder(
+    name: str | Path, local: bool | None = None, pattern: str | None = None, allow_pt: bool = False
+) -> Path:
     """The folder of the coders of a folder, a run or a Hub repository.
 
     `local` forces (True) or forbids (False) reading `name` as a folder. Of a repository only the
-    coders that the glob `pattern` matches are downloaded.
+    folders that the glob `pattern` matches are downloaded, and pickles only with `allow_pt`.
     """
-    if local or (local is None and Path(name).is_dir()):
+    if local or (local is None and Path(name).exists()):
         return newest_coders(Path(name))
-    return _snapshot(str(name), None if pattern is None else f"{pattern}/*")
+    return _snapshot(str(name), pattern, allow_pt)
 
 
-def coder_folder(name: str, hookpoint: str | None = None) -> Path:
+def coder_folder(name: str, hookpoint: str | None = None, allow_pt: bool = False) -> Path:
     """The folder of one coder of a Hub repository, downloaded; its only one without a name."""
     check_name(hookpoint or "")
-    root = _snapshot(name, None if hookpoint is None else f"{hookpoint}/*")
+    root = _snapshot(name, hookpoint, allow_pt)
     folder = root if hookpoint is None else root / hookpoint
-    if not (folder / "cfg.json").is_file():
+    if kinds.kind_of(folder) is None:
         what = "is not one coder" if hookpoint is None else f"has no coder at hookpoint {hookpoint}"
         raise UsageError(f"{name} {what}: name one of its folders as the hookpoint")
     return folder
 
 
-def _snapshot(name: str, allow: str | None) -> Path:
+def _snapshot(name: str, pattern: str | None, allow_pt: bool) -> Path:
+    repo, revision, folder = HubName.parse(name)
+    inside = "/".join(part for part in (folder, pattern) if part)
+    files = (*_FILES, *(("*.pt",) if allow_pt else ()))
+    wanted = [f"{inside}/{file}" if inside else file for file in files]
+    files_of_runs = ["*resume*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=allow))
-    except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{name} is neither a folder here nor on the Hub ({reason})") from None
+        root = Path(
+            patiently(
+                lambda: snapshot_download(
+                    repo, revision=revision, allow_patterns=wanted, ignore_patterns=files_of_runs
+                )
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(_why_not(repo, revision, error)) from None
+    found = root / folder if folder else root
+    if folder and not found.is_dir():
+        raise UsageError(f"{repo} has no folder {folder} with coders in it")
+    return found
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What a call of the Hub returns; where the Hub is busy, after as long as it asks to wait."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return call()
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            answer = response_of(error)
+            if answer is None or answer.status_code != 429 or not tries_left:
+                raise
+            asked = answer.headers.get("Retry-After", "")
+            time.sleep(min(int(asked) if asked.isdecimal() else 5, _LONGEST_WAIT))
+    raise AssertionError("the last try returns or raises")
+
+
+def response_of(error: BaseException | None) -> Any:
+    """What the Hub answered where a call failed; it may lie below another error."""
+    while error is not None:
+        if (answer := getattr(error, "response", None)) is not None:
+            return answer
+        error = error.__cause__
+    return None
+
+
+def _why_not(repo: str, revision: str | None, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if isinstance(error, GatedRepoError):
+        return f"{repo} is gated: ask for access on its page, and set HF_TOKEN to your token"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision}: give one of its branches, tags or commits"
+    status = getattr(response_of(error), "status_code", None)
+    if status == 429:
+        return f"{repo}: the Hub takes no more requests for now (429); try again later"
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return (
+            f"{repo} is neither a folder here nor on the Hub, or it is private: set HF_TOKEN to "
+            f"your token ({reason})"
+        )
+    return f"{repo} is neither a folder here nor on the Hub ({reason})"

@@ -1,25 +1,38 @@
 """Coder files as the reference writes them: one folder a coder, and folders of such folders.
 
 CODERS/<name>/cfg.json          what the coder is
-CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, if any, W_skip
+CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, if any, W_skip;
+                                of the kinds that have thresholds also threshold [L], float32
 
 A coder that several ranks hold is in pieces, as `pieces.py` says.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
+from jaxtyping import UInt8
 from natsort import natsorted
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
-from .pieces import Piece, Stored, file_name, is_first, write_index
+from .pieces import Part, Piece, Stored, file_name, is_first, write_index
 
+FILES = "cfg.json, sae.safetensors"
+
+_BLOCK_BYTES = 1 << 26
 _DTYPES = {"F64", "F32", "F16", "BF16"}
+
+
+def is_coder(path: Path) -> bool:
+    """Whether this is the folder of one coder, whole or in pieces."""
+    weights = (path / f"sae.safetensors{end}" for end in ("", ".index.json"))
+    return (path / "cfg.json").is_file() and any(file.is_file() for file in weights)
 
 
 def write(
@@ -81,7 +94,11 @@ def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[
         "W_dec": (latents, d_out),
         "b_dec": (d_out,),
     }
-    return {**shapes, "W_skip": (d_out, d_in)} if cfg.skip_connection else shapes
+    if cfg.skip_connection:
+        shapes["W_skip"] = (d_out, d_in)
+    if cfg.has_threshold:
+        shapes["threshold"] = (latents,)
+    return shapes
 
 
 def newest_coders(folder: Path) -> Path:
@@ -93,27 +110,44 @@ def newest_coders(folder: Path) -> Path:
     return steps[-1] if steps else folder
 
 
-def list_coders(
-    folder: Path, names: list[str] | None = None, pattern: str | None = None
-) -> dict[str, Path]:
-    """Name -> folder of every coder, in natural order; `names`, or those a glob matches.
-
-    Raises UsageError where there is none.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give a folder of coders")
-    for name in names or ():
-        check_name(name)
-    if names is None:
-        found = [f.name for f in folder.iterdir() if (f / "cfg.json").is_file()]
-        names = [f for f in found if pattern is None or fnmatch(f, pattern)]
-    if not names:
-        matching = "" if pattern is None else f" that match {pattern!r}"
-        raise UsageError(f"{folder} holds no sparse coders{matching}: give a folder of coders")
-    return {name: folder / name for name in natsorted(names)}
-
-
 def check_name(hookpoint: str) -> None:
     """Raise UsageError for the name of a coder that is a path out of its folder."""
     if Path(hookpoint).is_absolute() or ".." in Path(hookpoint).parts:
         raise UsageError(f"hookpoint {hookpoint}: names a folder of coders, not a path out of it")
+
+
+def copy_whole(target: Path, folder: Path) -> None:
+    """Write a coder's two files anew, in one piece; no more is in memory than a block of rows.
+
+    Raises UsageError as `opened` does, and OSError or SafetensorError for a full disk.
+    """
+    with opened(folder) as (coder, d_in, d_out, stored):
+        aside = target / "sae.safetensors.tmp"
+        _write_whole(aside, stored)
+        coder.to_json(target / "cfg.json", d_in, d_out)
+        os.replace(aside, target / "sae.safetensors")
+
+
+def _write_whole(path: Path, stored: Stored) -> None:
+    """Write stored tensors as one safetensors file: a length, a header of JSON, and the numbers."""
+    header, end = {}, 0
+    for name, shape in stored.shapes.items():
+        start, end = end, end + stored.read(name, Part(0, range(1))).nbytes * shape[0]
+        entry = {"dtype": stored.dtype(name), "shape": shape, "data_offsets": [start, end]}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in stored.shapes:
+            for block in _blocks(stored, name):
+                file.write(block.numpy().data)
+
+
+def _blocks(stored: Stored, name: str) -> Iterator[UInt8[Tensor, " bytes"]]:
+    rows = stored.shapes[name][0]
+    of_one = stored.read(name, Part(0, range(1))).nbytes
+    at_once = max(1, _BLOCK_BYTES // max(1, of_one))
+    for start in range(0, rows, at_once):
+        block = stored.read(name, Part(0, range(start, min(start + at_once, rows))))
+        yield block.contiguous().flatten().view(torch.uint8)

@@ -1,12 +1,16 @@
 """Runs side by side: what they came to, what they were given, and which latents they share.
 
 python -m sae compare checkpoints/A checkpoints/B ...
+python -m sae compare checkpoints/A CODERS_OF_OTHERS --dataset DATA     all on the same text
 """
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
+from html import escape
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,9 +19,13 @@ from tyro.conf import Positional, arg
 
 from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
-from ..runs.json_files import read_json
+from ..runs.json_files import check_target, read_json, write_json
+from .evaluate import evaluate_loaded
+from .figures import CoderFigures
+from .provenance import flags_of_run
+from .trained import CodersConfig, load_trained
 
-_FIGURES = ("fvu", "ce_recovered", "kl", "dead_share")
+_FIGURES = ("fvu", "l0", "ce_recovered", "kl", "dead_share")
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,21 @@ class CompareConfig:
     """Which runs to compare."""
 
     runs: Annotated[tuple[str, ...], Positional, arg(metavar="RUN_A RUN_B ...")]
-    """Folders of finished runs."""
+    """Folders of finished runs; or, with --dataset, coders of any program."""
+    model: str | None = None
+    """Language model to judge them all in; default: that of the first run."""
+    dataset: str | None = None
+    """Text to judge them all on; without it the figures are those that runs wrote."""
+    ctx_len: int | None = None
+    """Tokens per sequence; default: that of the first run, or 2048."""
+    tokens: int | None = None
+    """Tokens to read; default: what each run held out of this text, or the first 131,072."""
+    hookpoint: str | None = None
+    """Where coders read whose files do not say it."""
+    allow_pt: bool = False
+    """Open coder files that are pickles (.pt), which can run code: only of people you trust."""
+    out: str = "comparison.json"
+    """With --dataset: file for the figures; a plot of the same name ends in .svg."""
     near: float = 0.7
     """Cosine of decoder rows from which two latents count as twins."""
 
@@ -111,6 +133,128 @@ def comparison(runs: tuple[str, ...], near: float) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
+class Judged(NamedTuple):
+    """One coder of several that were judged on the same text."""
+
+    source: str
+    name: str
+    hookpoint: str
+    coder: SparseCoder
+    figures: CoderFigures
+    tokens_per_second: float
+
+
+def judged(cfg: CompareConfig) -> list[Judged]:
+    """All coders that `cfg` names on the same text. Raises UsageError for what does not fit."""
+    before = flags_of_run(Path(cfg.runs[0])) if cfg.runs else {}
+    shared: dict[str, Any] = {"model": cfg.model or before.get("model"), "dataset": cfg.dataset}
+    shared |= {"ctx_len": cfg.ctx_len or before.get("ctx_len"), "tokens": cfg.tokens}
+    found = []
+    for source in cfg.runs:
+        of_one = {"hookpoint": cfg.hookpoint, "allow_pt": cfg.allow_pt}
+        trained = load_trained(CodersConfig(source, **shared, **of_one))
+        # Without --tokens a run held out a number of its own: the others read the same.
+        shared["tokens"] = shared["tokens"] or len(trained.blocks) * trained.source.block_len
+        start = time.monotonic()
+        evaluation = evaluate_loaded(trained)
+        rate = shared["tokens"] / (time.monotonic() - start)
+        for name, coder in trained.state.bank.items():
+            where = trained.state.bank.hookpoint[name]
+            found.append(Judged(source, name, where, coder, evaluation.coders[name], rate))
+    return found
+
+
+def shared_latents(coders: list[Judged], near: float) -> list[dict[str, Any]]:
+    """For each pair at one hookpoint, the shares of latents of either with a twin in the other."""
+    found = []
+    for (i, a), (j, b) in combinations(enumerate(coders), 2):
+        if a.hookpoint == b.hookpoint and a.coder.d_out == b.coder.d_out:
+            ways = nearest_twins(a.coder, b.coder), nearest_twins(b.coder, a.coder)
+            shares = [float((way >= near).double().mean()) for way in ways]
+            found.append({"a": i, "b": j, "of_a": shares[0], "of_b": shares[1]})
+    return found
+
+
+def judged_table(coders: list[Judged], shared: list[dict[str, Any]]) -> str:
+    """The figures, a line for each coder, and the latents that pairs share."""
+    rows = [["", "coders", "at", "latents", "FVU", "L0", "dead", "recovered", "KL", "tokens/s"]]
+    for i, one in enumerate(coders):
+        f, p = one.figures, one.figures.predictions
+        cells = [f"{one.coder.num_latents:,}", f"{f.fvu:.4f}", f"{f.l0:.1f}", f"{f.dead_share:.2%}"]
+        cells += [f"{p.ce_recovered:.4f}", f"{p.kl:.4f}"] if p else ["", ""]
+        cells.append(f"{one.tokens_per_second:,.0f}")
+        rows.append([str(i + 1), Path(one.source).name, one.name, *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    for pair in shared:
+        a, b = pair["a"] + 1, pair["b"] + 1
+        lines.append(
+            f"latents with a twin: {pair['of_a']:.1%} of {a} in {b}, "
+            f"{pair['of_b']:.1%} of {b} in {a}"
+        )
+    return "\n".join(lines)
+
+
+def plot(coders: list[Judged]) -> str:
+    """CE recovered and FVU against L0 as SVG; a point for each coder, with its number."""
+    panels = [("FVU", [c.figures.fvu for c in coders])]
+    recovered = [c.figures.predictions.ce_recovered for c in coders if c.figures.predictions]
+    if len(recovered) == len(coders):
+        panels.insert(0, ("CE recovered", recovered))
+    l0 = [c.figures.l0 for c in coders]
+    drawn = [_panel(i * 360, title, l0, values) for i, (title, values) in enumerate(panels)]
+    names = [f"{i + 1}: {Path(c.source).name} {c.name}" for i, c in enumerate(coders)]
+    lines = [(310 + 16 * i, escape(name)) for i, name in enumerate(names)]
+    key = "".join(f'<text x="50" y="{y}">{name}</text>' for y, name in lines)
+    size = f'width="{360 * len(panels)}" height="{320 + 16 * len(names)}"'
+    style = 'font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(drawn)}{key}</svg>\n'
+
+
+def _panel(left: int, title: str, xs: list[float], ys: list[float]) -> str:
+    (x0, x1), (y0, y1) = _around(xs), _around(ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + 60 + 270 * (x - x0) / (x1 - x0), 250 - 220 * (y - y0) / (y1 - y0)
+
+    parts = [f'<rect x="{left + 60}" y="30" width="270" height="220" fill="none" stroke="#999"/>']
+    parts.append(f'<text x="{left + 60}" y="20">{title}</text>')
+    parts.append(f'<text x="{left + 180}" y="285">L0</text>')
+    for value, (x, y) in ((x0, place(x0, y0)), (x1, place(x1, y0))):
+        parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{value:.3g}</text>')
+    for value, (x, y) in ((y0, place(x0, y0)), (y1, place(x0, y1))):
+        parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for i, point in enumerate(zip(xs, ys, strict=True)):
+        x, y = place(*point)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#36c"/>')
+        parts.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}">{i + 1}</text>')
+    return "".join(parts)
+
+
+def _around(values: list[float]) -> tuple[float, float]:
+    """A range that holds all values with some room."""
+    low, high = min(values), max(values)
+    room = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - room, high + room
+
+
 def main(cfg: CompareConfig) -> None:
-    """Print the comparison that the command line asks for."""
-    print(comparison(cfg.runs, cfg.near))
+    """Print the comparison that the command line asks for; on one text, write it too."""
+    if cfg.dataset is None:
+        print(comparison(cfg.runs, cfg.near))
+        return
+    if len(cfg.runs) < 2:
+        raise UsageError("RUN_A RUN_B: give two folders of coders or more")
+    check_target("--out", Path(cfg.out))
+    coders = judged(cfg)
+    shared = shared_latents(coders, cfg.near)
+    print(judged_table(coders, shared))
+    as_json = [
+        {"source": c.source, "name": c.name, "latents": c.coder.num_latents, **asdict(c.figures)}
+        | {"tokens_per_second": c.tokens_per_second}
+        for c in coders
+    ]
+    write_json(Path(cfg.out), {"dataset": cfg.dataset, "coders": as_json, "twins": shared})
+    drawing = Path(cfg.out).with_suffix(".svg")
+    drawing.write_text(plot(coders), encoding="utf-8")
+    print(f"figures  {Path(cfg.out).resolve()}\nplot     {drawing.resolve()}")

@@ -17,6 +17,8 @@ from ..config import DataConfig, MachineConfig, ModelConfig, Widths
 from ..data.blocks import TokenSource
 from ..data.text import load_tokens
 from ..flag_checks import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
+from ..formats import kinds
+from ..formats.hub import coders_folder
 from ..lm.capture import Capture, measure_widths
 from ..lm.head import unusable_head
 from ..lm.loading import find_hookpoints, load_lm, token_limits
@@ -49,6 +51,10 @@ class CodersConfig:
     """Tokens per sequence; default: 2048."""
     tokens: int | None = None
     """Tokens to read; default: what the run held out, or the first 131,072."""
+    hookpoint: str | None = None
+    """Where the one coder reads, if its files do not say it; or the only one to take."""
+    allow_pt: bool = False
+    """Open coder files that are pickles (.pt), which can run code: only of people you trust."""
     revision: str | None = None
     """Git revision of the model on the Hub."""
     hf_token: str | None = field(default=None, repr=False)
@@ -83,7 +89,7 @@ class TrainedCoders:
 
 def load_trained(cfg: CodersConfig) -> TrainedCoders:
     """Load what `cfg` names. Raises UsageError for what cannot be found or does not fit."""
-    coders, run = _coders(cfg), Path(cfg.coders)
+    coders, run = named_coders(cfg), Path(cfg.coders)
     hookpoint = {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
     before, given = flags_of_run(run), {n: v for n, v in vars(cfg).items() if v is not None}
     held_out = bool(before) and is_text_of_run(given, before)
@@ -126,13 +132,32 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     return TrainedCoders(capture, state, source, blocks, model, data, held_out, step)
 
 
-def _coders(cfg: CodersConfig) -> dict[str, SparseCoder]:
-    if (Path(cfg.coders) / "cfg.json").is_file():
+def named_coders(cfg: CodersConfig) -> dict[str, SparseCoder]:
+    """The coders that `cfg` names, by their names.
+
+    Raises UsageError for one coder that does not say where it reads.
+    """
+    folder = coders_folder(cfg.coders, pattern=None, allow_pt=cfg.allow_pt)
+    paths = kinds.chosen(kinds.list_coders(folder), cfg.hookpoint)
+    silent = [name for name, path in paths.items() if _is_silent(path, folder)]
+    if silent and cfg.hookpoint is None:
+        if folder in paths.values():
+            raise UsageError(
+                f"{cfg.coders} is one coder, whose files do not say where it reads: give "
+                f"--hookpoint, or of a run {folder.resolve().parent}"
+            )
         raise UsageError(
-            f"{cfg.coders} is one coder, whose hookpoint its folder's name says: give "
-            f"{Path(cfg.coders).resolve().parent}"
+            f"{cfg.coders}: the files of {silent[0]} do not say where it reads: give the folder of "
+            f"one coder, and --hookpoint"
         )
-    return SparseCoder.load_many(cfg.coders)
+    load = SparseCoder.load_from_disk
+    return {name: load(path, allow_pt=cfg.allow_pt) for name, path in paths.items()}
+
+
+def _is_silent(path: Path, folder: Path) -> bool:
+    """Whether nothing says where a coder reads: of a run's it is the name of its folder."""
+    is_of_run = kinds.kind_of(path) in ("sparsify", None) and path != folder
+    return not is_of_run and not kinds.says_hookpoint(path)
 
 
 def _check_widths(

@@ -93,7 +93,7 @@ def _by_chunks(
     if W.dtype != inputs.dtype:
         W = native.in_huge_pages(torch.empty_like(W_enc, dtype=inputs.dtype)).copy_(W_enc)
     select = _Selection(backend, W, b_enc, activation, widths, dead)
-    buffer = native.in_huge_pages(inputs.new_empty(_chunk_rows(inputs, len(W)), len(W)))
+    buffer = native.in_huge_pages(inputs.new_empty(chunk_rows(inputs, len(W)), len(W)))
     for start in range(0, len(inputs), len(buffer)):
         rows = slice(start, start + len(buffer))
         pre_acts = buffer[: len(inputs[rows])]
@@ -171,7 +171,8 @@ def _triton(backend: Backend, W: Tensor) -> ModuleType | None:
     return selection if W.dtype in selection.DTYPES else None
 
 
-def _chunk_rows(inputs: Tensor, num_latents: int) -> int:
+def chunk_rows(inputs: Tensor, num_latents: int) -> int:
+    """Rows whose pre_acts are made at a time."""
     rows = _CHUNK_ROWS
     if inputs.device.type != "cpu":
         rows = max(64, _CHUNK_ON_GPU // num_latents // 64 * 64)

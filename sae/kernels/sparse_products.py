@@ -41,15 +41,15 @@ class Reconstructed(NamedTuple):
 
 
 def reconstruct(
-    backend: Backend, weights: Tensor, indices: Tensor, table: Tensor, offset: Tensor, y: Tensor
+    order: "ByLatent", weights: Tensor, table: Tensor, offset: Tensor, y: Tensor
 ) -> Reconstructed:
     """sae_out_n = sum_j weights_nj table[indices_nj] + offset_n, beside y."""
-    triton = _triton(backend, table.device)
-    if triton and 0 < indices.shape[1] <= triton.MOST_AT_ONCE:
+    triton, indices = _triton(order.backend, table.device), order.indices
+    if triton and indices.ndim == 2 and 0 < indices.shape[1] <= triton.MOST_AT_ONCE:
         found = triton.reconstruct(weights, indices, table, offset, y)
         sae_out, difference, products, squares = found
         return Reconstructed(sae_out, difference, products, squares.sum())
-    sae_out = weighted_rows(backend, weights, indices, table).add_(offset)
+    sae_out = order.weighted_rows(weights, table).add_(offset)
     difference = sae_out - y
     return Reconstructed(sae_out, difference, None, square_sum(difference))
 
@@ -79,21 +79,32 @@ def sampled_product(backend: Backend, rows: Tensor, table: Tensor, indices: Tens
     if backend.in_c(rows, table):
         return native.sampled_product(rows.contiguous(), indices, table.contiguous())
     n, k = indices.shape
+    starts = torch.arange(0, n * k + 1, k, device=rows.device)
+    return sampled_product_by_rows(rows, table, indices.flatten(), starts).view(n, k)
+
+
+def sampled_product_by_rows(
+    rows: Float[Tensor, "N D"],
+    table: Float[Tensor, "L D"],
+    indices: Int[Tensor, " E"],
+    starts: Int[Tensor, " N+1"],
+) -> Float[Tensor, " E"]:
+    """out_e = <rows_n, table[indices_e]> of the entries e of row n, by PyTorch."""
     wide = torch.float32 if rows.dtype in (torch.bfloat16, torch.float16) else rows.dtype
     pattern = torch.sparse_csr_tensor(
-        torch.arange(0, n * k + 1, k, device=rows.device),
-        indices.flatten(),
-        rows.new_zeros(n * k, dtype=wide),
-        size=(n, len(table)),
+        starts,
+        indices,
+        rows.new_zeros(len(indices), dtype=wide),
+        size=(len(rows), len(table)),
         check_invariants=False,
     )
     product = torch.sparse.sampled_addmm(
         pattern, rows.contiguous().to(wide), table.to(wide).t(), beta=0.0
     )
-    return product.values().view(n, k).to(rows.dtype)
+    return product.values().to(rows.dtype)
 
 
-class _Sorted(NamedTuple):
+class Sorted(NamedTuple):
     """Entries in the order of their latents."""
 
     starts: Int[Tensor, " L+1"]
@@ -115,17 +126,19 @@ class ByLatent:
         self.backend, self.indices, self.num_latents = backend, top_indices, num_latents
 
     @cached_property
-    def _sorted(self) -> _Sorted:
-        indices = self.indices
+    def _sorted(self) -> Sorted:
+        return self._sorted_entries(self.indices)
+
+    def _sorted_entries(self, indices: Int[Tensor, "N K"]) -> Sorted:
         if indices.device.type == "cpu" and self.backend.in_c():
-            return _Sorted(*native.sort_by_column(indices, self.num_latents))
+            return Sorted(*native.sort_by_column(indices, self.num_latents))
         flat = indices.flatten()
         narrow = torch.int16 if self.num_latents <= 2**15 else torch.int32  # sorts faster
         in_order, order = torch.sort(flat.to(narrow), stable=True)
         # Counting them with bincount would ask the device how many there are.
         latents = torch.arange(self.num_latents, dtype=narrow, device=flat.device)
         starts = F.pad(torch.searchsorted(in_order, latents, right=True, out_int32=True), (1, 0))
-        return _Sorted(starts, order, (order // indices.shape[1]).int())
+        return Sorted(starts, order, (order // indices.shape[1]).int())
 
     @cached_property
     def _counts(self) -> Int[Tensor, " L"]:

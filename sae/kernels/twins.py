@@ -12,6 +12,8 @@ What makes them fast:
 Every sum has a fixed order, so a step repeats bit for bit.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +25,11 @@ from ..config import Activation, KernelChoice
 from . import updates
 from .backend import Backend
 from .dense_products import AllOf, wide_product
+from .entries import Entries, entries_above, largest_in_groups
 from .selection import active_latents
 from .sparse_products import ByLatent, reconstruct, square_sum
+
+_CANDIDATES = 4  # per row, over k, of which most rows of a group have fewer active
 
 
 class Latents(NamedTuple):
@@ -36,6 +41,7 @@ class Latents(NamedTuple):
     """The entries sorted by latent, which the gradients of encoder and decoder share.
 
     Of dead latents it may be `AllOf`: then `acts` are of all of them [N P], and `indices` [M].
+    Where each row has a number of entries of its own, it is `Entries`: both are [E].
     """
 
 
@@ -70,8 +76,8 @@ class Kernels:
         matmul_dtype: torch.dtype | None = None,
     ) -> Latents:
         """Twin of `functional.encode`."""
-        arguments = (x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype, None, 0)
-        return Latents(*_apply(_Encode, self.backend, *arguments))
+        select = partial(_largest, self.backend, activation, (k,), None)
+        return Latents(*_apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype))
 
     def encode_with_dead(
         self,
@@ -86,9 +92,39 @@ class Kernels:
         k_dead: int,
     ) -> tuple[Latents, Latents]:
         """Twin of `functional.encode_with_dead`: of one product both selections."""
-        arguments = (x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype, dead, k_dead)
-        found = _apply(_Encode, self.backend, *arguments)
+        select = partial(_largest, self.backend, activation, (k, k_dead), dead)
+        found = _apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype)
         return Latents(*found[:3]), Latents(*found[3:])
+
+    def encode_above(
+        self,
+        x: Float[Tensor, "N D"],
+        W_enc: Float[Tensor, "L D"],
+        b_enc: Float[Tensor, " L"],
+        threshold: Float[Tensor, " L"],
+        pre_bias: Float[Tensor, " D"] | None = None,
+        matmul_dtype: torch.dtype | None = None,
+    ) -> Latents:
+        """Twin of `functional.encode_above`, in `Entries`."""
+        select = partial(_above, self.backend, threshold)
+        return Latents(*_apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype))
+
+    def encode_in_groups(
+        self,
+        x: Float[Tensor, "N D"],
+        W_enc: Float[Tensor, "L D"],
+        b_enc: Float[Tensor, " L"],
+        k: int,
+        group: int,
+        pre_bias: Float[Tensor, " D"] | None = None,
+        matmul_dtype: torch.dtype | None = None,
+        dead: Int[Tensor, " M"] | None = None,
+        k_dead: int = 0,
+    ) -> tuple[Latents, Latents | None]:
+        """Twin of `functional.encode_in_groups`, in `Entries`; of one product both selections."""
+        select = partial(_in_groups, self.backend, k, group, dead, k_dead)
+        found = _apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype)
+        return Latents(*found[:3]), None if dead is None else Latents(*found[3:])
 
     def decode(self, latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"]:
         """Twin of `functional.decode`."""
@@ -147,42 +183,82 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.apply(*arguments)  # untyped
 
 
+def _largest(
+    backend: Backend,
+    activation: Activation,
+    widths: tuple[int, ...],
+    dead: Tensor | None,
+    inputs: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+) -> list[Latents]:
+    """The active latents of rows that have equally many, and those among the dead."""
+    tops, indices = active_latents(backend, inputs, W_enc, b_enc, activation, widths, dead)
+    orders = [
+        ByLatent(backend, i, len(W_enc)) if i.ndim == 2 else AllOf(i, len(W_enc), inputs.dtype)
+        for i in indices
+    ]
+    return [Latents(*found) for found in zip(tops, indices, orders, strict=True)]
+
+
+def _above(
+    backend: Backend, threshold: Tensor, inputs: Tensor, W_enc: Tensor, b_enc: Tensor
+) -> list[Latents]:
+    acts, entries = entries_above(backend, inputs, W_enc, b_enc, threshold)
+    return [Latents(acts, entries.indices, entries)]
+
+
+def _in_groups(
+    backend: Backend,
+    k: int,
+    group: int,
+    dead: Tensor | None,
+    k_dead: int,
+    inputs: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+) -> list[Latents]:
+    """Rows propose candidates, twice as many again where a row has all of its own chosen."""
+    candidates = min(_CANDIDATES * k, len(W_enc))
+    while True:
+        widths = (candidates,) if dead is None else (candidates, k_dead)
+        found = _largest(backend, "topk", widths, dead, inputs, W_enc, b_enc)
+        whole = candidates == len(W_enc)
+        chosen = largest_in_groups(found[0].acts, found[0].indices, k, group, whole)
+        if chosen is not None:
+            acts, indices, starts = chosen
+            entries = Entries(backend, indices, starts, len(W_enc))
+            return [Latents(acts, indices, entries), *found[1:]]
+        candidates = min(2 * candidates, len(W_enc))
+
+
 class _Encode(torch.autograd.Function):
-    """Rows to (top_acts, top_indices, their order by latent), and the same of dead latents."""
+    """Rows to (top_acts, top_indices, their order by latent) of each of the selected latents."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        backend: Backend,
+        select: Callable[[Tensor, Tensor, Tensor], list[Latents]],
         x: Tensor,
         W_enc: Tensor,
         b_enc: Tensor,
-        k: int,
-        activation: Activation,
         pre_bias: Tensor | None,
         matmul_dtype: torch.dtype | None,
-        dead: Tensor | None,
-        k_dead: int,
-    ) -> tuple[Tensor | ByLatent | AllOf, ...]:
+    ) -> tuple[Tensor | ByLatent | AllOf | None, ...]:
         inputs = (x if pre_bias is None else x - pre_bias).to(matmul_dtype or W_enc.dtype)
         inputs = inputs.contiguous()
-        widths = (k,) if dead is None else (k, k_dead)
-        tops, indices = active_latents(backend, inputs, W_enc, b_enc, activation, widths, dead)
-        ctx.save_for_backward(inputs, W_enc, *tops)
-        ctx.backend = backend
-        ctx.orders = [
-            ByLatent(backend, i, len(W_enc)) if i.ndim == 2 else AllOf(i, len(W_enc), inputs.dtype)
-            for i in indices
-        ]
-        ctx.mark_non_differentiable(*indices)
+        found = select(inputs, W_enc, b_enc)
+        ctx.save_for_backward(inputs, W_enc, *(latents.acts for latents in found))
+        ctx.orders = [latents.by_latent for latents in found]
+        ctx.mark_non_differentiable(*(latents.indices for latents in found))
         ctx.set_materialize_grads(False)
-        return tuple(t for found in zip(tops, indices, ctx.orders, strict=True) for t in found)
+        return tuple(part for latents in found for part in latents)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, W_enc, *tops = ctx.saved_tensors
-        _, grad_x, grad_W, grad_b, _, _, grad_bias, *_ = ctx.needs_input_grad
+        _, grad_x, grad_W, grad_b, grad_bias, _ = ctx.needs_input_grad
         d_x = d_W = d_latents = None
         for top_acts, by_latent, grad_acts in zip(tops, ctx.orders, grads[::3], strict=True):
             if grad_acts is None:
@@ -198,7 +274,7 @@ class _Encode(torch.autograd.Function):
         # Gao et al., appendix D: sum the latents' gradients over rows, then multiply once.
         d_bias = -(d_latents @ W_enc) if d_latents is not None and grad_bias else None
         d_b = d_latents if grad_b else None
-        return None, d_x, d_W, d_b, None, None, d_bias, None, None, None
+        return None, d_x, d_W, d_b, d_bias, None
 
 
 def _add(total: Tensor | None, more: Tensor) -> Tensor:
@@ -248,7 +324,7 @@ class _Reconstruct(torch.autograd.Function):
             order or ByLatent(backend, i, len(W_dec))
             for i, order in zip(indices, orders, strict=True)
         ]
-        found = reconstruct(backend, acts[0], indices[0], W_dec, offset, y)
+        found = reconstruct(ctx.orders[0], acts[0], W_dec, offset, y)
         differences, errors = [found.difference], [found.squared_error]
         if len(acts) > 1:  # AuxK reconstructs what is missing, y - sae_out
             e_hat = ctx.orders[1].weighted_rows(acts[1], W_dec)

@@ -126,10 +126,11 @@ def each_once(pairs: Pairs) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
 
 
 def in_pieces(
-    x: Float[Tensor, "N D"], y: Float[Tensor, "N D_out"], count: int
+    x: Float[Tensor, "N D"], y: Float[Tensor, "N D_out"], count: int, group: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both cut into `count` pieces; where they are one tensor, so is each piece."""
-    for x_rows, y_rows in zip(x.chunk(count), y.chunk(count), strict=True):
+    size = -(-len(y) // (count * (group or 1))) * (group or 1)
+    for x_rows, y_rows in zip(x.split(max(1, size)), y.split(max(1, size)), strict=True):
         yield (y_rows if x is y else x_rows), y_rows
 
 

@@ -38,21 +38,23 @@ class Dealer:
         self._sequences = plan.per_batch // exchange.ranks.world
         self._hands: list[_Hand] = []
 
-    def rows(self, step: int) -> Iterator[tuple[dict[str, int], Pairs]]:
-        """Of a step the rows of this rank by hookpoint, counted, and those to be trained on here.
+    def rows(self, step: int) -> Iterator[tuple[int, dict[str, int], Pairs]]:
+        """Of a step: sequences, this rank's rows by hookpoint, counted, and rows to train on here.
 
-        Steps are asked for in order. Their rows come at once or, where a batch is one step, as each
-        forward has read them.
+        The sequences are those of which rows are trained on here. Steps are asked for in order.
+        Their rows come at once or, where a batch is one step, as each forward has read them.
         """
         if self._steps == 1:
             for tokens in self._batch():
                 pairs = self._reader(tokens)
-                yield count_rows(pairs), self._exchange.to_owners([pairs])[0]
+                sequences = len(tokens.ids) * self._exchange.readers
+                yield sequences, count_rows(pairs), self._exchange.to_owners([pairs])[0]
             return
         if not self._hands:
             self._hands = self._deal()[step % self._steps :]
         hand = self._hands.pop(0)
-        yield hand.rows, hand.joined(self._exchange.ranks.device)
+        sequences = self._sequences * self._exchange.readers
+        yield sequences, hand.rows, hand.joined(self._exchange.ranks.device)
 
     def _batch(self) -> Iterator[TokenBatch]:
         """The forwards that read this rank's sequences of one batch."""

@@ -61,6 +61,11 @@ class Exchange:
         if not self.distributed:
             self.ranks.sum_(tensors)
 
+    @property
+    def readers(self) -> int:
+        """Ranks whose rows a coder is trained on here, at each forward."""
+        return self.ranks.world if self.distributed else 1
+
     def merge(self, by_coder: dict[str, T]) -> dict[str, T]:
         """What the ranks know of the coders they train, in one dictionary of all coders."""
         return self.ranks.merge(by_coder) if self.distributed else by_coder

@@ -75,6 +75,7 @@ def save(
     with ranks.together(), disk_errors(run, step):
         for name in mine:
             found = {**optimizers[name].state_tensors(), **firing[name].state_tensors()}
+            found |= bank[name].state_tensors()
             _write_state(aside / name, found, bank[name].piece)
             for file in own_files(aside / name, bank[name].piece):
                 digests[file.relative_to(aside).as_posix()] = _digest(file)
@@ -148,6 +149,7 @@ def restore(run: Path, data: dict[str, int], state: TrainingState) -> tuple[int,
             tensors = read_state(folder / name, coder.piece)
             state.optimizers[name].load_state_tensors(tensors)
             state.firing[name].load_state_tensors(tensors)
+            coder.load_state_tensors(tensors)
     return manifest["step"], manifest["wall_seconds"]
 
 

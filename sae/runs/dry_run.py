@@ -217,7 +217,7 @@ def _batch(cfg: Any, world: int) -> tuple[int, int]:
     """Tokens of a batch on all ranks, and the steps that it is dealt to."""
     training = cfg.training
     rows = training.batch_size * training.grad_acc_steps * world * cfg.data.ctx_len
-    return rows, steps_per_batch(training, rows)
+    return rows, steps_per_batch(cfg, rows)
 
 
 def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
@@ -227,7 +227,8 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     """
     training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
     k = Schedule(training, 1, rows).k(0, coder)
-    active = min(4 * k, coder.num_latents) if coder.cfg.multi_topk else k
+    wide = 4 if coder.cfg.multi_topk else coder.family.candidates
+    active = min(wide * k, coder.num_latents)
     dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
     floats = 2 * d_out  # the reconstruction and its error
     if item < 4:  # targets in float32, and what a transcoder reads

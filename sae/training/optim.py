@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..coders.functional import Scale
 from ..coders.sharded import ShardedCoder
 from ..coders.sharded_kernels import share
-from ..coders.sparse_coder import Scale, SparseCoder
+from ..coders.sparse_coder import SparseCoder
 from ..config import OptimizerName, TrainingConfig
 from ..flag_checks import UsageError
 from ..kernels.cpu.native import in_huge_pages
@@ -177,7 +178,8 @@ class CoderOptimizer:
         for optimizer, names in zip(self.optimizers, self.names, strict=True):
             for name, group in zip(names, optimizer.param_groups, strict=True):
                 unit = self.coder.unit(name)
-                factor = self.schedule.cfg.encoder_lr if name == "encoder.weight" else 1.0
+                encoder = self.schedule.encoder_lr(self.coder.cfg.transcode)
+                factor = encoder if name == "encoder.weight" else 1.0
                 rate = unit * factor
                 if "weight_decay" in group:  # which the rate multiplies as well
                     group["weight_decay"] = optimizer.defaults["weight_decay"] / unit

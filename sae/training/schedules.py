@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from ..coders.families.family import family_of
 from ..coders.sparse_coder import SparseCoder
 from ..config import TrainingConfig
 from ..flag_checks import refuse
@@ -12,11 +14,13 @@ _STEPS_PER_BATCH, _ROWS_PER_STEP = 16, 4096
 _LONGEST_SILENCE = 10_000_000
 
 
-def steps_per_batch(cfg: TrainingConfig, rows: int) -> int:
-    """Optimizer steps that a batch of `rows` rows is dealt to."""
-    if cfg.steps_per_batch is not None:
-        return cfg.steps_per_batch
-    return 1 if cfg.uses_lm_loss else min(_STEPS_PER_BATCH, max(1, rows // _ROWS_PER_STEP))
+def steps_per_batch(cfg: Any, rows: int) -> int:
+    """Optimizer steps that a batch of `rows` rows is dealt to; `cfg` is the script's flags."""
+    if cfg.training.steps_per_batch is not None:
+        return cfg.training.steps_per_batch
+    if cfg.training.uses_lm_loss or family_of(cfg.coder).whole_sequences:
+        return 1
+    return min(_STEPS_PER_BATCH, max(1, rows // _ROWS_PER_STEP))
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Schedule:
     def peak_lr(self, num_latents: int) -> float:
         """The flag, or by optimizer, where s = sqrt(L / 2^14):
 
-            adam 3.5e-3 / s sqrt(700 / max(steps, 350)),   signum 5e-3 / s,   muon 2e-2
+            adam 3.5e-3 / s sqrt(700 / steps), at most 1.2e-2;   signum 5e-3 / s;   muon 2e-2
 
         For an end-to-end loss, which is for finetuning, adam 2e-4 / s. signum's and that one are
         the reference's; the others were measured: docs/recipes.md.
@@ -59,9 +63,9 @@ class Schedule:
         if self.cfg.lr is not None:
             return self.cfg.lr
         s = math.sqrt(num_latents / 2**14)
-        adam = 3.5e-3 * math.sqrt(700 / max(self.total_steps, 350))
-        adam = 2e-4 if self.cfg.uses_lm_loss else adam
-        return {"adam": adam / s, "signum": 5e-3 / s, "muon": 2e-2}[self.cfg.optimizer]
+        adam = min(3.5e-3 / s * math.sqrt(700 / self.total_steps), 1.2e-2)
+        adam = 2e-4 / s if self.cfg.uses_lm_loss else adam
+        return {"adam": adam, "signum": 5e-3 / s, "muon": 2e-2}[self.cfg.optimizer]
 
     def lr_scale(self, step: int) -> float:
         """The learning rate of optimizer step `step` (from 0) over its peak.
@@ -74,6 +78,11 @@ class Schedule:
         if step < self._warmup:
             return (step + 1) / self._warmup
         return max(0.0, min(1.0, (self.total_steps - step) / max(1, self._decay)))
+
+    def encoder_lr(self, transcode: bool) -> float:
+        """The rate of W_enc over that of the others; more of a transcoder's latents would die."""
+        given = self.cfg.encoder_lr
+        return given if given is not None else 0.25 if transcode else 0.5
 
     @property
     def _warmup(self) -> int:

@@ -33,6 +33,12 @@ class StepSums:
         """In end-to-end training the LM's loss, and the positions that it is summed over, [2]."""
         self.gradients_apart: dict[str, list[Tensor]] = {}
         """In end-to-end training the gradients that are divided by the variance, by coder."""
+        self.levels = {
+            name: torch.zeros(2, dtype=torch.float64, device=device)
+            for name, coder in coders.items()
+            if coder.cfg.has_threshold
+        }
+        """What coders learn their thresholds from."""
         self._hookpoint = bank.hookpoint
         self._moments: dict[str, Moments] = {}
         self._errors = {name: torch.zeros(3, device=device) for name in coders}
@@ -45,6 +51,8 @@ class StepSums:
         """Count the errors of a coder, and what fired."""
         found = (errors.squared_error, errors.auxk_error, errors.multi_topk_error)
         self._errors[name] += torch.stack(found).detach()
+        if errors.levels is not None:
+            self.levels[name] += errors.levels
         active = (errors.top_acts > 0).flatten().to(torch.int64)
         self.fired[name].scatter_add_(0, errors.top_indices.flatten(), active)
 
@@ -53,7 +61,8 @@ class StepSums:
         moments = [t for seen in self._moments.values() for t in seen]
         apart = [t for tensors in self.gradients_apart.values() for t in tensors]
         lm_loss = [] if self.lm_loss is None else [self.lm_loss]
-        return [*moments, *self._errors.values(), *self.fired.values(), *lm_loss, *apart]
+        found = [*moments, *self._errors.values(), *self.fired.values()]
+        return [*found, *self.levels.values(), *lm_loss, *apart]
 
     def mean_lm_loss(self) -> Tensor:
         """The LM's loss over all positions of the step, in nats."""

@@ -1,34 +1,155 @@
-"""Coders come from the Hub as from a folder, and no more of them than asked for."""
+"""Coders from the Hub, by the real client and a small server on the loopback."""
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from loopback_hub import READER, WRITER, Hub, Repo, commit_of, loopback_hub
+from other_programs import KINDS, random_coder, save_run
 
 from sae import Sae, SaeConfig, SparseCoder, UsageError
-from sae.formats import hub
+from sae.share.export import ExportConfig, export
+
+ROOT = Path(__file__).parents[2]
+# One process per cache loads what it is told to, a line each, and says what it found.
+LOADER = """
+import json, os, sys
+from sae import Sae, SaeConfig, UsageError, load_many
+from sae.coders.bank import CoderBank
+from sae.config import Widths
+for call, name, arguments, environment in json.load(sys.stdin):
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update(environment)
+    try:
+        if call == "many":
+            print(json.dumps(sorted(load_many(name, **arguments))))
+        elif call == "finetune":
+            cfg = SaeConfig(num_latents=24, k=3)
+            bank = CoderBank({"layers.3": Widths(8, 8)}, cfg, (0,), "cpu")
+            bank.load_pretrained(name)
+            print(json.dumps(bank["layers.3"].b_dec.tolist()))
+        else:
+            print(json.dumps(Sae.load_from_hub(name, **arguments).num_latents))
+    except UsageError as error:
+        print(json.dumps(f"error: {error}"))
+"""
 
 
-def test_only_the_hookpoint_asked_for_is_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a repository only the hookpoint's folder is fetched, and a missing one is named."""
-    SparseCoder(8, SaeConfig(num_latents=16, k=2)).save_to_disk(tmp_path / "layers.3")
-    asked = []
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with loopback_hub() as server:
+        yield server
 
-    def snapshot(name: str, allow_patterns: str | None = None) -> str:
-        asked.append((name, allow_patterns))
-        return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    assert Sae.load_from_hub("org/repo", hookpoint="layers.3").num_latents == 16
-    assert list(Sae.load_many("org/repo", pattern="layers.*")) == ["layers.3"]
-    assert asked == [("org/repo", "layers.3/*"), ("org/repo", "layers.*/*")]
-    with pytest.raises(UsageError, match=r"layers\.4"):
-        Sae.load_from_hub("org/repo", hookpoint="layers.4")
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Path below the folder -> content."""
+    files = (f for f in folder.rglob("*") if f.is_file())
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
+
+
+def coders(folder: Path, *names: str, latents: int = 16) -> dict[str, bytes]:
+    """The files of some coders."""
+    for name in names:
+        SparseCoder(8, SaeConfig(num_latents=latents, k=2)).save_to_disk(folder / name)
+    return files_of(folder)
+
+
+def load(hub: Hub, cache: Path, *calls: tuple[Any, ...], offline: bool = False) -> list[Any]:
+    """What calls of (function, name, arguments, environment) return in a process of their own."""
+    full = [(*call, *({}, {})[len(call) - 2 :]) for call in calls]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache)}
+    environment |= {"HF_HUB_OFFLINE": "1" if offline else "0", "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        *([sys.executable, "-c", LOADER],),
+        input=json.dumps(full),
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_coders_are_pulled_by_name_revision_and_folder(hub: Hub, tmp_path: Path) -> None:
+    """Only what was asked for is fetched, a cut download goes on, and the cache serves offline."""
+    # The client writes what came in pieces of 10 MB.
+    large = coders(tmp_path / "large", "layers.3", latents=2**19)
+    main = coders(tmp_path / "main", "layers.10") | large
+    main |= {"layers.3/resume.safetensors": b"0" * 9, "layers.3/ae.pt": b"0" * 9}
+    main |= {f"wide/run/{name}": data for name, data in coders(tmp_path / "w", "layers.1").items()}
+    old = coders(tmp_path / "old", "layers.3", latents=24)
+    hub.repos["org/repo"] = Repo({"main": main, "v1": old})
+    hub.cut_once.add("layers.3/sae.safetensors")
+    theirs = random_coder(KINDS["sae"])
+    run = save_run(tmp_path / "run", {"layers.3": theirs})
+    (folder,) = export(ExportConfig(str(run), out=str(tmp_path / "theirs"), to="sae_lens"))[0]
+    folder = folder.rename(folder.with_name("blocks.3.hook_resid_post"))
+    hub.repos["org/theirs"] = Repo({"main": files_of(folder.parent)})
+    found = load(
+        *(hub, tmp_path / "cache"),
+        ("one", "org/repo", {"hookpoint": "layers.3"}),
+        ("many", "org/repo", {"pattern": "layers.*"}),
+        ("one", "org/repo@v1", {"hookpoint": "layers.3"}),
+        ("many", "org/repo/wide/run"),
+        ("one", "org/repo", {"hookpoint": "layers.4"}),
+        ("many", "org/repo@v2"),
+        ("many", "org/repo/narrow"),
+        ("finetune", "org/theirs"),
+        ("finetune", "org/theirs/blocks.3.hook_resid_post"),
+    )
+    assert found[7:] == [theirs.b_dec.tolist()] * 2
+    assert found[:4] == [2**19, ["layers.10", "layers.3"], 24, ["layers.1"]]
+    assert "has no coder at hookpoint layers.4" in found[4]
+    assert "org/repo has no revision v2" in found[5]
+    assert "org/repo has no folder narrow" in found[6]
+    gets = [line for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
+    first = commit_of("org/repo", "main")
+    cut, resumed = (
+        line for line in gets if line.startswith(f"GET /org/repo/resolve/{first}/layers.3/sae.s")
+    )
+    assert "bytes=" not in cut and "bytes=" in resumed
+    assert not any("resume" in line or ".pt" in line for line in gets)
+    asked = len(hub.requests)
+    again = load(
+        hub, tmp_path / "cache", ("one", "org/repo", {"hookpoint": "layers.3"}), offline=True
+    )
+    assert again == [2**19] and len(hub.requests) == asked
+
+
+def test_what_the_hub_refuses_is_said_in_one_line(hub: Hub, tmp_path: Path) -> None:
+    """401, 403, 404: the line names the repository and the way out; 429 is waited for."""
+    files = coders(tmp_path / "c", "layers.3")
+    hub.repos = {"org/gated": Repo({"main": files}, gated=True), "org/open": Repo({"main": files})}
+    hub.repos["org/private"] = Repo({"main": files}, private=True)
+    hub.busy["GET /api/models/org/open/revision"] = 2
+    reader, writer = {"HF_TOKEN": READER}, {"HF_TOKEN": WRITER}
+    found = load(
+        *(hub, tmp_path / "cache"),
+        ("many", "org/absent"),
+        ("many", "org/private"),
+        ("many", "org/gated", {}, reader),
+        ("many", "org/open"),
+        ("many", "org/gated", {}, writer),
+        ("many", "org/private", {}, writer),
+    )
+    assert "org/absent is neither a folder here nor on the Hub" in found[0]
+    assert "org/private" in found[1] and "set HF_TOKEN" in found[1]
+    assert "org/gated is gated" in found[2] and "set HF_TOKEN" in found[2]
+    assert found[3:] == [["layers.3"]] * 3
+    assert not any(token in line for token in (READER, WRITER) for line in map(str, found))
 
 
 def test_an_unknown_repository_is_refused_by_name() -> None:
     """What is neither a folder nor on the Hub is named in one line."""
-    for load in (Sae.load_many, Sae.load_from_hub):
+    for load_by_name in (Sae.load_many, Sae.load_from_hub):
         with pytest.raises(UsageError, match="no-such/repo is neither a folder here nor on the"):
-            load("no-such/repo")
+            load_by_name("no-such/repo")
+    with pytest.raises(UsageError, match="not a path out of it"):
+        Sae.load_many("no-such/repo/../../etc")

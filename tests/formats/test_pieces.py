@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, UsageError, load_many
 from sae.coders.sharded import ShardedCoder
-from sae.formats import export
+from sae.formats import sparsify
 from sae.formats.pieces import Part, Stored
 
 KINDS = {
@@ -143,7 +143,7 @@ def test_export_streams_pieces_into_one_file(
         return tensor
 
     monkeypatch.setattr(Stored, "read", noted)
-    monkeypatch.setattr(export, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(sparsify, "_BLOCK_BYTES", 100)
     out = tmp_path / "out"
     assert call(monkeypatch, "export", str(tmp_path), "--to", "sparsify", "--out", str(out)) == 0
     assert max(largest) <= 100

@@ -57,7 +57,9 @@ def test_a_command_like_no_other_is_refused_with_all_names(
         ("evaluate", ["--model", "--dataset", "--tokens", "--out"]),
         ("features", ["--latents", "--ids", "--out"]),
         ("compare", ["--near"]),
-        ("export", ["--to", "--out"]),
+        ("threshold", ["--model", "--dataset", "--tokens", "--out"]),
+        ("export", ["--to", "--out", "--hookpoint", "--allow_pt"]),
+        ("push", ["--private", "--as", "--dry_run", "--license"]),
     ],
 )
 def test_help_of_a_command_shows_its_flags(

@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from command_runs import call
+from other_programs import random_coder
 from torch import Tensor
 from training_runs import Settings, run
 from transformers import PreTrainedModel
 
 from sae import SaeConfig, SparseCoder, UsageError
 from sae.judge.compare import comparison, differing_flags, nearest_twins
+
+LM = str(Path(__file__).parents[2] / "demo/lm")
 
 
 def test_twins_are_found_by_direction() -> None:
@@ -59,3 +63,36 @@ def test_comparison_shows_figures_flags_and_shared_latents(
     for bad in ((folders[0],), (folders[0], settings["save_dir"])):
         with pytest.raises(UsageError, match="RUN_A RUN_B|has no summary.json"):
             comparison(bad, near=0.7)
+
+
+def test_coders_of_several_programs_are_judged_on_one_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures are those of evaluate, twins count both ways; a table, JSON and a plot say them."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("def f(x):\n    return x + 1\n\n\nprint(f(3))\n" * 700)
+    narrow = random_coder(SaeConfig(num_latents=24, k=3), 192)
+    wide = random_coder(SaeConfig(num_latents=48, k=6), 192)
+    assert narrow.W_dec is not None and wide.W_dec is not None
+    wide.W_dec.data[:12] = narrow.W_dec.data[:12]
+    for name, coder in (("narrow", narrow), ("wide", wide)):
+        coder.save_to_disk(tmp_path / name / "layers.1")
+    export = ("export", "wide", "--to", "sae_lens", "--out", "theirs")
+    assert call(monkeypatch, *export) == 0
+    where = ("--model", LM, "--dataset", "text.txt", "--ctx_len", "64", "--tokens", "512")
+    assert call(monkeypatch, "compare", "narrow", "theirs", *where) == 0
+    printed = capsys.readouterr().out
+    assert "50.0% of 1 in 2, 25.0% of 2 in 1" in printed
+    found = json.loads(Path("comparison.json").read_text())
+    assert found["twins"] == [{"a": 0, "b": 1, "of_a": 0.5, "of_b": 0.25}]
+    assert [c["latents"] for c in found["coders"]] == [24, 48]
+    for source, compared in zip(("narrow", "theirs"), found["coders"], strict=True):
+        assert call(monkeypatch, "evaluate", source, *where, "--out", "one.json") == 0
+        alone = json.loads(Path("one.json").read_text())["coders"]["layers.1"]
+        assert {name: compared[name] for name in alone} == alone
+        assert f"{alone['fvu']:.4f}" in printed and compared["tokens_per_second"] > 0
+    svg = ElementTree.fromstring(Path("comparison.svg").read_text())
+    assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 4
+    texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"CE recovered", "FVU", "L0", "1: narrow layers.1", "2: theirs layers.1"} <= {*texts}
+    assert call(monkeypatch, "compare", "narrow", *where) == 2

@@ -53,7 +53,7 @@ def test_kernels_do_not_change_a_run(
     ends: dict[tuple[str, str], Any] = {}
     for precision in ("no", "bf16"):
         for choice in ("torch", "auto"):
-            flags = {"kernels": choice, "mixed_precision": precision, "optimizer": "adam"}
+            flags = {"kernels": choice, "mixed_precision": precision, "lr": 2e-3}
             done = run(lm, tokens, settings, run_name=choice + precision, **flags)
             fvu = [figures["fvu"] for figures in done["hookpoints"].values()]
             ends[choice, precision] = weights(done) if precision == "no" else fvu
@@ -116,7 +116,7 @@ def test_a_run_that_searches_in_int8_reaches_the_same_fvu(
     """The held-out FVU is within 0.2 % of that of a run that does not, and is not the same."""
     fvu = {}
     for choice in ("auto", "int8"):
-        done = run(lm, tokens, settings, run_name=choice, kernels=choice, optimizer="adam")
+        done = run(lm, tokens, settings, run_name=choice, kernels=choice, lr=2e-3)
         fvu[choice] = [figures["fvu"] for figures in done["hookpoints"].values()]
     assert fvu["int8"] == pytest.approx(fvu["auto"], rel=2e-3)
     assert fvu["int8"] != fvu["auto"]

@@ -59,9 +59,9 @@ def read(reader: Written, per_forward: int, steps: int, start: int = 0) -> list[
         parts = list(dealer.rows(step))
         whole: Pairs = {}
         for name in reader.hookpoints:
-            x = torch.cat([pairs[name][0] for _, pairs in parts])
-            y = torch.cat([pairs[name][1] for _, pairs in parts])
-            assert sum(rows[name] for rows, _ in parts) == len(x) == len(y)
+            x = torch.cat([pairs[name][0] for *_, pairs in parts])
+            y = torch.cat([pairs[name][1] for *_, pairs in parts])
+            assert sum(rows[name] for _, rows, _ in parts) == len(x) == len(y)
             whole[name] = (x, y)
         found.append(whole)
     return found
@@ -123,4 +123,4 @@ def read_parts(steps: int) -> list[Pairs]:
     batch = TokenBatch(plan.first.unsqueeze(1).expand(-1, S), numbers=plan.first)
     exchange = Exchange(ALONE, {"a": 1, "b": 1}, distributed=False)
     dealer = Dealer(Written(), exchange, plan, iter([batch]))
-    return [pairs for step in range(steps) for _, pairs in dealer.rows(step)]
+    return [pairs for step in range(steps) for *_, pairs in dealer.rows(step)]

@@ -29,7 +29,7 @@ FOLDERS = "sae|tests|scripts|benchmarks|accelerate_configs|demo|docs"
 MADE_LATER = "demo/text/"
 # Flags of pytest, the benchmarks and accelerate; what tyro makes of ours; what is never recorded.
 OTHER_FLAGS = {
-    *("faults", "paper", "help", "modes", "num_cpu_threads_per_process"),
+    *("faults", "formats", "as", "paper", "help", "modes", "num_cpu_threads_per_process"),
     *("no-normalize_decoder", "hf_token"),
 }
 

@@ -28,8 +28,20 @@ ALLOWED = {
     },
     "runs": {"config", "flag_checks", "batch", "formats", "coders", "lm", "placement", "training"},
     "judge": {
-        *("config", "flag_checks", "batch", "coders", "data", "lm", "placement", "training", "runs")
+        *(
+            "config",
+            "flag_checks",
+            "batch",
+            "coders",
+            "data",
+            "lm",
+            "placement",
+            "training",
+            "runs",
+        ),
+        "formats",
     },
+    "share": {"config", "flag_checks", "formats", "coders", "judge", "runs"},
     "__main__": {"flag_checks", "judge", "placement"},
     "__init__": {"config", "flag_checks", "coders"},
 }
@@ -123,12 +135,19 @@ def test_files_stay_readable() -> None:
 
 
 def test_no_pickle_anywhere() -> None:
-    """No source reads or writes a pickle, and none runs code that came with a model."""
+    """No source reads or writes a pickle, and none runs code that came with a model.
+
+    The one format that is a pickle is read by its own file alone, and as plain tensors.
+    """
     banned = re.compile(
         r"\bpickle\b|torch\.load\b|torch\.save\b|weights_only|trust_remote_code=True"
     )
     for path in SOURCES:
         code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+        if path.name == "dictionary_learning.py":
+            calls = re.findall(r"torch\.load\([^)]*\)", code)
+            assert calls == ["torch.load(path, map_location='cpu', weights_only=True)"]
+            continue
         assert not banned.search(code), path.name
 
 

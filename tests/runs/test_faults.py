@@ -312,6 +312,9 @@ def test_checkpoints_of_older_versions_resume(
 ) -> None:
     """A checkpoint of every format there was resumes to what the uninterrupted run ends with."""
     flags = {"layers": (1,), "num_latents": 32, "optimizer": "adam", "lr": 1e-2, "save_every": 10}
+    flags |= {"lr_warmup": 5, "lr_decay": 1.0, "steps_per_batch": 1, "encoder_lr": 1.0}
+    flags |= {"rms_units": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "auxk_alpha": 0.0}
+    flags |= {"dead_feature_threshold": 10_000_000}
     settings = {k: v for k, v in settings.items() if k != "expansion_factor"}
     straight = weights(run(lm, tokens, settings, run_name="straight", **flags))
     old = Path(settings["save_dir"]) / "old"

@@ -1,0 +1,50 @@
+"""TopK: the k largest latents of every row are active."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ...config import SparseCoderConfig
+from ...kernels.twins import Latents
+from ..functional import k_aux
+from .family import Family
+
+if TYPE_CHECKING:
+    from ..sparse_coder import SparseCoder
+
+
+class TopK(Family):
+    """acts = relu(the k largest pre_acts of a row).
+
+    Source: Gao et al., "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), section
+    2.3.
+    """
+
+    def encode(
+        self,
+        coder: "SparseCoder",
+        rows: Tensor,
+        k: int,
+        dead: Tensor | None = None,
+        group: int | None = None,
+    ) -> tuple[Latents, Latents | None]:
+        """The k active latents, and the k_aux largest of the `dead` out of the same product."""
+        encoder, activation = coder.encoder, coder.cfg.activation
+        arguments = (rows, encoder.weight, encoder.bias, k, activation)
+        arguments += (coder.pre_bias, coder.matmul_dtype)
+        if dead is None:
+            return coder.kernels.encode(*arguments), None
+        k_dead = min(k_aux(coder.d_out), len(dead))
+        return coder.kernels.encode_with_dead(*arguments, dead, k_dead)
+
+    def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
+        """The k largest of the 4k."""
+        top_acts, position = wide.acts.topk(k, dim=1)
+        return coder.kernels.Latents(top_acts, wide.indices.gather(1, position))
+
+    def shared_by_ranks(self, cfg: SparseCoderConfig, num_latents: int) -> tuple[int, str]:
+        """Latents."""
+        return num_latents, f"{num_latents} latents"
+
+
+FAMILY = TopK()

@@ -1,0 +1,136 @@
+"""Sets of transcoders of circuit-tracer: one for the MLP of every layer.
+
+CODERS/config.yaml            model_kind: transcoder_set, model_name, feature_input_hook and so on
+CODERS/layer_3.safetensors    W_enc [L D], b_enc, W_dec [L D], b_dec, and if any W_skip [D D] and
+                              activation_function.threshold [L]
+
+Its loader drops `activation` and `k` of a local config.yaml, and reads a TopK set as plain ReLU
+without a word. So only coders with thresholds are written.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..flag_checks import UsageError
+from .coder_file import (
+    CoderFile,
+    NeedsThreshold,
+    check_floats,
+    check_shapes,
+    coder_file,
+    mean_l0,
+    whole_number,
+)
+from .hook_names import input_of_mlp
+from .origin import Origin
+from .pieces import Stored
+
+FILES = "config.yaml, layer_0.safetensors"
+
+_INPUT, _OUTPUT = "mlp.hook_in", "mlp.hook_out"
+_THRESHOLD = "activation_function.threshold"
+
+
+def is_coder(path: Path) -> bool:
+    """Whether this is the file of one layer of a set."""
+    named = re.fullmatch(r"layer_\d+\.safetensors", path.name) is not None
+    return named and path.is_file() and (path.parent / "config.yaml").is_file()
+
+
+def hookpoint_of(path: Path) -> str | None:
+    """The MLP of a coder, where this project wrote the file."""
+    return _said(path).get("hookpoint")
+
+
+def _said(path: Path) -> dict[str, str]:
+    """What the header of a file says beside the tensors; circuit-tracer reads past it."""
+    with Stored(path.parent, path.stem), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def read(path: Path) -> CoderFile:
+    """The transcoder of one layer. Raises UsageError for files that are damaged or unknown."""
+    config = _config(path.parent / "config.yaml")
+    with Stored(path.parent, path.stem) as stored:
+        shapes = stored.shapes
+        latents, d_in = (*shapes.get("W_enc", ()), 0, 0)[:2]
+        expected: dict[str, tuple[int, ...]] = {"W_enc": (latents, d_in), "b_enc": (latents,)}
+        expected |= {"W_dec": (latents, d_in), "b_dec": (d_in,)}
+        optional = {"W_skip": (d_in, d_in), _THRESHOLD: (latents,)}
+        expected |= {name: shape for name, shape in optional.items() if name in shapes}
+        check_shapes(path, shapes, expected)
+        found = stored.read_all(None)
+        check_floats(path, found)
+    l0 = _said(path).get("l0", "")
+    threshold, k = found.get(_THRESHOLD), mean_l0(int(l0) if l0.isdecimal() else None)
+    if threshold is None and config.get("activation") == "topk":
+        k = whole_number(path.parent / "config.yaml", config, "k")
+    elif threshold is None:
+        threshold = torch.zeros(latents)
+    return coder_file(
+        *(found["W_enc"], found["b_enc"], found["W_dec"], found["b_dec"]),
+        k=k,
+        threshold=threshold,
+        centred=False,
+        transcode=True,
+        W_skip=found.get("W_skip"),
+        hookpoint=hookpoint_of(path),
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path} cannot be read ({reason}): the file is damaged") from None
+    kind = config.get("model_kind") if isinstance(config, dict) else None
+    if kind != "transcoder_set":
+        raise UsageError(f"{path}: model_kind is {kind!r}; what can be read is transcoder_set")
+    return config
+
+
+def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[str]:
+    """Write a set into `folder`; return notes.
+
+    Raises NeedsThreshold for coders without thresholds, and UsageError where they are no set: not
+    one transcoder for the MLP of every layer, all of one width.
+    """
+    by_layer: dict[int, str] = {}
+    for name, coder in coders.items():
+        hook = input_of_mlp(origin.hookpoint(name), origin.model_type)
+        if not coder.cfg.transcode or hook is None or coder.d_in != coder.d_out:
+            raise UsageError(f"{name}: circuit-tracer takes transcoders of MLPs, of equal widths")
+        by_layer[int(hook.split(".")[1])] = name
+    layers = origin.layers or len(by_layer)
+    if len(coders) != len(by_layer) or sorted(by_layer) != list(range(layers)):
+        raise UsageError(
+            f"circuit-tracer takes a transcoder for each of {layers} layers, and there are some "
+            f"for {sorted(by_layer)}: train the others, too, with one seed"
+        )
+    kinds = {(c.cfg.latents(c.d_in), c.cfg.skip_connection) for c in coders.values()}
+    if len(kinds) > 1:
+        raise UsageError("circuit-tracer takes transcoders of one width, all or none with a skip")
+    if bare := [name for name, coder in coders.items() if not coder.cfg.has_threshold]:
+        raise NeedsThreshold(f"{bare[0]}: circuit-tracer reads a local TopK set as plain ReLU")
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer, name in by_layer.items():
+        found = coders[name].tensors
+        tensors = {"W_enc": found["encoder.weight"], "b_enc": found["encoder.bias"]}
+        tensors |= {"W_dec": found["W_dec"], "b_dec": found["b_dec"]}
+        tensors[_THRESHOLD] = found["threshold"].to(found["W_dec"].dtype)
+        if coders[name].cfg.skip_connection:
+            tensors["W_skip"] = found["W_skip"]
+        about = {"hookpoint": origin.hookpoint(name), "l0": str(coders[name].cfg.k)}
+        plain = {key: t.contiguous() for key, t in tensors.items()}
+        save_file(plain, folder / f"layer_{layer}.safetensors", metadata=about)
+    config = {"model_kind": "transcoder_set", "model_name": origin.model}
+    config |= {"feature_input_hook": _INPUT, "feature_output_hook": _OUTPUT}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return []

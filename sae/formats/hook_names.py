@@ -1,0 +1,113 @@
+"""Hookpoints in TransformerLens' names and in those of causal LMs, for LMs that have clear ones.
+
+blocks.3.hook_resid_post   what leaves block 3
+blocks.3.hook_mlp_out      what its MLP adds to the residual stream
+blocks.3.hook_attn_out     what its attention adds
+"""
+
+import re
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig
+
+
+class _Modules(NamedTuple):
+    """What one kind of LM calls its modules, below its base model."""
+
+    types: tuple[str, ...]
+    """model_type in its config."""
+    named: str
+    """Names of such LMs."""
+    prefix: str
+    """What a causal LM calls its base model."""
+    blocks: str
+    attn_out: str
+    mlp_out: str
+    """The modules in a block whose outputs are added to the residual stream."""
+    mlp: str = "mlp"
+    """The MLP itself; after some a norm follows."""
+
+
+_KINDS = (
+    _Modules(("gpt2",), r"gpt2", "transformer", "h", "attn", "mlp"),
+    _Modules(("gpt_neox",), r"pythia|neox", "gpt_neox", "layers", "attention", "mlp"),
+    _Modules(
+        ("gemma2", "gemma3_text"),
+        r"gemma-?[23]",
+        "model",
+        "layers",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    _Modules(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma"),
+        r"llama|mistral|qwen-?[23]|smollm|gemma",
+        "model",
+        "layers",
+        "self_attn",
+        "mlp",
+    ),
+)
+
+
+class HookNames(NamedTuple):
+    """A module's output in the names of others; None where they have no clear one."""
+
+    transformer_lens: str | None
+    huggingface: str | None
+
+
+def about_lm(model: str | None) -> tuple[str | None, int | None]:
+    """model_type and number of blocks of an LM by its name, if its config is at hand."""
+    if model is None:
+        return None, None
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception:  # a config's checks raise errors of many kinds
+        return None, None
+    return config.model_type, getattr(config, "num_hidden_layers", None)
+
+
+def their_names(hookpoint: str, kind: str | None) -> HookNames:
+    """The names of a hookpoint's output in an LM whose model_type is `kind`."""
+    modules = next((m for m in _KINDS if kind in m.types), None)
+    if modules is None or ":" in hookpoint:
+        return HookNames(None, None)
+    full = f"{modules.prefix}.{hookpoint}"
+    found = re.fullmatch(rf"{modules.blocks}\.(\d+)(?:\.(\w+))?", hookpoint)
+    if found is None:
+        return HookNames(None, full)
+    inner = {
+        None: "hook_resid_post",
+        modules.attn_out: "hook_attn_out",
+        modules.mlp_out: "hook_mlp_out",
+    }.get(found[2])
+    return HookNames(inner and f"blocks.{found[1]}.{inner}", full)
+
+
+def input_of_mlp(hookpoint: str, kind: str | None) -> str | None:
+    """The name of what enters an MLP, behind the norm and its weights, if this is one."""
+    modules = next((m for m in _KINDS if kind in m.types), None)
+    if modules is None:
+        return None
+    found = re.fullmatch(rf"{modules.blocks}\.(\d+)\.{modules.mlp}", hookpoint)
+    return found and f"blocks.{found[1]}.mlp.hook_in"
+
+
+def our_name(hook: Any, hf_hook: Any, model: Any) -> str | None:
+    """The hookpoint that others' names stand for; None where they do not say it clearly."""
+    if isinstance(hf_hook, str) and (plain := hf_hook.removesuffix(".output")):
+        prefixes = {m.prefix for m in _KINDS}
+        first, _, rest = plain.partition(".")
+        return rest if first in prefixes and rest else plain
+    if not isinstance(hook, str) or not isinstance(model, str):
+        return None
+    modules = next((m for m in _KINDS if re.search(m.named, model.lower())), None)
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)", hook)
+    if modules is None or found is None:
+        return None
+    block = int(found[1])
+    if found[2] == "resid_pre":  # what enters a block left the one before
+        return f"{modules.blocks}.{block - 1}" if block else None
+    inner = {"resid_post": "", "mlp_out": f".{modules.mlp_out}", "attn_out": f".{modules.attn_out}"}
+    return f"{modules.blocks}.{block}{inner[found[2]]}"

@@ -1,0 +1,29 @@
+"""What is known of where coders come from, for the files of programs that ask."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The LM and the text that coders were trained on; None where it is not known."""
+
+    model: str | None = None
+    model_type: str | None = None
+    """What the LM's config says it is."""
+    dataset: str | None = None
+    ctx_len: int | None = None
+    tokens: int | None = None
+    """Tokens that were trained on."""
+    begins_with_bos: bool | None = None
+    """Whether sequences begin with a token of their own."""
+    layers: int | None = None
+    """Blocks of the LM."""
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By coder, figures that its files name."""
+
+    @staticmethod
+    def hookpoint(name: str) -> str:
+        """The hookpoint of a coder of this name: one of several seeds has its seed behind it."""
+        return re.sub(r"\.seed-?\d+$", "", name)

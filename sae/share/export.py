@@ -1,0 +1,152 @@
+"""Coders in the files of other programs, or of any program in ours.
+
+python -m sae export checkpoints/RUN --to sae_lens --out DIR
+python -m sae export CODERS_OF_OTHERS --out DIR
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+
+from ..flag_checks import UsageError
+from ..formats import circuit_tracer, dictionary_learning, kinds, sae_lens, sparsify
+from ..formats.coder_file import CoderFile, NeedsThreshold
+from ..formats.hub import coders_folder
+from ..formats.origin import Origin
+from ..judge.evaluate import evaluate_loaded, table
+from ..judge.figures import Evaluation
+from ..judge.provenance import flags_of_run
+from ..judge.threshold import of_coders, thresholds, with_thresholds
+from ..judge.trained import CodersConfig, load_trained
+from .origins import origin_of
+
+Program = Literal["sparsify", "sae_lens", "dictionary_learning", "circuit_tracer"]
+
+
+@dataclass(frozen=True)
+class ExportConfig(CodersConfig):
+    """Which coders to write, and how; the LM and the data are read where thresholds are made."""
+
+    out: str = field(kw_only=True)
+    """Folder to write one folder per coder into."""
+    to: Program = "sparsify"
+    """The program that shall read them; sparsify is what a run itself writes."""
+
+
+WRITERS: dict[str, Callable[[Path | None, str, CoderFile, Origin], list[str]]] = {
+    "sae_lens": sae_lens.write,
+    "dictionary_learning": dictionary_learning.write,
+}
+
+
+def export(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
+    """Write every coder that `cfg` names; return their folders, and notes on what is lost.
+
+    Raises UsageError for what is no coder or cannot be held there, a target that is there already,
+    or a full disk; NeedsThreshold where thresholds would do, before anything is written.
+    """
+    folder = coders_folder(cfg.coders, allow_pt=cfg.allow_pt)
+    paths = kinds.chosen(kinds.list_coders(folder), cfg.hookpoint)
+    for name, path in paths.items():
+        target = Path(cfg.out) / name
+        if kinds.kind_of(target) is not None or target.resolve() == path.resolve():
+            raise UsageError(f"--out {cfg.out}: already holds {name}; give another folder")
+    if cfg.to != "sparsify":
+        coders = {name: kinds.read(path, cfg.allow_pt) for name, path in paths.items()}
+        return write(cfg, coders, origin_of(Path(cfg.coders), cfg.model))
+    for name, path in paths.items():
+        with _disk_errors(cfg, name):
+            (Path(cfg.out) / name).mkdir(parents=True, exist_ok=True)
+            if kinds.kind_of(path) in ("sparsify", None):
+                sparsify.copy_whole(Path(cfg.out) / name, path)
+                continue
+            found = kinds.read(path, cfg.allow_pt)
+            sparsify.write(Path(cfg.out) / name, *found[:4])
+    return [Path(cfg.out) / name for name in paths], []
+
+
+def export_as_can_be(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
+    """`export`, through thresholds where the program holds the coders only so, which is printed."""
+    try:
+        return export(cfg)
+    except NeedsThreshold as error:
+        print(f"{error}; so thresholds are made on text")
+        return through_thresholds(cfg)
+
+
+def write(
+    cfg: ExportConfig, coders: dict[str, CoderFile], origin: Origin
+) -> tuple[list[Path], list[str]]:
+    """Write coders into the files of another program; their folders, and notes.
+
+    Raises UsageError where one cannot be held there; then none of them is left.
+    """
+    out, notes = Path(cfg.out), []
+    if cfg.to == "circuit_tracer":
+        if (out / "config.yaml").exists():
+            raise UsageError(f"--out {out}: already holds a set; give another folder")
+        with _disk_errors(cfg, "the set"):
+            return [out], circuit_tracer.write(out, coders, origin)
+    for name, coder in coders.items():  # what cannot be held is said before any is written
+        WRITERS[cfg.to](None, name, coder, origin)
+    for name, coder in coders.items():
+        with _disk_errors(cfg, name):
+            notes += WRITERS[cfg.to](out / name, name, coder, origin)
+    return [out / name for name in coders], notes
+
+
+@contextmanager
+def _disk_errors(cfg: ExportConfig, name: str) -> Iterator[None]:
+    """Inside, what the disk does not take becomes a UsageError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"--out {cfg.out}: {name} cannot be written ({error}); make room, or give another "
+            f"folder"
+        ) from None
+
+
+def through_thresholds(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
+    """Write JumpReLU coders in place of those that the program holds only so.
+
+    Their thresholds are made as python -m sae threshold does, on text that a run held out; its
+    figures before and after are printed, and written where the program's files have a place.
+    """
+    if not flags_of_run(Path(cfg.coders)) and (cfg.model is None or cfg.dataset is None):
+        raise UsageError(
+            f"--to {cfg.to}: takes thresholds in place of k, which are made on text: give --model "
+            f"and --dataset, or the folder of a run"
+        )
+    names = (f.name for f in fields(CodersConfig))
+    trained = load_trained(CodersConfig(**{name: getattr(cfg, name) for name in names}))
+    found = thresholds(trained)
+    made = {n: with_thresholds(c, found[n]) for n, c in trained.state.bank.items()}
+    before = evaluate_loaded(trained).coders
+    after = evaluate_loaded(of_coders(trained, made)).coders
+    lines, figures = {}, {}
+    for name, coder in trained.state.bank.items():
+        lines[f"{name} {coder.cfg.activation}"] = before[name]
+        lines[f"{name} jumprelu"] = after[name]
+        figures[name] = {"training_architecture": coder.cfg.activation, "l0": after[name].l0}
+        figures[name] |= {"l0_before_threshold": before[name].l0, "fvu": after[name].fvu}
+        figures[name] |= {"fvu_before_threshold": before[name].fvu}
+    print(table(Evaluation(lines)))
+    coders = {}
+    for name, coder in made.items():
+        tensors = {key: t.cpu() for key, t in coder.state_dict().items()}
+        coders[name] = CoderFile(coder.cfg, coder.d_in, coder.d_out, tensors)
+    return write(cfg, coders, replace(origin_of(Path(cfg.coders), cfg.model), figures=figures))
+
+
+def main(cfg: ExportConfig) -> None:
+    """Write what the command line names."""
+    written, notes = export_as_can_be(cfg)
+    for folder in written:
+        print(f"coder  {folder.resolve()}")
+    for note in notes:
+        print(f"note   {note}")

@@ -1,0 +1,88 @@
+"""Coders that went through another program's files are judged as before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_runs import call
+from other_programs import KINDS, random_coder
+
+from sae import TranscoderConfig, load_many
+
+LM = str(Path(__file__).parents[2] / "demo/lm")
+
+
+def evaluated(
+    monkeypatch: pytest.MonkeyPatch, coders: Path, *flags: str
+) -> dict[str, dict[str, Any]]:
+    """Figures by coder, on a text of the tests."""
+    text, out = coders.parent / "text.txt", coders.parent / "figures.json"
+    text.write_text("def f(x):\n    return x + 1\n\n\nfor i in range(7):\n    print(f(i))\n" * 400)
+    where = ("--model", LM, "--dataset", str(text), "--ctx_len", "64", "--tokens", "512")
+    command = ("evaluate", str(coders), *where, "--out", str(out), *flags)
+    assert call(monkeypatch, *command) == 0
+    return json.loads(out.read_text())["coders"]
+
+
+def test_commands_take_coders_of_any_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of ours, of SAELens' and of dictionary_learning's files are the same."""
+    ours = tmp_path / "ours"
+    random_coder(KINDS["sae"], 192).save_to_disk(ours / "layers.1")
+    figures = evaluated(monkeypatch, ours)
+    for program in ("sae_lens", "dictionary_learning"):
+        out = tmp_path / program / "coders"
+        assert call(monkeypatch, "export", str(ours), "--to", program, "--out", str(out)) == 0
+        assert evaluated(monkeypatch, out, "--allow_pt") == figures
+    # Files that do not say where the coder reads.
+    cfg = tmp_path / "sae_lens/coders/layers.1/cfg.json"
+    cfg.write_text(json.dumps({**json.loads(cfg.read_text()), "metadata": {}}))
+    silent = tmp_path / "silent"
+    (tmp_path / "sae_lens/coders/layers.1").rename(silent)
+    assert evaluated(monkeypatch, silent, "--hookpoint", "layers.1") == figures
+    capsys.readouterr()
+    assert call(monkeypatch, "evaluate", str(silent), "--model", LM, "--dataset", "x") == 2
+    assert "do not say where it reads" in capsys.readouterr().err
+    features = ("features", str(silent), "--hookpoint", "layers.1", "--model", LM)
+    text = ("--dataset", str(tmp_path / "text.txt"), "--ctx_len", "64", "--tokens", "512")
+    page = tmp_path / "page.html"
+    assert call(monkeypatch, *features, *text, "--out", str(page), "--latents", "3") == 0
+    assert "layers.1" in page.read_text()
+    names = ("--hookpoint", "layers.9")
+    flags = ("--out", str(tmp_path / "again"))
+    random_coder(KINDS["sae"], 192).save_to_disk(ours / "layers.2")
+    assert call(monkeypatch, "export", str(ours), *names, *flags) == 2
+    assert "there are layers.1, layers.2" in capsys.readouterr().err
+
+
+def test_thresholds_are_made_where_a_program_has_no_k(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one command: L0 and FVU before and after are printed and written, and L0 stays at k."""
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n\n\nfor i in range(7):\n    print(f(i))\n" * 400)
+    skip = TranscoderConfig(num_latents=24, k=3, skip_connection=True)
+    ours, out = tmp_path / "ours", tmp_path / "sae_lens"
+    for i in range(6):
+        random_coder(skip, 192).save_to_disk(ours / f"layers.{i}.mlp")
+    where = ("--model", LM, "--dataset", str(text), "--ctx_len", "64", "--tokens", "512")
+    command = ("export", str(ours), *where)
+    assert call(monkeypatch, *command, "--to", "sae_lens", "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert "has no TopK coder with a skip connection; so thresholds are made" in printed
+    cfg = json.loads((out / "layers.3.mlp/cfg.json").read_text())
+    assert cfg["architecture"] == "jumprelu_skip_transcoder"
+    about = cfg["metadata"]
+    assert about["training_architecture"] == "topk" and about["l0"] == pytest.approx(3, abs=0.1)
+    assert about["l0_before_threshold"] == pytest.approx(3, abs=0.1)
+    rows = [line.split() for line in printed.splitlines() if line.startswith("layers.3.mlp ")]
+    before, after = (next(r for r in rows if r[1] == kind) for kind in ("topk", "jumprelu"))
+    assert before[2] == f"{about['fvu_before_threshold']:.4f}" and after[2] == f"{about['fvu']:.4f}"
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *command, "--to", "circuit_tracer", "--out", "set") == 0
+    theirs = load_many(tmp_path / "set")
+    assert list(theirs) == [f"layers.{i}.mlp" for i in range(6)]
+    assert torch.equal(theirs["layers.3.mlp"].threshold, load_many(out)["layers.3.mlp"].threshold)

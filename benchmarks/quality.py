@@ -194,7 +194,9 @@ def show(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="results, which are added to")
-    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks/work", help="data and runs")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "benchmarks/quality_runs", help="data and runs"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--expansion", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[3_000_000, 30_000_000])

@@ -26,13 +26,13 @@ def run_folder(cfg: Any) -> Path:
     return Path(cfg.run.save_dir) / (cfg.run.run_name or Path(cfg.model.model).resolve().name)
 
 
-def recorded_flags(cfg: Any, lm: Any, dataset: Any, sequences_per_step: int) -> dict[str, Any]:
+def recorded_flags(cfg: Any, lm: Any, dataset: Any, sequences_per_batch: int) -> dict[str, Any]:
     """The flags of a run as they are written down, without the token.
 
     What was passed from Python has no name by which it could be found again, but an LM may know it.
     Rows that were given stand for both.
     """
-    flags = {**flags_of(cfg), "sequences_per_step": sequences_per_step}
+    flags = {**flags_of(cfg), "sequences_per_batch": sequences_per_batch}
     if lm is not None:
         flags["model"] = getattr(lm, "name_or_path", None) or None
     if dataset is not None:
@@ -108,13 +108,13 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
     """
     recorded = read_json(folder / "run.json")
     before = {**flags_of(type(cfg)()), **_before(recorded), **recorded}
-    if flags["sequences_per_step"] != _sequences_per_step(before):
+    if flags["sequences_per_batch"] != _sequences_per_batch(before):
         raise UsageError(
             f"--resume: --batch_size times --grad_acc_steps times the number of ranks is "
-            f"{flags['sequences_per_step']} now and was {_sequences_per_step(before)} when "
+            f"{flags['sequences_per_batch']} now and was {_sequences_per_batch(before)} when "
             f"the run started: choose the two so that it is the same on this many ranks"
         )
-    free = {*flags_marked(cfg, MAY_CHANGE), "sequences_per_step"}
+    free = {*flags_marked(cfg, MAY_CHANGE), "sequences_per_batch"}
     if before["text_column"] == "text" and flags["text_column"] is None:
         free.add("text_column")  # what the default was once
     for name, value in json.loads(json.dumps(flags)).items():
@@ -142,10 +142,10 @@ def _before(recorded: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _sequences_per_step(flags: dict[str, Any]) -> Any:
+def _sequences_per_batch(flags: dict[str, Any]) -> Any:
     # Runs from before there were several ranks did not write it.
     alone = flags.get("batch_size", 0) * flags.get("grad_acc_steps", 0)
-    return flags.get("sequences_per_step", alone)
+    return flags.get("sequences_per_batch", flags.get("sequences_per_step", alone))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -11,7 +11,15 @@ _PACKAGES = ("train-sae", "torch", "transformers", "accelerate", "datasets")
 _FIGURES = ("fvu", "l0", "dead_share", "ce_recovered")
 _HEAD = ("FVU", "L0", "dead share", "CE recovered")
 _NOT_SHOWN = (
-    *("model", "dataset", "sequences_per_step", "resume", "save_dir", "run_name"),
+    *(
+        "model",
+        "dataset",
+        "sequences_per_batch",
+        "sequences_per_step",
+        "resume",
+        "save_dir",
+        "run_name",
+    ),
     "data_preprocessing_num_proc",
 )
 

@@ -183,7 +183,7 @@ class CoderOptimizer:
                 rate = unit * factor
                 if "weight_decay" in group:  # which the rate multiplies as well
                     group["weight_decay"] = optimizer.defaults["weight_decay"] / unit
-                if "unit" in group:
+                if "unit" in group:  # its averages are weighted by the rate without a unit
                     group |= {"lr": self.lr, "unit": rate}
                 else:
                     group["lr"] = self.lr * rate

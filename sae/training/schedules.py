@@ -9,7 +9,7 @@ from ..coders.sparse_coder import SparseCoder
 from ..config import TrainingConfig
 from ..flag_checks import refuse
 
-# Of each the most that was of use: docs/recipes.md.
+# What was measured is in docs/recipes.md; fewer rows are as good, and cost more on a GPU.
 _STEPS_PER_BATCH, _ROWS_PER_STEP = 16, 4096
 _LONGEST_SILENCE = 10_000_000
 

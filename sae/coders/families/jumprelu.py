@@ -49,7 +49,7 @@ class JumpReLU(Family):
 
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
         """Not asked for: `check` refuses Multi-TopK."""
-        raise NotImplementedError
+        raise AssertionError("a coder with --multi_topk cannot be of this kind")
 
     def shared_by_ranks(self, cfg: SparseCoderConfig, num_latents: int) -> tuple[int, str]:
         """Raise UsageError: how many latents of a row each rank would send is not known."""

@@ -124,14 +124,17 @@ def run(job: Job, work: Path) -> dict[str, Any]:
     folder = work / job.key.replace(" ", "_").replace(",", "")
     folder.mkdir(parents=True, exist_ok=True)
     if job.side.startswith("ours"):
-        train_ours(job, work, folder)
+        if not (folder / "run/summary.json").exists():
+            train_ours(job, work, folder)
         summary = json.loads((folder / "run/summary.json").read_text())
         seconds, tokens = summary["wall_seconds"], summary["tokens"]
         coders = str(Path(next(iter(summary["hookpoints"].values()))["path"]).parent)
     else:
         theirs = {"PYTHONPATH": str(work / "packages"), "SPARSIFY_DISABLE_TRITON": "1"}
         command = [sys.executable, __file__, "--job", json.dumps(asdict(job)), "--work", str(work)]
-        subprocess.run(command, check=True, env=os.environ | theirs | {"CUDA_VISIBLE_DEVICES": ""})
+        if not (folder / "seconds").exists():
+            environment = os.environ | theirs | {"CUDA_VISIBLE_DEVICES": ""}
+            subprocess.run(command, check=True, env=environment)
         seconds, tokens = float((folder / "seconds").read_text()), job.tokens // CTX * CTX
         coders = str(folder / "run")
     out = folder / "eval.json"
@@ -139,8 +142,11 @@ def run(job: Job, work: Path) -> dict[str, Any]:
     command += ["--dataset", str(work / "held.bin"), "--ctx_len", str(CTX)]
     subprocess.run([*command, "--tokens", str(HELD * CTX)], check=True, cwd=ROOT)
     found = json.loads(out.read_text())["coders"]
-    names = ("fvu", "dead_share", "ce_recovered")
-    figures = {h: {n: f[n] for n in names} for h, f in found.items()}
+    figures = {
+        h: {"fvu": f["fvu"], "dead_share": f["dead_share"], "l0": f["l0"]}
+        | {"ce_recovered": f["predictions"]["ce_recovered"]}
+        for h, f in found.items()
+    }
     return {**asdict(job), "seconds": seconds, "trained_on": tokens, "hookpoints": figures}
 
 

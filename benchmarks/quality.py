@@ -140,7 +140,8 @@ def run(job: Job, work: Path) -> dict[str, Any]:
     out = folder / "eval.json"
     command = [sys.executable, "-m", "sae", "evaluate", coders, "--model", LM, "--out", str(out)]
     command += ["--dataset", str(work / "held.bin"), "--ctx_len", str(CTX)]
-    subprocess.run([*command, "--tokens", str(HELD * CTX)], check=True, cwd=ROOT)
+    if not out.exists():
+        subprocess.run([*command, "--tokens", str(HELD * CTX)], check=True, cwd=ROOT)
     found = json.loads(out.read_text())["coders"]
     figures = {
         h: {"fvu": f["fvu"], "dead_share": f["dead_share"], "l0": f["l0"]}

@@ -53,7 +53,7 @@ from sae.training.bad_steps import BadSteps, Metrics, ask, bad_number
 from sae.training.end_to_end import EndToEnd
 from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
-from sae.training.losses import auxiliary_loss, divide_gradients_
+from sae.training.losses import auxiliary_loss, divide_gradients_, wake_dead_
 from sae.training.optim import CoderOptimizer
 from sae.training.schedules import Schedule, steps_per_batch
 from sae.training.start import first_moments
@@ -114,8 +114,7 @@ def train(
         rule = RowRule(cfg.model.exclude_tokens, cfg.model.exclude_positions)
         capture = Capture(lm, hookpoints, rule, cfg.coder.transcode, machine.kernels != "torch")
         capture = checked(capture, data.ctx_len)
-        about_lm = token_limits(lm), lm.name_or_path
-        tokens_of_lm = partial(load_tokens, data, cfg.model, *about_lm, dataset)
+        load = partial(load_tokens, data, cfg.model, token_limits(lm), lm.name_or_path, dataset)
     else:
         capture, widths = given, given.widths
 
@@ -128,7 +127,7 @@ def train(
         bank = CoderBank(here, cfg.coder, seeds, ranks.device, *how)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
-    source = given or ranks.main_first(tokens_of_lm)
+    source = given or ranks.main_first(load)
     held_out, trained_on = split_blocks(source, data, per_batch)
     order = source.order(trained_on, data.shuffle_seed)
     rows = per_batch * source.block_len
@@ -172,7 +171,7 @@ def train(
         bank.zero_grad(set_to_none=True)
         ranks.clear_traffic()
         k = {name: schedule.k(step, coder) for name, coder in bank.items()}
-        dead = dead_latents(firing) if training.auxk_alpha > 0 else dict.fromkeys(firing)
+        dead = dead_latents(firing) if training.revives else dict.fromkeys(firing)
         if end_to_end is not None:  # the LM's own loss, with reconstructions spliced in
             for tokens in islice(forwards, training.grad_acc_steps):
                 end_to_end.backward(tokens, sums, dead, k)
@@ -180,7 +179,7 @@ def train(
             sums.rows.update(counted)
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
             for hookpoint, (x, y) in each_once(pairs):  # what was used is freed
-                sums.add_targets(hookpoint, y)
+                sums.add_rows(hookpoint, x, y)
                 for name, coder in bank.at(hookpoint):
                     group = coder.family.group(training, len(y), sequences)
                     for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps, group):
@@ -201,6 +200,7 @@ def train(
             end_to_end.combine_gradients_(sums)
         for name, coder in bank.items():
             metrics |= sums.losses(name)
+            wake_dead_(coder, dead[name], sums.inputs(name), training.wake_alpha)
             metrics[f"grad_norm/{name}"] = divide_gradients_(coder, sums.variance(name))
         seen = {name: (sums.fired[name], rows[bank.hookpoint[name]]) for name in firing}
         metrics, dead_then = ask(metrics, firing, seen)  # the step's one question to the device

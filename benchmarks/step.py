@@ -95,7 +95,7 @@ class Step:
 
     def __call__(self) -> None:
         sums = StepSums(self.bank)
-        sums.add_targets(_NAME, self.rows)
+        sums.add_rows(_NAME, self.rows, self.rows)
         errors = self.coder.errors(self.rows, self.rows, self.dead)
         (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
         sums.add(_NAME, errors)

@@ -32,7 +32,7 @@ from sae.flag_checks import from_flags
 from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture
 from sae.lm.loading import find_hookpoints, load_lm, token_limits
-from sae.training.losses import auxiliary_loss, divide_gradients_
+from sae.training.losses import auxiliary_loss, divide_gradients_, wake_dead_
 from sae.training.optim import CoderOptimizer
 from sae.training.schedules import Schedule
 from sae.training.step_sums import StepSums
@@ -82,20 +82,22 @@ def trial(flags: dict[str, Any], train: Rows, held: Rows, rows: int = ROWS) -> d
         mine = batch[step % steps * rows :][:rows]
         y_rows = y[mine].float()
         x_rows = x[mine].float() if kind.transcode else y_rows
-        dead = dead_latents({"h": firing})["h"] if cfg.auxk_alpha else None
+        dead = dead_latents({"h": firing})["h"] if cfg.revives else None
         sums = StepSums(bank)
-        sums.add_targets("h", y_rows)
+        sums.add_rows("h", x_rows, y_rows)
         errors = coder.errors(x_rows, y_rows, dead, schedule.k(step, coder))
         (errors.squared_error + auxiliary_loss(errors, cfg.auxk_alpha)).backward()
         sums.add("h", errors)
+        wake_dead_(coder, dead, sums.inputs("h"), cfg.wake_alpha)
         divide_gradients_(coder, sums.variance("h"))
         optimizer.step(step)
         firing.add_step_(sums.fired["h"], rows)
     seconds, sums = time.monotonic() - started, StepSums(bank)
     with torch.no_grad(), optimizer.trained():
         for x_rows, y_rows in zip(held[0].split(8192), held[1].split(8192), strict=True):
-            sums.add_targets("h", y_rows)
-            sums.add("h", coder.errors(x_rows if kind.transcode else y_rows, y_rows))
+            x_rows = x_rows if kind.transcode else y_rows
+            sums.add_rows("h", x_rows, y_rows)
+            sums.add("h", coder.errors(x_rows, y_rows))
     never = float((sums.fired["h"] == 0).double().mean())
     fvu = float(sums.losses("h")["fvu/h"])
     return {"flags": flags, "rows": rows, "steps": total, "fvu": fvu, "never": never, "s": seconds}

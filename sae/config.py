@@ -257,7 +257,9 @@ class TrainingConfig:
     """Optimizer steps over which k falls to its value, from 10 times the input width."""
     auxk_alpha: Annotated[float, AtLeast(0)] = 1.0
     """Weight of the AuxK loss, which revives dead latents; Gao et al. use 1/32."""
-    dead_feature_threshold: Annotated[float, AtLeast(0)] = 0.02
+    wake_alpha: Annotated[float, AtLeast(0)] = 1.0
+    """Weight of the loss that raises pre-activations of dead latents; Gao et al. have none."""
+    dead_feature_threshold: Annotated[float, AtLeast(0)] = 0.005
     """Tokens without firing after which a latent counts as dead; up to 1: a share of the run's, but
     at most 10 million."""
     batch_size: Annotated[int, AtLeast(1), MAY_CHANGE] = 32
@@ -278,6 +280,11 @@ class TrainingConfig:
     def uses_lm_loss(self) -> bool:
         """Whether the loss is that of the LM's predictions."""
         return self.loss_fn != "fvu"
+
+    @property
+    def revives(self) -> bool:
+        """Whether dead latents are looked for."""
+        return self.auxk_alpha > 0 or self.wake_alpha > 0
 
     def __post_init__(self) -> None:
         check_values(self)

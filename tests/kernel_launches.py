@@ -155,7 +155,7 @@ def _step(
         CoderOptimizer(coder, Schedule(TrainingConfig(optimizer=name), 10, 1)),
         StepSums(bank),
     )
-    sums.add_targets("h", x)
+    sums.add_rows("h", x, x)
     errors = coder.errors(x, x, dead if with_dead else None, k)
     (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
     sums.add("h", errors)

@@ -107,6 +107,11 @@ class ShardedCoder(SparseCoder):
         latents = self.piece.parts["encoder.weight"].indices
         self.kernels = ShardedKernels(kernels, self.group, latents.start, self.num_latents)
 
+    def held_latents(self, numbers: Tensor) -> Tensor:
+        """Of the latents with these numbers those of this rank, numbered from its first."""
+        assert isinstance(self.kernels, ShardedKernels)
+        return self.kernels.dead_here(numbers, len(self.encoder.bias))
+
     def errors(
         self,
         x: Tensor,

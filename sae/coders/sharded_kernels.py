@@ -93,7 +93,7 @@ class ShardedKernels(Kernels):
         k_dead: int,
     ) -> tuple[Latents, Latents]:
         """Twin of `functional.encode_with_dead`; `dead` is in ascending order."""
-        mine = self._dead_here(dead, len(W_enc))
+        mine = self.dead_here(dead, len(W_enc))
         x, pre_bias = copied(self.group, x, pre_bias)
         here = self._candidates(k, activation, W_enc)
         arguments = (x, W_enc, b_enc, here, activation, pre_bias, matmul_dtype)
@@ -105,7 +105,7 @@ class ShardedKernels(Kernels):
             found, of_dead = super().encode_with_dead(*arguments, mine, min(k_dead, len(mine)))
         return self._best(found, k), self._best(of_dead, k_dead)
 
-    def _dead_here(self, dead: Tensor, held: int) -> Tensor:
+    def dead_here(self, dead: Tensor, held: int) -> Tensor:
         """Of the dead latents those held here, numbered from the first that is."""
         # The host asks the device once per step, whose forwards share one tensor.
         if self._known_dead is None or self._known_dead[0] is not dead:

@@ -300,6 +300,10 @@ class SparseCoder(nn.Module):
             return
         self.kernels.normalize_rows_(self.W_dec)
 
+    def held_latents(self, numbers: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
+        """Of the latents with these numbers those whose encoder rows are here, as rows of them."""
+        return numbers
+
     def whole(self, sae_out: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """What `errors` returned as `sae_out`, with all columns."""
         return sae_out

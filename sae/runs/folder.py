@@ -131,9 +131,10 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
 
 def _before(recorded: dict[str, Any]) -> dict[str, Any]:
     """What flags mean that are newer than a run, where it was not their default that was done."""
+    found: dict[str, Any] = {"wake_alpha": 0.0}
     if "lr_warmup_steps" not in recorded:
-        return {}
-    found: dict[str, Any] = {"lr_warmup": recorded.pop("lr_warmup_steps"), "lr_decay": 1.0}
+        return found
+    found |= {"lr_warmup": recorded.pop("lr_warmup_steps"), "lr_decay": 1.0}
     found |= {"steps_per_batch": 1, "encoder_lr": 1.0, "rms_units": False}
     found |= {"adam_beta1": 0.9, "adam_beta2": 0.999}
     by_rule = {"adam": "2e-4 / sqrt(latents / 2^14)", "muon": 2e-3}

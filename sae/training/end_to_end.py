@@ -56,7 +56,9 @@ class EndToEnd:
             errors = coder.errors(x, target, dead[name], k[name])
             sums.add(name, errors)
             if y is not None:
-                sums.add_targets(self.bank.hookpoint[name], y.detach())
+                y = y.detach()
+                x = x.detach() if coder.cfg.transcode else y
+                sums.add_rows(self.bank.hookpoint[name], x, y)
             if self.has_auxiliary_losses:
                 loss = auxiliary_loss(errors, self.cfg.auxk_alpha)
                 if loss.requires_grad:

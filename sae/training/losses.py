@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..coders.functional import Moments
 from ..coders.sparse_coder import CoderErrors, SparseCoder
 
 
@@ -12,6 +13,33 @@ def auxiliary_loss(errors: CoderErrors, auxk_alpha: float) -> Tensor:
     Source: Gao et al., appendix A.2 (AuxK) and section 5.3 (Multi-TopK).
     """
     return auxk_alpha * errors.auxk_error + errors.multi_topk_error / 8
+
+
+@torch.no_grad()
+def wake_dead_(
+    coder: SparseCoder, dead: Tensor | None, x: Moments | None, wake_alpha: float
+) -> None:
+    """Add to the summed gradients those of a term that raises pre_acts of `dead` latents.
+
+        -wake_alpha (k / L) unit(b_enc) sum over the step's rows and dead latents of pre_acts
+
+    AuxK gives a latent no gradient where its pre_act is negative, so one that is negative on all
+    rows would be dead for ever. A transcoder, whose inputs are not centred, has many of these. The
+    term is as large as what a latent gets that fires on k / L of the rows. It is linear, so its
+    gradient needs the sum of the rows alone: `x` are their moments, over all ranks.
+
+    After: Anthropic, "Circuits Updates - January 2025", a loss on pre-activations of dead latents.
+    """
+    encoder = coder.encoder
+    if dead is None or x is None or wake_alpha == 0 or encoder.weight.grad is None:
+        return
+    assert encoder.bias.grad is not None, "both have a gradient or none has"
+    size = wake_alpha * coder.cfg.k / coder.num_latents * coder.unit("encoder.bias")
+    read = x.total if coder.pre_bias is None else x.total - x.count * coder.pre_bias
+    here = coder.held_latents(dead)
+    rows = (-size * read).to(coder.dtype).expand(len(here), -1)
+    encoder.weight.grad.index_add_(0, here, rows)
+    encoder.bias.grad.index_add_(0, here, (-size * x.count).to(coder.dtype).expand(len(here)))
 
 
 @torch.no_grad()

@@ -41,11 +41,14 @@ class StepSums:
         """What coders learn their thresholds from."""
         self._hookpoint = bank.hookpoint
         self._moments: dict[str, Moments] = {}
+        self._inputs: dict[str, Moments] = {}
         self._errors = {name: torch.zeros(3, device=device) for name in coders}
 
-    def add_targets(self, hookpoint: str, y: Tensor) -> None:
-        """Count the target rows of a hookpoint."""
+    def add_rows(self, hookpoint: str, x: Tensor, y: Tensor) -> None:
+        """Count the rows of a hookpoint, inputs and targets; of an SAE they are one tensor."""
         accumulate(self._moments, hookpoint, y)
+        if x is not y:
+            accumulate(self._inputs, hookpoint, x)
 
     def add(self, name: str, errors: CoderErrors) -> None:
         """Count the errors of a coder, and what fired."""
@@ -58,7 +61,7 @@ class StepSums:
 
     def tensors(self) -> list[Tensor]:
         """Everything that sums over ranks."""
-        moments = [t for seen in self._moments.values() for t in seen]
+        moments = [t for m in (self._moments, self._inputs) for seen in m.values() for t in seen]
         apart = [t for tensors in self.gradients_apart.values() for t in tensors]
         lm_loss = [] if self.lm_loss is None else [self.lm_loss]
         found = [*moments, *self._errors.values(), *self.fired.values()]
@@ -69,6 +72,11 @@ class StepSums:
         assert self.lm_loss is not None, "this is end-to-end training"
         loss, positions = self.lm_loss
         return loss / positions
+
+    def inputs(self, name: str) -> Moments | None:
+        """Moments of what a coder read; None where its rows were not seen."""
+        hookpoint = self._hookpoint[name]
+        return self._inputs.get(hookpoint, self._moments.get(hookpoint))
 
     def variance(self, name: str) -> Tensor:
         """sum ||y - y_mean||^2 over the targets of a coder; 1 where its targets were not seen."""

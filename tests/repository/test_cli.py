@@ -48,7 +48,7 @@ def test_flags_of_the_reference_work_verbatim() -> None:
         **{"model": "HuggingFaceTB/SmolLM2-135M", "dataset": "EleutherAI/SmolLM2-135M-10B"},
         **{"expansion_factor": 32, "k": 32, "optimizer": "adam", "loss_fn": "fvu"},
         **{"ctx_len": 2048, "batch_size": 32, "save_every": 1000, "auxk_alpha": 1.0},
-        **{"dead_feature_threshold": 0.02, "shuffle_seed": 42, "init_seeds": (0,)},
+        **{"dead_feature_threshold": 0.005, "shuffle_seed": 42, "init_seeds": (0,)},
     }
     assert {name: default[name] for name in expected} == expected
 

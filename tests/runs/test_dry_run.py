@@ -30,7 +30,7 @@ def planned(
     monkeypatch.setenv("WORLD_SIZE", "4")
     given = {"model": model, "dataset": "none", "num_latents": L, "k": 8, "batch_size": 1}
     given |= {"ctx_len": 16, "layers": (0, 1), "distribute_modules": True}
-    given |= {"optimizer": "signum", "auxk_alpha": 0.0}
+    given |= {"optimizer": "signum", "auxk_alpha": 0.0, "wake_alpha": 0.0}
     dry_run.show_plan(from_flags(TrainConfig, {**given, **flags}))
     return capsys.readouterr().out.splitlines()
 

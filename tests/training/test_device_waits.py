@@ -70,7 +70,7 @@ def test_a_step_of_a_coder_never_asks_the_device() -> None:
     x, dead = torch.randn(40, 12), torch.arange(0, 64, 3)
     with Questions() as questions:
         sums = StepSums(bank)
-        sums.add_targets("h", x)
+        sums.add_rows("h", x, x)
         errors = coder.errors(x, x, dead)
         (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
         sums.add("h", errors)

@@ -46,7 +46,13 @@ def test_every_coder_parameter_learns_from_the_lms_own_loss(
     flags = {
         **{"loss_fn": loss_fn, "hookpoints": hookpoints, "transcode": transcode},
         **{"skip_connection": transcode, "lr": 3e-3, "lr_decay": 1.0, "encoder_lr": 1.0},
-        **{"adam_beta1": 0.9, "adam_beta2": 0.999, "rms_units": False, "auxk_alpha": 0.0},
+        **{
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.999,
+            "rms_units": False,
+            "auxk_alpha": 0.0,
+            "wake_alpha": 0.0,
+        },
     }
     before = {n: p.clone() for n, p in causal_lm.named_parameters()}
     if loss_fn == "ce":  # something to learn: which tokens there are at all

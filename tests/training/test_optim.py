@@ -8,7 +8,8 @@ import torch
 from training_runs import coder_optimizer
 
 from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
-from sae.training.losses import divide_gradients_
+from sae.coders.functional import Moments, Scale
+from sae.training.losses import divide_gradients_, wake_dead_
 from sae.training.optim import CoderOptimizer, ScheduleFreeSignum
 from sae.training.schedules import Schedule
 
@@ -96,6 +97,34 @@ def test_gradients_are_divided_and_lose_the_part_along_unit_rows(normalize: bool
     torch.testing.assert_close(grads["W_dec"], (raw["W_dec"] - along) / 4)
     square = sum(g.square().sum() for g in grads.values())  # type: ignore[union-attr]
     torch.testing.assert_close(norm, torch.as_tensor(square).sqrt())
+
+
+@pytest.mark.parametrize("transcode", [False, True])
+def test_dead_latents_get_the_gradient_of_their_pre_activations(transcode: bool) -> None:
+    """wake_dead_ adds what autograd finds for -wake_alpha (k / L) rms(y) sum of pre_acts.
+
+    The rows may come in pieces; a coder that has not read any is left alone.
+    """
+    cfg = (TranscoderConfig if transcode else SaeConfig)(num_latents=20, k=3)
+    coder = SparseCoder(6, cfg).requires_grad_(True)
+    with torch.no_grad():
+        coder.b_dec.normal_()
+    coder.scale = Scale(0.5, 4.0)
+    rows, dead = torch.randn(30, 6) + 2, torch.tensor([2, 3, 19])
+    W, b = (
+        p.detach().double().requires_grad_() for p in (coder.encoder.weight, coder.encoder.bias)
+    )
+    read = rows.double() - (0 if transcode else coder.b_dec.detach().double())
+    term = -0.7 * 3 / 20 * 4.0 * (read @ W[dead].T + b[dead]).sum()
+    expected = torch.autograd.grad(term, [W, b])
+    start = [torch.randn(20, 6), torch.randn(20)]
+    coder.encoder.weight.grad, coder.encoder.bias.grad = (t.clone() for t in start)
+    wake_dead_(coder, None, Moments.of(rows), 0.7)
+    wake_dead_(coder, dead, None, 0.7)
+    wake_dead_(coder, dead, Moments.of(rows[:11]) + Moments.of(rows[11:]), 0.7)
+    for p, before, more in zip(coder.encoder.parameters(), start, expected, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, before + more.float())
 
 
 def test_a_warm_up_that_the_run_does_not_outlast_is_refused() -> None:

@@ -35,13 +35,31 @@ def test_losses_are_sums_over_the_variance_of_all_rows(bank: CoderBank) -> None:
     sums, y = StepSums(bank), torch.randn(10, 3) + 5
     assert sums.losses("h.seed0") == {} and sums.variance("h.seed0") == 1
     for piece, scale in zip(y.split(7), (1, 2), strict=True):
-        sums.add_targets("h", piece)
+        sums.add_rows("h", piece, piece)
         sums.add("h.seed0", errors([[1.0]], [[0]], 2.0 * scale, 4.0 * scale, 8.0 * scale))
     variance = float((y - y.mean(0)).double().square().sum())
     assert float(sums.variance("h.seed0")) == pytest.approx(variance, rel=1e-6)
     found = {name: float(value) for name, value in sums.losses("h.seed0").items()}
+    inputs = sums.inputs("h.seed0")
+    assert inputs is not None
+    torch.testing.assert_close(inputs.total, y.sum(0).double())
     expected = {"fvu": 6, "auxk": 12, "multi_topk_fvu": 24}
     assert found == {
         f"{name}/h.seed0": pytest.approx(total / variance, rel=1e-6)
         for name, total in expected.items()
     }
+
+
+def test_what_a_transcoder_reads_is_counted_beside_what_it_predicts(bank: CoderBank) -> None:
+    """Inputs have moments of their own, which sum over ranks with the rest; before rows come, none."""
+    sums, x, y = StepSums(bank), torch.randn(10, 5) + 3, torch.randn(10, 3)
+    assert sums.inputs("h.seed0") is None
+    for part_x, part_y in zip(x.split(7), y.split(7), strict=True):
+        sums.add_rows("h", part_x, part_y)
+    for tensor in sums.tensors():
+        tensor *= 2  # two ranks with the same rows
+    inputs = sums.inputs("h.seed0")
+    assert inputs is not None and inputs.count == 20
+    torch.testing.assert_close(inputs.total, 2 * x.sum(0).double())
+    variance = 2 * (y - y.mean(0)).double().square().sum()
+    torch.testing.assert_close(sums.variance("h.seed0"), variance, rtol=1e-6, atol=0)

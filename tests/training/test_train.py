@@ -178,13 +178,17 @@ def test_every_optimizer_lowers_the_held_out_fvu(
             assert fvu < 0.9 * untrained["hookpoints"]["layers.1"]["fvu"], name
 
 
-def test_auxk_revives_dead_latents(lm: PreTrainedModel, tokens: Tensor, settings: Settings) -> None:
-    """With AuxK fewer latents are dead at the end than without."""
+@pytest.mark.parametrize("loss", ["auxk_alpha", "wake_alpha"])
+def test_dead_latents_are_revived(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, loss: str
+) -> None:
+    """By either of the two losses for them fewer latents are dead at the end than by none."""
     flags = {"dead_feature_threshold": 400, "layers": (1,), "encoder_lr": 1.0, "lr": 0.02}
     flags |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "lr_decay": 1.0, "rms_units": False}
-    shares = []
+    shares, none = [], {"auxk_alpha": 0.0, "wake_alpha": 0.0}
     for alpha in (0.0, 1.0):
-        summary = run(lm, tokens, settings, run_name=f"a{alpha}", auxk_alpha=alpha, **flags)
+        flags |= none | {loss: alpha}
+        summary = run(lm, tokens, settings, run_name=f"a{alpha}", **flags)
         shares.append(summary["hookpoints"]["layers.1"]["dead_share"])
     assert shares[1] < shares[0]
 

@@ -232,7 +232,7 @@ def make(folder: Path) -> Runs:
     four = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("four ")}
     four["four dealt and shared"] = DEALINGS["four dealt and shared"]
     four["idle"] = "--batch_size 3 --distribute_modules --layer_to_rank layers.0=3 layers.1=3"
-    four["sparse"] = f"--batch_size 3 {WIDE} 4 --auxk_alpha 0 --no-multi_topk"
+    four["sparse"] = f"--batch_size 3 {WIDE} 4 --auxk_alpha 0 --wake_alpha 0 --no-multi_topk"
     four["too few groups"] = "--batch_size 3 --distribute_modules --activation groupmax --k 2 "
     four["too few groups"] += "--layer_to_rank layers.0=0-2"
     made.launch(None, 4, {**four, **shared[4]}, {})

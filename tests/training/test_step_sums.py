@@ -51,7 +51,7 @@ def test_losses_are_sums_over_the_variance_of_all_rows(bank: CoderBank) -> None:
 
 
 def test_what_a_transcoder_reads_is_counted_beside_what_it_predicts(bank: CoderBank) -> None:
-    """Inputs have moments of their own, which sum over ranks with the rest; before rows come, none."""
+    """Inputs have moments of their own, which sum over ranks; before rows come there are none."""
     sums, x, y = StepSums(bank), torch.randn(10, 5) + 3, torch.randn(10, 3)
     assert sums.inputs("h.seed0") is None
     for part_x, part_y in zip(x.split(7), y.split(7), strict=True):

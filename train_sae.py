@@ -144,7 +144,7 @@ def train(
     # For each coder an optimizer and a record of what fires.
     optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}
     silence = schedule.dead_threshold
-    firing = {n: FiringRecord(c.num_latents, silence, c.device) for n, c in bank.items()}
+    firing = {n: FiringRecord(c.num_latents, silence(c), c.device) for n, c in bank.items()}
     state = TrainingState(exchange, bank, optimizers, firing)
     evaluate = partial(held_out_figures, capture, state, source, held_out)
     rehearse_end(folder, capture, state, source, held_out)

@@ -71,7 +71,7 @@ def trial(flags: dict[str, Any], train: Rows, held: Rows, rows: int = ROWS) -> d
     moments = [{"h": Moments.of(tensor[first].float())} for tensor in (x, y)]
     bank.center_(*moments, cfg.rms_units)
     optimizer = CoderOptimizer(coder, schedule)
-    firing = FiringRecord(coder.num_latents, schedule.dead_threshold)
+    firing = FiringRecord(coder.num_latents, schedule.dead_threshold(coder))
     generator, steps = torch.Generator().manual_seed(0), cfg.steps_per_batch or 1
     batch, started = torch.empty(0, dtype=torch.int64), time.monotonic()
     for step in range(total):

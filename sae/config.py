@@ -260,8 +260,8 @@ class TrainingConfig:
     wake_alpha: Annotated[float, AtLeast(0)] = 1.0
     """Weight of the loss that raises pre-activations of dead latents; Gao et al. have none."""
     dead_feature_threshold: Annotated[float, AtLeast(0)] = 0.005
-    """Tokens without firing after which a latent counts as dead; up to 1: a share of the run's, but
-    at most 10 million."""
+    """Tokens without firing after which a latent counts as dead; up to 1: a share of the run's, of
+    150 latents / k to 10 million."""
     batch_size: Annotated[int, AtLeast(1), MAY_CHANGE] = 32
     """Sequences per rank and LM forward."""
     grad_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1

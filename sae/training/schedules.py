@@ -11,7 +11,7 @@ from ..flag_checks import refuse
 
 # What was measured is in docs/recipes.md; fewer rows are as good, and cost more on a GPU.
 _STEPS_PER_BATCH, _ROWS_PER_STEP = 16, 4096
-_LONGEST_SILENCE = 10_000_000
+_SHORTEST_SILENCE, _LONGEST_SILENCE = 150, 10_000_000  # in L / k tokens, in tokens
 
 
 def steps_per_batch(cfg: Any, rows: int) -> int:
@@ -100,13 +100,18 @@ class Schedule:
         start, progress = max(k, min(coder.num_latents, 10 * coder.d_in)), step / steps
         return round(start * (1 - progress) + k * progress)
 
-    @property
-    def dead_threshold(self) -> int:
-        """Tokens of silence after which a latent is dead."""
+    def dead_threshold(self, coder: SparseCoder) -> int:
+        """Tokens of silence after which a latent is dead.
+
+        A share of the run's, but no fewer than 150 L / k: a latent fires once in L / k tokens on
+        average, and where many that merely fire rarely are revived, they crowd out the others.
+        """
         amount = self.cfg.dead_feature_threshold
         if amount > 1:
             return round(amount)
-        return max(1, round(min(amount * self.total_steps * self.rows, _LONGEST_SILENCE)))
+        shortest = _SHORTEST_SILENCE * coder.num_latents / coder.cfg.k if amount else 1
+        share = max(amount * self.total_steps * self.rows, shortest)
+        return round(min(share, _LONGEST_SILENCE))
 
 
 def _steps(amount: float, total: int) -> int:

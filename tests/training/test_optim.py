@@ -166,3 +166,14 @@ def test_optimizer_state_survives_a_round_trip(name: str) -> None:
     go(second, b, range(5, 10))
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_the_silence_of_a_dead_latent_is_a_share_of_the_run_within_bounds() -> None:
+    """150 L / k tokens at least, in which a latent fires 150 times on average, and 10 million."""
+    coder = SparseCoder(6, SaeConfig(num_latents=3072, k=32))
+    for steps, tokens in {700: 14_400, 7000: 0.005 * 7000 * 4096, 10**6: 10_000_000}.items():
+        assert Schedule(TrainingConfig(), steps, 4096).dead_threshold(coder) == tokens
+    given = TrainingConfig(dead_feature_threshold=200)
+    assert Schedule(given, 700, 4096).dead_threshold(coder) == 200
+    wider = SparseCoder(6, SaeConfig(num_latents=6144, k=32))
+    assert Schedule(TrainingConfig(), 700, 4096).dead_threshold(wider) == 2 * 14_400

@@ -124,7 +124,8 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
         found = coders[name].tensors
         tensors = {"W_enc": found["encoder.weight"], "b_enc": found["encoder.bias"]}
         tensors |= {"W_dec": found["W_dec"], "b_dec": found["b_dec"]}
-        tensors[_THRESHOLD] = found["threshold"].to(found["W_dec"].dtype)
+        # It lets negative latents through where a threshold does: here none is active.
+        tensors[_THRESHOLD] = found["threshold"].clamp(min=0)
         if coders[name].cfg.skip_connection:
             tensors["W_skip"] = found["W_skip"]
         about = {"hookpoint": origin.hookpoint(name), "l0": str(coders[name].cfg.k)}

@@ -17,6 +17,7 @@ from ..flag_checks import UsageError
 from .coder_file import (
     CoderFile,
     NeedsThreshold,
+    at_least_float32,
     check_floats,
     check_shapes,
     coder_file,
@@ -61,7 +62,8 @@ def _place(cfg: dict[str, Any]) -> tuple[str | None, bool]:
         transcode = said
     if isinstance(ours := about.get("hookpoint"), str):
         return ours, transcode
-    return None if transcode else our_name(*names, about.get("model_name")), transcode
+    head = about.get("hook_head_index")
+    return None if transcode else our_name(*names, about.get("model_name"), head), transcode
 
 
 def read(path: Path) -> CoderFile:
@@ -83,7 +85,10 @@ def read(path: Path) -> CoderFile:
         check_floats(stored.path, found)
     _fold_scaling_(file, cfg, found)
     W_enc, b_enc, threshold = found["W_enc"].T, found.get("b_enc"), found.get("threshold")
-    W_dec, k = found["W_dec"], mean_l0(cfg["metadata"].get("l0"))
+    about = cfg["metadata"]
+    details = about.get("training_architecture_details")
+    said = details.get("k") if isinstance(details, dict) else None
+    W_dec, k = found["W_dec"], mean_l0(about.get("l0") or said)
     if kind == "gated":
         W_enc, b_enc, threshold = _without_gate(W_enc, found)
     assert b_enc is not None
@@ -98,11 +103,18 @@ def read(path: Path) -> CoderFile:
         *(W_enc, b_enc, W_dec, found["b_dec"]),
         k=k,
         threshold=threshold,
+        one_level=_is_batchtopk(cfg, threshold),
         centred=kind in _SAES and bool(cfg.get("apply_b_dec_to_input", True)),
         transcode=transcode,
         W_skip=found.get("W_skip"),
         hookpoint=hookpoint,
     )
+
+
+def _is_batchtopk(cfg: dict[str, Any], threshold: Tensor | None) -> bool:
+    """Whether one threshold is what BatchTopK training found."""
+    trained = str(cfg["metadata"].get("training_architecture")).endswith("batchtopk")
+    return trained and threshold is not None and bool((threshold == threshold[0]).all())
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -168,6 +180,8 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     cfg, found, hookpoint = coder.cfg, coder.tensors, origin.hookpoint(name)
     if why := _needs_threshold(coder):
         raise NeedsThreshold(f"{name}: {why}")
+    if cfg.has_threshold:  # in fewer bits it would be another one
+        found = at_least_float32(found)
     unit, bias = has_unit_rows(found["W_dec"]), found["encoder.bias"]
     kind, apply_b_dec = "topk", not cfg.transcode
     if cfg.has_threshold and not cfg.transcode and not cfg.skip_connection:
@@ -192,7 +206,8 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     values: dict[str, Any] = {"architecture": kind, "d_in": coder.d_in}
     values |= {"d_sae": len(bias), "dtype": str(bias.dtype).removeprefix("torch.")}
     values |= {"device": "cpu", "apply_b_dec_to_input": apply_b_dec}
-    values |= {"normalize_activations": "none", "reshape_activations": "none"}
+    z = str(about.get("hook_name")).endswith("hook_z") and "hook_head_index" not in about
+    values |= {"normalize_activations": "none", "reshape_activations": "hook_z" if z else "none"}
     if kind == "topk":
         values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": unit}
         if not unit:
@@ -234,9 +249,10 @@ def _metadata(name: str, coder: CoderFile, origin: Origin) -> dict[str, Any]:
         about |= {"hook_name": ins, "hook_name_out": outs["hook_name"]}
         about |= {"hf_hook_name_out": outs["hf_hook_name"]}
     else:
-        about |= outs
+        about |= outs if there.head is None else {**outs, "hook_head_index": there.head}
     about |= {"hookpoint": hookpoint, "transcode": coder.cfg.transcode}
     about |= {"dataset_path": origin.dataset, "context_size": origin.ctx_len}
     about |= {"prepend_bos": origin.begins_with_bos, "training_tokens": origin.tokens}
+    about |= {"exclude_special_tokens": origin.excluded, "neuronpedia_id": None}
     about |= {"training_architecture": coder.cfg.activation, "l0": coder.cfg.k}
     return {**about, **origin.figures.get(name, {})}

@@ -39,7 +39,7 @@ from .pieces import Stored
 GEMMA_1, GEMMA_2 = "params.npz", "config.json, params.safetensors"
 LLAMA, QWEN = "hyperparams.json, checkpoints/final.safetensors", "layer0.sae.pt"
 
-_SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": None, "transcoders": None}
+_SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 
 
 def is_gemma_1(path: Path) -> bool:
@@ -50,7 +50,7 @@ def is_gemma_1(path: Path) -> bool:
 def hookpoint_of_gemma_1(path: Path) -> str | None:
     """Where a coder reads, as far as the names of its repository and folders say it."""
     site, layer = _site_of_gemma_1(path)
-    hook = None if site is None or layer is None else _SITES[site]
+    hook = None if site is None or layer is None else _SITES.get(site)
     return our_name(f"blocks.{layer}.{hook}", None, "gemma-2") if hook else None
 
 

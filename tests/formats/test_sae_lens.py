@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from command_runs import call
+from natsort import natsorted
 from other_programs import (
     JUMPRELU,
     KINDS,
@@ -28,7 +29,7 @@ def exported(
     """Coders in SAELens' files, by the command."""
     run, out = save_run(tmp_path / "run", coders), tmp_path / "out"
     if model:
-        flags = {"model": model, "dataset": "some/text", "ctx_len": 64}
+        flags = {"model": model, "dataset": "some/text", "ctx_len": 64, "exclude_tokens": [5]}
         (run / "run.json").write_text(json.dumps(flags))
     assert call(monkeypatch, "export", str(run), "--to", "sae_lens", "--out", str(out)) == 0
     return out
@@ -67,7 +68,8 @@ def test_metadata_has_the_names_of_transformer_lens(
     """Hook names, model and data of the run stand in `metadata`; what has no clear name is said."""
     sae, transcoder = random_coder(KINDS["sae"]), random_coder(KINDS["transcoder"])
     coders = {"layers.3": sae, "layers.4.mlp": sae, "layers.1.mlp": transcoder}
-    coders |= {"layers.2.mlp.act": sae}
+    coders |= {"layers.2.mlp.act": sae, "layers.2.attention.dense:input": sae}
+    coders |= {"layers.0.attention.dense:input:head1": sae}
     out = exported(tmp_path, monkeypatch, coders, model="demo/lm")
     about = {name: parts(out / name)[0]["metadata"] for name in coders}
     names = ("hook_name", "hf_hook_name", "hook_name_out", "hf_hook_name_out")
@@ -79,8 +81,18 @@ def test_metadata_has_the_names_of_transformer_lens(
             *("blocks.1.mlp.hook_in", None, "blocks.1.hook_mlp_out", "gpt_neox.layers.1.mlp")
         ],
         "layers.2.mlp.act": [None, "gpt_neox.layers.2.mlp.act", None, None],
+        "layers.2.attention.dense:input": ["blocks.2.attn.hook_z", None, None, None],
+        "layers.0.attention.dense:input:head1": ["blocks.0.attn.hook_z", None, None, None],
     }
+    heads = {name: about[name].get("hook_head_index") for name in coders}
+    assert [n for n in heads if heads[n] is not None] == ["layers.0.attention.dense:input:head1"]
+    assert heads["layers.0.attention.dense:input:head1"] == 1
+    # TransformerLens keeps heads apart, and SAELens joins them for all heads' coder alone.
+    shaped = [n for n in coders if parts(out / n)[0]["reshape_activations"] == "hook_z"]
+    assert shaped == ["layers.2.attention.dense:input"]
+    assert list(load_many(out)) == natsorted(coders)
     said = {"model_name": "demo/lm", "dataset_path": "some/text", "context_size": 64}
+    said |= {"prepend_bos": False, "exclude_special_tokens": [5], "neuronpedia_id": None}
     said |= {"training_architecture": "topk", "l0": 3, "model_class_name": "AutoModelForCausalLM"}
     assert {name: about["layers.3"][name] for name in said} == said
     assert "note   layers.2.mlp.act: layers.2.mlp.act has no name" in capsys.readouterr().out
@@ -116,6 +128,24 @@ def test_thresholds_are_the_same_function_there(
     if kind == "skip sae":  # its bias was folded and unfolded
         return assert_same_function(back, sae_lens(cfg, tensors))
     return assert_same_coder(coder, back)
+
+
+def test_batchtopk_is_exact_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In use it is a JumpReLU of one threshold; what it was trained as stands in the metadata."""
+    coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"))
+    coder.threshold.fill_(0.7)
+    out = exported(tmp_path, monkeypatch, {"layers.3": coder})
+    cfg, tensors = parts(out / "layers.3")
+    assert cfg["architecture"] == "jumprelu"
+    assert_same_function(coder, sae_lens(cfg, tensors))
+    assert_same_coder(coder, load_many(out)["layers.3"])
+    # As SAELens itself writes it.
+    about = {"training_architecture": "batchtopk", "training_architecture_details": {"k": 7}}
+    _, theirs = write(tmp_path / "theirs/c", "jumprelu", metadata=about)
+    level = {**theirs, "threshold": torch.full((24,), 0.25)}
+    save_file(level, tmp_path / "theirs/c/sae_weights.safetensors")
+    found = SparseCoder.load_from_disk(tmp_path / "theirs/c").cfg
+    assert (found.activation, found.k) == ("batchtopk", 7)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +274,18 @@ NAMES = {
     "attention": (
         {"hook_name": "blocks.2.hook_attn_out", "model_name": "EleutherAI/pythia-70m"},
         "layers.2.attention",
+    ),
+    "heads": (
+        {"hook_name": "blocks.2.attn.hook_z", "model_name": "gpt2-small", "hook_head_index": None},
+        "h.2.attn.c_proj:input",
+    ),
+    "one head": (
+        {"hook_name": "blocks.2.attn.hook_z", "model_name": "qwen2-0.5b", "hook_head_index": 3},
+        "layers.2.self_attn.o_proj:input:head3",
+    ),
+    "a head of queries": (
+        {"hook_name": "blocks.2.attn.hook_q", "model_name": "gpt2-small", "hook_head_index": 3},
+        "c",
     ),
     "unknown model": ({"hook_name": "blocks.2.hook_attn_out", "model_name": "mamba"}, "c"),
     "embeddings": ({"hook_name": "blocks.0.hook_resid_pre", "model_name": "gpt2"}, "c"),

@@ -39,6 +39,7 @@ def jumprelu(t: dict[str, Tensor], skip: Tensor | None = None) -> Any:
     [
         ("models--google--gemma-scope-2b-pt-res", "layers.12", False),
         ("gemma-scope-2b-pt-mlp", "layers.12.post_feedforward_layernorm", False),
+        ("gemma-scope-2b-pt-att", "layers.12.self_attn.o_proj:input", False),
         ("gemma-scope-2b-pt-transcoders", "layer_12.width_16k.average_l0_82", True),
         ("mine", "layer_12.width_16k.average_l0_82", False),
     ],

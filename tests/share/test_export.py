@@ -1,6 +1,7 @@
 """Coders that went through another program's files are judged as before."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 from command_runs import call
 from other_programs import KINDS, random_coder
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from sae import TranscoderConfig, load_many
+from sae.share.origins import origin_of
 
 LM = str(Path(__file__).parents[2] / "demo/lm")
 
@@ -86,3 +90,22 @@ def test_thresholds_are_made_where_a_program_has_no_k(
     theirs = load_many(tmp_path / "set")
     assert list(theirs) == [f"layers.{i}.mlp" for i in range(6)]
     assert torch.equal(theirs["layers.3.mlp"].threshold, load_many(out)["layers.3.mlp"].threshold)
+
+
+def test_what_begins_every_sequence_is_known(tmp_path: Path) -> None:
+    """True where a tokenizer puts BOS first; not where documents begin so, unknown of ids."""
+    lm = tmp_path / "lm"
+    lm.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(Path(LM) / name, lm / name)
+    tokenizer = Tokenizer.from_file(str(Path(LM) / "tokenizer.json"))
+    bos = tokenizer.token_to_id("<|endoftext|>")
+    template = {"single": "<|endoftext|> $A", "special_tokens": [("<|endoftext|>", bos)]}
+    tokenizer.post_processor = TemplateProcessing(**template)
+    tokenizer.save(str(lm / "tokenizer.json"))
+    cases = [({}, True), ({"bos_per_document": True}, False), ({"model": LM}, False)]
+    cases += [({"dataset": "ids.bin"}, None), ({"model": "no/such"}, None)]
+    for given, expected in cases:
+        flags = {"model": str(lm), "dataset": "text.jsonl", "ctx_len": 64, **given}
+        (tmp_path / "run.json").write_text(json.dumps(flags))
+        assert origin_of(tmp_path).begins_with_bos is expected, given

@@ -125,19 +125,24 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
 
 def load_pt(path: Path, allow_pt: bool) -> dict[str, Tensor]:
     """The tensors of a file that PyTorch pickled. Raises UsageError without `allow_pt`."""
+    found = open_pt(path, allow_pt)
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise UsageError(f"{path} is no dict of tensors")
+    return dict(found)
+
+
+def open_pt(path: Path, allow_pt: bool) -> Any:
+    """What PyTorch's reader builds of a pickle. Raises UsageError without `allow_pt`."""
     if not allow_pt:
         raise UsageError(
             f"{path} is a pickle, which can run code when it is opened: if you trust it, write "
             f"safetensors of it by python -m sae export {path.parent} --allow_pt --out DIR"
         )
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file surfaces as any of several errors
         reason = str(error).splitlines()[0][:200]
         raise UsageError(f"{path} cannot be read as plain tensors ({reason})") from None
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise UsageError(f"{path} is no dict of tensors")
-    return dict(found)
 
 
 def _shapes(kind: str, d_in: int, latents: int) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,9 @@ class CoderFile(NamedTuple):
     """The module of the base model that it reads, where its files say so clearly."""
 
 
+FOLDED = "b_dec is folded into the encoder's bias, exact but for float32's rounding"
+
+
 class NeedsThreshold(UsageError):
     """A program can hold a coder only with a threshold for every latent, instead of its k."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..flag_checks import UsageError
 from .coder_file import (
+    FOLDED,
     CoderFile,
     NeedsThreshold,
     at_least_float32,
@@ -181,7 +182,7 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     if centred == cfg.transcode:  # what is subtracted there is not here, or the other way round
         shift = found["encoder.weight"] @ found["b_dec"]
         bias = bias + (shift if centred else -shift)
-        notes.append(f"{name}: b_dec is folded into the encoder's bias, exact but for rounding")
+        notes.append(f"{name}: {FOLDED}")
     if kind == "JumpReluAutoEncoder":
         tensors = {"W_enc": found["encoder.weight"].T, "b_enc": bias, "W_dec": found["W_dec"]}
         tensors |= {"b_dec": found["b_dec"], "threshold": found["threshold"]}

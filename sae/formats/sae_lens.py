@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..flag_checks import UsageError
 from .coder_file import (
+    FOLDED,
     CoderFile,
     NeedsThreshold,
     at_least_float32,
@@ -55,6 +56,8 @@ def _place(cfg: dict[str, Any]) -> tuple[str | None, bool]:
     """The hookpoint of a coder, and whether it is a transcoder."""
     about = cfg["metadata"]
     names = about.get("hook_name"), about.get("hf_hook_name")
+    if about.get("model_class_name") == "AutoModelForCausalLM" and names[1] is None:
+        names = None, names[0]
     outs = about.get("hook_name_out"), about.get("hf_hook_name_out")
     differ = any(o and o != n for n, o in zip(names, outs, strict=True))
     transcode = cfg["architecture"] in _TRANSCODERS or differ
@@ -183,7 +186,7 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     if cfg.has_threshold:  # in fewer bits it would be another one
         found = at_least_float32(found)
     unit, bias = has_unit_rows(found["W_dec"]), found["encoder.bias"]
-    kind, apply_b_dec = "topk", not cfg.transcode
+    kind, apply_b_dec, notes = "topk", not cfg.transcode, list[str]()
     if cfg.has_threshold and not cfg.transcode and not cfg.skip_connection:
         kind = "jumprelu"
     elif cfg.has_threshold:
@@ -191,13 +194,14 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
         if apply_b_dec:  # such a coder reads x as it is
             bias = bias - found["encoder.weight"] @ found["b_dec"]
             apply_b_dec = False
+            notes.append(f"{name}: {FOLDED}")
     tensors = {"W_enc": found["encoder.weight"].T, "b_enc": bias}
     tensors |= {"W_dec": found["W_dec"], "b_dec": found["b_dec"]}
     if cfg.has_threshold:
         tensors["threshold"] = found["threshold"].to(bias.dtype)
     if cfg.skip_connection:
         tensors["W_skip"] = found["W_skip"]
-    about, notes = _metadata(name, coder, origin), []
+    about = _metadata(name, coder, origin)
     if about.get("hook_name") is None:
         lacking = "has no name in TransformerLens that is known here"
         if origin.model_type is None:
@@ -242,7 +246,7 @@ def _metadata(name: str, coder: CoderFile, origin: Origin) -> dict[str, Any]:
     hookpoint = origin.hookpoint(name)
     there = their_names(hookpoint, origin.model_type)
     about = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
-    about |= {"model_name": origin.model, "model_class_name": "AutoModelForCausalLM"}
+    about |= {"model_name": origin.model}
     outs = {"hook_name": there.transformer_lens, "hf_hook_name": there.huggingface}
     if coder.cfg.transcode:
         ins = input_of_mlp(hookpoint, origin.model_type)
@@ -250,6 +254,9 @@ def _metadata(name: str, coder: CoderFile, origin: Origin) -> dict[str, Any]:
         about |= {"hf_hook_name_out": outs["hf_hook_name"]}
     else:
         about |= outs if there.head is None else {**outs, "hook_head_index": there.head}
+    # What SAELens loads to find a module of that name in.
+    with_names = "AutoModelForCausalLM" if about["hook_name"] is None else "HookedTransformer"
+    about |= {"model_class_name": with_names}
     about |= {"hookpoint": hookpoint, "transcode": coder.cfg.transcode}
     about |= {"dataset_path": origin.dataset, "context_size": origin.ctx_len}
     about |= {"prepend_bos": origin.begins_with_bos, "training_tokens": origin.tokens}

@@ -13,6 +13,7 @@ from other_programs import (
     KINDS,
     assert_same_coder,
     assert_same_function,
+    dense,
     random_coder,
     sae_lens,
     save_run,
@@ -21,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError, load_many
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def exported(
@@ -93,8 +96,9 @@ def test_metadata_has_the_names_of_transformer_lens(
     assert list(load_many(out)) == natsorted(coders)
     said = {"model_name": "demo/lm", "dataset_path": "some/text", "context_size": 64}
     said |= {"prepend_bos": False, "exclude_special_tokens": [5], "neuronpedia_id": None}
-    said |= {"training_architecture": "topk", "l0": 3, "model_class_name": "AutoModelForCausalLM"}
+    said |= {"training_architecture": "topk", "l0": 3, "model_class_name": "HookedTransformer"}
     assert {name: about["layers.3"][name] for name in said} == said
+    assert about["layers.2.mlp.act"]["model_class_name"] == "AutoModelForCausalLM"
     assert "note   layers.2.mlp.act: layers.2.mlp.act has no name" in capsys.readouterr().out
 
 
@@ -265,6 +269,10 @@ def test_a_known_scale_is_folded(tmp_path: Path) -> None:
 NAMES = {
     "hf": ({"hf_hook_name": "model.layers.7"}, "layers.7"),
     "hf output": ({"hf_hook_name": "transformer.h.7.output"}, "h.7"),
+    "of transformers": (
+        {"hook_name": "model.layers.7.mlp", "model_class_name": "AutoModelForCausalLM"},
+        "layers.7.mlp",
+    ),
     "gpt2": ({"hook_name": "blocks.7.hook_resid_post", "model_name": "gpt2-small"}, "h.7"),
     "before": ({"hook_name": "blocks.8.hook_resid_pre", "model_name": "gpt2"}, "h.7"),
     "gemma": (
@@ -298,6 +306,16 @@ def test_the_hookpoint_comes_from_the_metadata(tmp_path: Path, kind: str) -> Non
     about, name = NAMES[kind]
     write(tmp_path / "coders" / "c", "topk", metadata={"sae_lens_version": "6.54.0", **about})
     assert list(load_many(tmp_path / "coders")) == [name]
+
+
+def test_an_sae_that_sae_lens_trained_gives_its_numbers() -> None:
+    """On rows that SAELens itself encoded: its latents, its reconstruction, at its hookpoint."""
+    ((name, coder),) = load_many(FIXTURES / "sae_lens").items()
+    expected = load_file(FIXTURES / "sae_lens.expected.safetensors")
+    assert (name, coder.cfg.k, coder.num_latents) == ("layers.3", 16, 128)
+    theirs = expected["acts"], expected["sae_out"]
+    for found, given in zip(dense(coder, expected["x"]), theirs, strict=True):
+        assert float((found - given).abs().max() / given.abs().max()) < 1e-5
 
 
 def test_files_of_before_version_6_are_read(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ beside() { # the kind of an environment of its own, for what .venv must not hold
 [[ " $* " == *" --fake-cuda "* ]] && beside cuda
 if [[ " $* " == *" --formats "* ]]; then
     beside formats
+    alone=requirements-formats-alone.txt
+    install tests/$alone $environment/$alone $environment --no-deps
     # Only brought along: built for another torch, it would keep transformers from being imported.
     $environment/bin/python -m pip uninstall --quiet --yes torchvision
 fi

@@ -37,6 +37,10 @@ class Hub:
     """Files whose first download ends in the middle."""
     busy: dict[str, int] = field(default_factory=dict)
     """Start of METHOD PATH -> how many such requests are answered by 429."""
+    retry_after: str = "1"
+    """What such an answer asks for."""
+    forbidden: dict[str, int] = field(default_factory=dict)
+    """The same for 403."""
     bodies: list[bytes] = field(default_factory=list)
     """Everything that was sent."""
 
@@ -83,10 +87,12 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range", "")
         line = f"{self.command} {path}"
         self.hub.requests.append(f"{line} {asked}".strip())
-        for start, left in self.hub.busy.items():
-            if line.startswith(start) and left:
-                self.hub.busy[start] = left - 1
-                return self._error(429, "TooManyRequests", {"Retry-After": "1"})
+        if self._counted(self.hub.busy, line):
+            return self._error(429, "TooManyRequests", {"Retry-After": self.hub.retry_after})
+        if self._counted(self.hub.forbidden, line):
+            return self._error(403, "")
+        if self._token() not in ("", WRITER, READER):
+            return self._error(401, "")
         if path == "/api/whoami-v2":
             return self._whoami()
         if path == "/api/validate-yaml":
@@ -112,6 +118,15 @@ class _Handler(BaseHTTPRequestHandler):
                     return self._error(404, "RevisionNotFound")
                 return answer(name, revision, path, body)
         return self._error(404, "EntryNotFound")
+
+    @staticmethod
+    def _counted(faults: dict[str, int], line: str) -> bool:
+        """Whether a request has one of the faults that are left."""
+        for start, left in faults.items():
+            if left and line.startswith(start):
+                faults[start] = left - 1
+                return True
+        return False
 
     def _token(self) -> str:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")

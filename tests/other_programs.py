@@ -126,12 +126,8 @@ def assert_same_function(ours: SparseCoder, theirs: Forward, rows: int = 64) -> 
 
 def assert_same_coder(a: SparseCoder, b: SparseCoder) -> None:
     """Same numbers in every tensor, latent and reconstruction, bit for bit."""
-    assert (a.d_in, a.d_out, a.cfg.k, a.cfg.transcode) == (
-        b.d_in,
-        b.d_out,
-        b.cfg.k,
-        b.cfg.transcode,
-    )
+    kinds = [(c.d_in, c.d_out, c.cfg.activation, c.cfg.k, c.cfg.transcode) for c in (a, b)]
+    assert kinds[0] == kinds[1]
     theirs = b.state_dict()
     assert a.state_dict().keys() == theirs.keys()
     assert [n for n, t in a.state_dict().items() if not torch.equal(t, theirs[n])] == []

@@ -77,6 +77,7 @@ def read(path: Path) -> CoderFile:
         *(found["W_enc"], found["b_enc"], found["W_dec"], found["b_dec"]),
         k=k,
         threshold=threshold,
+        one_level=_said(path).get("activation") == "batchtopk",
         centred=False,
         transcode=True,
         W_skip=found.get("W_skip"),
@@ -106,7 +107,10 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
     for name, coder in coders.items():
         hook = input_of_mlp(origin.hookpoint(name), origin.model_type)
         if not coder.cfg.transcode or hook is None or coder.d_in != coder.d_out:
-            raise UsageError(f"{name}: circuit-tracer takes transcoders of MLPs, of equal widths")
+            raise UsageError(
+                f"{name}: circuit-tracer takes transcoders of MLPs, of equal widths: "
+                f"try --to sae_lens"
+            )
         by_layer[int(hook.split(".")[1])] = name
     layers = origin.layers or len(by_layer)
     if len(coders) != len(by_layer) or sorted(by_layer) != list(range(layers)):
@@ -121,13 +125,15 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
         raise NeedsThreshold(f"{bare[0]}: circuit-tracer reads a local TopK set as plain ReLU")
     folder.mkdir(parents=True, exist_ok=True)
     for layer, name in by_layer.items():
-        found = coders[name].tensors
+        cfg, found = coders[name].cfg, coders[name].tensors
         tensors = {"W_enc": found["encoder.weight"], "b_enc": found["encoder.bias"]}
         tensors |= {"W_dec": found["W_dec"], "b_dec": found["b_dec"]}
-        tensors[_THRESHOLD] = found["threshold"].to(found["W_dec"].dtype)
-        if coders[name].cfg.skip_connection:
+        # It lets negative latents through where a threshold does: here none is active.
+        tensors[_THRESHOLD] = found["threshold"].clamp(min=0)
+        if cfg.skip_connection:
             tensors["W_skip"] = found["W_skip"]
-        about = {"hookpoint": origin.hookpoint(name), "l0": str(coders[name].cfg.k)}
+        about = {"hookpoint": origin.hookpoint(name), "l0": str(cfg.k)}
+        about["activation"] = cfg.activation
         plain = {key: t.contiguous() for key, t in tensors.items()}
         save_file(plain, folder / f"layer_{layer}.safetensors", metadata=about)
     config = {"model_kind": "transcoder_set", "model_name": origin.model}

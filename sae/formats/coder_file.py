@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import SparseCoderConfig
+from ..config import Activation, SparseCoderConfig
 from ..flag_checks import UsageError
 
 _UNIT = 1e-5
@@ -27,6 +27,9 @@ class CoderFile(NamedTuple):
     """The module of the base model that it reads, where its files say so clearly."""
 
 
+FOLDED = "b_dec is folded into the encoder's bias, exact but for float32's rounding"
+
+
 class NeedsThreshold(UsageError):
     """A program can hold a coder only with a threshold for every latent, instead of its k."""
 
@@ -39,6 +42,7 @@ def coder_file(
     *,
     k: int,
     threshold: Float[Tensor, " L"] | None = None,
+    one_level: bool = False,
     centred: bool,
     transcode: bool = False,
     W_skip: Float[Tensor, "D_out D"] | None = None,
@@ -46,7 +50,8 @@ def coder_file(
 ) -> CoderFile:
     """A coder of another program: the `k` largest latents of a row, or those above thresholds.
 
-    With thresholds `k` is how many are active in the mean, as far as it is known.
+    With thresholds `k` is how many are active in the mean, as far as it is known. `one_level`: they
+    are one number that BatchTopK training found.
 
     An SAE here reads x - b_dec, and a transcoder x. Where the other program does not (`centred`
     says whether it reads x - b_dec), the same pre-activations come from b_enc + W_enc b_dec or
@@ -57,14 +62,15 @@ def coder_file(
         tensors["W_skip"] = W_skip
     folded = centred == transcode
     if folded or len({t.dtype for t in tensors.values()}) > 1:
-        tensors = {name: _at_least_float32(t) for name, t in tensors.items()}
+        tensors = at_least_float32(tensors)
     if folded:
         W_enc, b_dec = tensors["encoder.weight"], tensors["b_dec"]
         shift = W_enc @ b_dec
         tensors["encoder.bias"] = tensors["encoder.bias"] + (-shift if centred else shift)
+    with_threshold: Activation = "batchtopk" if one_level else "jumprelu"
     cfg = SparseCoderConfig(
         num_latents=len(W_enc),
-        activation="topk" if threshold is None else "jumprelu",
+        activation="topk" if threshold is None else with_threshold,
         k=k if threshold is None else min(k, len(W_enc)),
         normalize_decoder=has_unit_rows(W_dec),
         skip_connection=W_skip is not None,
@@ -82,8 +88,10 @@ def has_unit_rows(W_dec: Float[Tensor, "L D"]) -> bool:
     return bool(((norms - 1).abs() < _UNIT).all())
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def at_least_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of fewer bits than float32 in float32, which changes no number."""
+    wide = {t.dtype: torch.promote_types(t.dtype, torch.float32) for t in tensors.values()}
+    return {name: t.to(wide[t.dtype]) for name, t in tensors.items()}
 
 
 def mean_l0(said: Any) -> int:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..flag_checks import UsageError
 from .coder_file import (
+    FOLDED,
     CoderFile,
     NeedsThreshold,
+    at_least_float32,
     check_floats,
     check_shapes,
     coder_file,
@@ -38,6 +40,7 @@ _TRAINERS = {
     "BatchTopKSAE": "BatchTopKTrainer",
     "JumpReluAutoEncoder": "JumpReluTrainer",
 }
+_ONE_LEVEL: dict[str, str] = dict.fromkeys(("BatchTopKSAE", "MatryoshkaBatchTopKSAE"), "batchtopk")
 _COUNTS = ("k", "threshold", "group_sizes")
 
 
@@ -92,7 +95,7 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
         if "k" in counts and int(counts["k"]) != k:
             raise UsageError(f"{path}: k is {k} in config.json and {int(counts['k'])} in ae.pt")
         threshold = None  # it selects by k unless it is told otherwise
-    elif kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+    elif kind in _ONE_LEVEL:
         threshold = counts.get("threshold", torch.tensor(-1.0)).float().reshape(())
         if threshold < 0:
             raise UsageError(
@@ -100,6 +103,9 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
                 f"on, or set the threshold in dictionary_learning"
             )
         threshold = threshold.expand(latents)
+        groups = counts.get("group_sizes", torch.tensor([latents]))
+        if int(groups.sum()) != latents or int(groups.min()) < 1:
+            raise UsageError(f"{path}: group_sizes {groups.tolist()} are not {latents} latents")
     elif kind == "AutoEncoder":
         threshold = torch.zeros(latents)
     elif kind == "GatedAutoEncoder":
@@ -111,6 +117,7 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
         *(encoder, bias, decoder, b_dec),
         k=k,
         threshold=threshold,
+        one_level=trainer.get("activation", _ONE_LEVEL.get(kind)) == "batchtopk",
         centred=kind != "JumpReluAutoEncoder",
         hookpoint=hookpoint_of(path),
         transcode=trainer.get("transcode") is True,
@@ -119,19 +126,24 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
 
 def load_pt(path: Path, allow_pt: bool) -> dict[str, Tensor]:
     """The tensors of a file that PyTorch pickled. Raises UsageError without `allow_pt`."""
+    found = open_pt(path, allow_pt)
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise UsageError(f"{path} is no dict of tensors")
+    return dict(found)
+
+
+def open_pt(path: Path, allow_pt: bool) -> Any:
+    """What PyTorch's reader builds of a pickle. Raises UsageError without `allow_pt`."""
     if not allow_pt:
         raise UsageError(
             f"{path} is a pickle, which can run code when it is opened: if you trust it, write "
             f"safetensors of it by python -m sae export {path.parent} --allow_pt --out DIR"
         )
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file surfaces as any of several errors
         reason = str(error).splitlines()[0][:200]
         raise UsageError(f"{path} cannot be read as plain tensors ({reason})") from None
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise UsageError(f"{path} is no dict of tensors")
-    return dict(found)
 
 
 def _shapes(kind: str, d_in: int, latents: int) -> dict[str, tuple[int, ...]]:
@@ -156,7 +168,7 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     if cfg.skip_connection or coder.d_in != coder.d_out:
         what = "a skip connection" if cfg.skip_connection else f"d_out {coder.d_out}"
         raise UsageError(f"{name}: dictionary_learning has no coder with {what}: try --to sae_lens")
-    if cfg.activation not in ("topk", "jumprelu"):
+    if not cfg.has_threshold and cfg.activation != "topk":
         raise NeedsThreshold(f"{name}: dictionary_learning has no {cfg.activation}")
     kind, centred = "AutoEncoderTopK", True
     if cfg.has_threshold:
@@ -164,11 +176,13 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
         is_one = bool((level == level[0]).all()) and float(level[0]) >= 0
         kind = "BatchTopKSAE" if is_one and not cfg.transcode else "JumpReluAutoEncoder"
         centred = kind == "BatchTopKSAE"
+    if cfg.has_threshold or centred == cfg.transcode:
+        found = at_least_float32(found)
     bias, notes = found["encoder.bias"], []
     if centred == cfg.transcode:  # what is subtracted there is not here, or the other way round
         shift = found["encoder.weight"] @ found["b_dec"]
         bias = bias + (shift if centred else -shift)
-        notes.append(f"{name}: b_dec is folded into the encoder's bias, exact but for rounding")
+        notes.append(f"{name}: {FOLDED}")
     if kind == "JumpReluAutoEncoder":
         tensors = {"W_enc": found["encoder.weight"].T, "b_enc": bias, "W_dec": found["W_dec"]}
         tensors |= {"b_dec": found["b_dec"], "threshold": found["threshold"]}
@@ -182,7 +196,8 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
         **{"trainer_class": _TRAINERS[kind], "dict_class": kind, "k": cfg.k},
         **{"activation_dim": coder.d_in, "dict_size": len(bias), "layer": layer},
         **{"lm_name": origin.model, "submodule_name": hookpoint, "hookpoint": hookpoint},
-        **{"transcode": cfg.transcode, "lr": None, "steps": None, "seed": None},
+        **{"activation": cfg.activation, "transcode": cfg.transcode},
+        **{"lr": None, "steps": None, "seed": None},
     }
     if folder is None:
         return notes

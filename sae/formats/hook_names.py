@@ -3,6 +3,7 @@
 blocks.3.hook_resid_post   what leaves block 3
 blocks.3.hook_mlp_out      what its MLP adds to the residual stream
 blocks.3.hook_attn_out     what its attention adds
+blocks.3.attn.hook_z       what its heads give, one after the other, before W_O
 """
 
 import re
@@ -24,13 +25,18 @@ class _Modules(NamedTuple):
     attn_out: str
     mlp_out: str
     """The modules in a block whose outputs are added to the residual stream."""
+    W_O: str
+    """The linear layer that reads what the heads give."""
     mlp: str = "mlp"
     """The MLP itself; after some a norm follows."""
 
 
 _KINDS = (
-    _Modules(("gpt2",), r"gpt2", "transformer", "h", "attn", "mlp"),
-    _Modules(("gpt_neox",), r"pythia|neox", "gpt_neox", "layers", "attention", "mlp"),
+    _Modules(("gpt2",), r"gpt2", "transformer", "h", "attn", "mlp", "attn.c_proj"),
+    _Modules(
+        *(("gpt_neox",), r"pythia|neox", "gpt_neox", "layers"),
+        *("attention", "mlp", "attention.dense"),
+    ),
     _Modules(
         ("gemma2", "gemma3_text"),
         r"gemma-?[23]",
@@ -38,6 +44,7 @@ _KINDS = (
         "layers",
         "post_attention_layernorm",
         "post_feedforward_layernorm",
+        "self_attn.o_proj",
     ),
     _Modules(
         ("llama", "mistral", "qwen2", "qwen3", "gemma"),
@@ -46,6 +53,7 @@ _KINDS = (
         "layers",
         "self_attn",
         "mlp",
+        "self_attn.o_proj",
     ),
 )
 
@@ -55,6 +63,8 @@ class HookNames(NamedTuple):
 
     transformer_lens: str | None
     huggingface: str | None
+    head: int | None = None
+    """The attention head, where it is one of those that TransformerLens' name stands for."""
 
 
 def about_lm(model: str | None) -> tuple[str | None, int | None]:
@@ -71,7 +81,12 @@ def about_lm(model: str | None) -> tuple[str | None, int | None]:
 def their_names(hookpoint: str, kind: str | None) -> HookNames:
     """The names of a hookpoint's output in an LM whose model_type is `kind`."""
     modules = next((m for m in _KINDS if kind in m.types), None)
-    if modules is None or ":" in hookpoint:
+    if modules is None:
+        return HookNames(None, None)
+    heads = rf"{modules.blocks}\.(\d+)\.{re.escape(modules.W_O)}:input(?::head(\d+))?"
+    if z := re.fullmatch(heads, hookpoint):
+        return HookNames(f"blocks.{z[1]}.attn.hook_z", None, int(z[2]) if z[2] else None)
+    if ":" in hookpoint:
         return HookNames(None, None)
     full = f"{modules.prefix}.{hookpoint}"
     found = re.fullmatch(rf"{modules.blocks}\.(\d+)(?:\.(\w+))?", hookpoint)
@@ -94,8 +109,11 @@ def input_of_mlp(hookpoint: str, kind: str | None) -> str | None:
     return found and f"blocks.{found[1]}.mlp.hook_in"
 
 
-def our_name(hook: Any, hf_hook: Any, model: Any) -> str | None:
-    """The hookpoint that others' names stand for; None where they do not say it clearly."""
+def our_name(hook: Any, hf_hook: Any, model: Any, head: Any = None) -> str | None:
+    """The hookpoint that others' names stand for; None where they do not say it clearly.
+
+    `head`: the one attention head that the coder reads, if it is one.
+    """
     if isinstance(hf_hook, str) and (plain := hf_hook.removesuffix(".output")):
         prefixes = {m.prefix for m in _KINDS}
         first, _, rest = plain.partition(".")
@@ -103,9 +121,13 @@ def our_name(hook: Any, hf_hook: Any, model: Any) -> str | None:
     if not isinstance(hook, str) or not isinstance(model, str):
         return None
     modules = next((m for m in _KINDS if re.search(m.named, model.lower())), None)
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)", hook)
-    if modules is None or found is None:
+    sites = r"hook_(resid_pre|resid_post|mlp_out|attn_out)|attn\.hook_(z)"
+    found = re.fullmatch(rf"blocks\.(\d+)\.(?:{sites})", hook)
+    if modules is None or found is None or (head is not None and not found[3]):
         return None
+    if found[3]:
+        which = "" if head is None else f":head{head}"
+        return f"{modules.blocks}.{found[1]}.{modules.W_O}:input{which}"
     block = int(found[1])
     if found[2] == "resid_pre":  # what enters a block left the one before
         return f"{modules.blocks}.{block - 1}" if block else None

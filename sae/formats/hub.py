@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -122,6 +122,9 @@ def _why_not(repo: str, revision: str | None, error: Exception) -> str:
     status = getattr(response_of(error), "status_code", None)
     if status == 429:
         return f"{repo}: the Hub takes no more requests for now (429); try again later"
+    if status in (401, 403) and get_token() and not isinstance(error, RepositoryNotFoundError):
+        why = "one that the Hub does not know, or that may not read this"
+        return f"{repo}: HF_TOKEN is {why} ({status}): make a new one in your settings there"
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
         return (
             f"{repo} is neither a folder here nor on the Hub, or it is private: set HF_TOKEN to "

@@ -75,6 +75,12 @@ KINDS = {
         lambda path, allow_pt, _: scopes.read_qwen(path, allow_pt),
         scopes.hookpoint_of_qwen,
     ),
+    "OpenAI": Kind(
+        scopes.OPENAI,
+        scopes.is_openai,
+        lambda path, allow_pt, _: scopes.read_openai(path, allow_pt),
+        scopes.hookpoint_of_openai,
+    ),
 }
 
 

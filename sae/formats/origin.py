@@ -17,7 +17,9 @@ class Origin:
     tokens: int | None = None
     """Tokens that were trained on."""
     begins_with_bos: bool | None = None
-    """Whether sequences begin with a token of their own."""
+    """Whether every sequence begins with what the tokenizer puts first."""
+    excluded: list[int] | None = None
+    """Token ids that were left out."""
     layers: int | None = None
     """Blocks of the LM."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..flag_checks import UsageError
 from .coder_file import (
+    FOLDED,
     CoderFile,
     NeedsThreshold,
+    at_least_float32,
     check_floats,
     check_shapes,
     coder_file,
@@ -54,6 +56,8 @@ def _place(cfg: dict[str, Any]) -> tuple[str | None, bool]:
     """The hookpoint of a coder, and whether it is a transcoder."""
     about = cfg["metadata"]
     names = about.get("hook_name"), about.get("hf_hook_name")
+    if about.get("model_class_name") == "AutoModelForCausalLM" and names[1] is None:
+        names = None, names[0]
     outs = about.get("hook_name_out"), about.get("hf_hook_name_out")
     differ = any(o and o != n for n, o in zip(names, outs, strict=True))
     transcode = cfg["architecture"] in _TRANSCODERS or differ
@@ -61,7 +65,8 @@ def _place(cfg: dict[str, Any]) -> tuple[str | None, bool]:
         transcode = said
     if isinstance(ours := about.get("hookpoint"), str):
         return ours, transcode
-    return None if transcode else our_name(*names, about.get("model_name")), transcode
+    head = about.get("hook_head_index")
+    return None if transcode else our_name(*names, about.get("model_name"), head), transcode
 
 
 def read(path: Path) -> CoderFile:
@@ -83,7 +88,10 @@ def read(path: Path) -> CoderFile:
         check_floats(stored.path, found)
     _fold_scaling_(file, cfg, found)
     W_enc, b_enc, threshold = found["W_enc"].T, found.get("b_enc"), found.get("threshold")
-    W_dec, k = found["W_dec"], mean_l0(cfg["metadata"].get("l0"))
+    about = cfg["metadata"]
+    details = about.get("training_architecture_details")
+    said = details.get("k") if isinstance(details, dict) else None
+    W_dec, k = found["W_dec"], mean_l0(about.get("l0") or said)
     if kind == "gated":
         W_enc, b_enc, threshold = _without_gate(W_enc, found)
     assert b_enc is not None
@@ -98,11 +106,18 @@ def read(path: Path) -> CoderFile:
         *(W_enc, b_enc, W_dec, found["b_dec"]),
         k=k,
         threshold=threshold,
+        one_level=_is_batchtopk(cfg, threshold),
         centred=kind in _SAES and bool(cfg.get("apply_b_dec_to_input", True)),
         transcode=transcode,
         W_skip=found.get("W_skip"),
         hookpoint=hookpoint,
     )
+
+
+def _is_batchtopk(cfg: dict[str, Any], threshold: Tensor | None) -> bool:
+    """Whether one threshold is what BatchTopK training found."""
+    trained = str(cfg["metadata"].get("training_architecture")).endswith("batchtopk")
+    return trained and threshold is not None and bool((threshold == threshold[0]).all())
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -168,8 +183,10 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     cfg, found, hookpoint = coder.cfg, coder.tensors, origin.hookpoint(name)
     if why := _needs_threshold(coder):
         raise NeedsThreshold(f"{name}: {why}")
+    if cfg.has_threshold:  # in fewer bits it would be another one
+        found = at_least_float32(found)
     unit, bias = has_unit_rows(found["W_dec"]), found["encoder.bias"]
-    kind, apply_b_dec = "topk", not cfg.transcode
+    kind, apply_b_dec, notes = "topk", not cfg.transcode, list[str]()
     if cfg.has_threshold and not cfg.transcode and not cfg.skip_connection:
         kind = "jumprelu"
     elif cfg.has_threshold:
@@ -177,13 +194,14 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
         if apply_b_dec:  # such a coder reads x as it is
             bias = bias - found["encoder.weight"] @ found["b_dec"]
             apply_b_dec = False
+            notes.append(f"{name}: {FOLDED}")
     tensors = {"W_enc": found["encoder.weight"].T, "b_enc": bias}
     tensors |= {"W_dec": found["W_dec"], "b_dec": found["b_dec"]}
     if cfg.has_threshold:
         tensors["threshold"] = found["threshold"].to(bias.dtype)
     if cfg.skip_connection:
         tensors["W_skip"] = found["W_skip"]
-    about, notes = _metadata(name, coder, origin), []
+    about = _metadata(name, coder, origin)
     if about.get("hook_name") is None:
         lacking = "has no name in TransformerLens that is known here"
         if origin.model_type is None:
@@ -192,7 +210,8 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     values: dict[str, Any] = {"architecture": kind, "d_in": coder.d_in}
     values |= {"d_sae": len(bias), "dtype": str(bias.dtype).removeprefix("torch.")}
     values |= {"device": "cpu", "apply_b_dec_to_input": apply_b_dec}
-    values |= {"normalize_activations": "none", "reshape_activations": "none"}
+    z = str(about.get("hook_name")).endswith("hook_z") and "hook_head_index" not in about
+    values |= {"normalize_activations": "none", "reshape_activations": "hook_z" if z else "none"}
     if kind == "topk":
         values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": unit}
         if not unit:
@@ -227,16 +246,20 @@ def _metadata(name: str, coder: CoderFile, origin: Origin) -> dict[str, Any]:
     hookpoint = origin.hookpoint(name)
     there = their_names(hookpoint, origin.model_type)
     about = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
-    about |= {"model_name": origin.model, "model_class_name": "AutoModelForCausalLM"}
+    about |= {"model_name": origin.model}
     outs = {"hook_name": there.transformer_lens, "hf_hook_name": there.huggingface}
     if coder.cfg.transcode:
         ins = input_of_mlp(hookpoint, origin.model_type)
         about |= {"hook_name": ins, "hook_name_out": outs["hook_name"]}
         about |= {"hf_hook_name_out": outs["hf_hook_name"]}
     else:
-        about |= outs
+        about |= outs if there.head is None else {**outs, "hook_head_index": there.head}
+    # What SAELens loads to find a module of that name in.
+    with_names = "AutoModelForCausalLM" if about["hook_name"] is None else "HookedTransformer"
+    about |= {"model_class_name": with_names}
     about |= {"hookpoint": hookpoint, "transcode": coder.cfg.transcode}
     about |= {"dataset_path": origin.dataset, "context_size": origin.ctx_len}
     about |= {"prepend_bos": origin.begins_with_bos, "training_tokens": origin.tokens}
+    about |= {"exclude_special_tokens": origin.excluded, "neuronpedia_id": None}
     about |= {"training_architecture": coder.cfg.activation, "l0": coder.cfg.k}
     return {**about, **origin.figures.get(name, {})}

@@ -6,11 +6,15 @@ Gemma Scope 2   config.json, params.safetensors: the same as w_enc and w_dec, an
 Llama Scope     hyperparams.json, checkpoints/final.safetensors: encoder.weight [L D], encoder.bias,
                 decoder.weight [D L], decoder.bias
 Qwen Scope      layer3.sae.pt, a pickle: W_enc [L D], b_enc, W_dec [D L], b_dec
+OpenAI          resid_delta_mlp/autoencoders/3.pt, a pickle: encoder.weight [L D], latent_bias,
+                decoder.weight [D L], pre_bias, activation
 
-None subtracts b_dec from what it reads. Llama Scope's scale of inputs is folded as SAELens does.
+None but OpenAI's subtracts b_dec from what it reads. Llama Scope's scale of inputs is folded as
+SAELens does.
 
 Sources: Lieberum et al., "Gemma Scope" (arXiv 2408.05147); He et al., "Llama Scope" (arXiv
-2410.20526).
+2410.20526); Gao et al., "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), with the
+code of github.com/openai/sparse_autoencoder.
 """
 
 import re
@@ -32,14 +36,15 @@ from .coder_file import (
     mean_l0,
     whole_number,
 )
-from .dictionary_learning import load_pt
+from .dictionary_learning import load_pt, open_pt
 from .hook_names import our_name
 from .pieces import Stored
 
 GEMMA_1, GEMMA_2 = "params.npz", "config.json, params.safetensors"
 LLAMA, QWEN = "hyperparams.json, checkpoints/final.safetensors", "layer0.sae.pt"
+OPENAI = "autoencoders/0.pt"
 
-_SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": None, "transcoders": None}
+_SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 
 
 def is_gemma_1(path: Path) -> bool:
@@ -50,7 +55,7 @@ def is_gemma_1(path: Path) -> bool:
 def hookpoint_of_gemma_1(path: Path) -> str | None:
     """Where a coder reads, as far as the names of its repository and folders say it."""
     site, layer = _site_of_gemma_1(path)
-    hook = None if site is None or layer is None else _SITES[site]
+    hook = None if site is None or layer is None else _SITES.get(site)
     return our_name(f"blocks.{layer}.{hook}", None, "gemma-2") if hook else None
 
 
@@ -197,6 +202,47 @@ def read_qwen(path: Path, allow_pt: bool) -> CoderFile:
         k=int(k[1]),
         centred=False,
         hookpoint=hookpoint_of_qwen(path),
+    )
+
+
+def is_openai(path: Path) -> bool:
+    """Whether this is the file of one of OpenAI's SAEs of GPT-2."""
+    inside = path.parent.name == "autoencoders"
+    return inside and re.fullmatch(r"\d+\.pt", path.name) is not None and path.is_file()
+
+
+def hookpoint_of_openai(path: Path) -> str | None:
+    """Where an SAE reads, as far as the name of the folder above says it."""
+    site = path.absolute().parent.parent.name.removesuffix("_v4")
+    module = {"mlp_post_act": "mlp.act", "resid_delta_mlp": "mlp"}.get(site)
+    return module and f"h.{path.stem}.{module}"
+
+
+def read_openai(path: Path, allow_pt: bool) -> CoderFile:
+    """One ReLU SAE of OpenAI's.
+
+    Raises UsageError for their TopK SAEs, which bring every row to mean 0 and norm 1.
+    """
+    per_row = f"{path}: OpenAI's TopK SAEs scale every row on its own: no weights do the same"
+    if "_v5_" in path.absolute().parent.parent.name:  # they need not be opened
+        raise UsageError(per_row)
+    found = open_pt(path, allow_pt)
+    if not isinstance(found, dict) or found.get("activation", "ReLU") != "ReLU":
+        raise UsageError(per_row)
+    names = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
+    found = {name: t for name in names if isinstance(t := found.get(name), Tensor)}
+    latents, d_in = (*found.get("encoder.weight", torch.empty(0)).shape, 0, 0)[:2]
+    expected: dict[str, tuple[int, ...]] = {"encoder.weight": (latents, d_in)}
+    expected |= {"decoder.weight": (d_in, latents), "latent_bias": (latents,), "pre_bias": (d_in,)}
+    check_shapes(path, {name: tuple(t.shape) for name, t in found.items()}, expected)
+    check_floats(path, found)
+    return coder_file(
+        *(found["encoder.weight"], found["latent_bias"]),
+        *(found["decoder.weight"].T, found["pre_bias"]),
+        k=1,
+        threshold=torch.zeros(latents),
+        centred=True,
+        hookpoint=hookpoint_of_openai(path),
     )
 
 

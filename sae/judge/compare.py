@@ -12,9 +12,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from tyro.conf import Positional, arg
 
 from ..coders.sparse_coder import SparseCoder
@@ -24,6 +21,7 @@ from .evaluate import evaluate_loaded
 from .figures import CoderFigures
 from .provenance import flags_of_run
 from .trained import CodersConfig, load_trained
+from .twins import NEAR, nearest_twins
 
 _FIGURES = ("fvu", "l0", "ce_recovered", "kl", "dead_share")
 
@@ -48,17 +46,8 @@ class CompareConfig:
     """Open coder files that are pickles (.pt), which can run code: only of people you trust."""
     out: str = "comparison.json"
     """With --dataset: file for the figures; a plot of the same name ends in .svg."""
-    near: float = 0.7
+    near: float = NEAR
     """Cosine of decoder rows from which two latents count as twins."""
-
-
-@torch.no_grad()
-def nearest_twins(a: SparseCoder, b: SparseCoder) -> Float[Tensor, " L"]:
-    """For each latent i of `a`, max_j cos(W_dec_a[i], W_dec_b[j]): 1 for the same direction."""
-    assert a.W_dec is not None and b.W_dec is not None
-    directions = torch.nn.functional.normalize(b.W_dec, dim=1)
-    rows = torch.nn.functional.normalize(a.W_dec, dim=1).split(1024)
-    return torch.cat([(part @ directions.T).amax(1) for part in rows])
 
 
 def summary_of(run: str) -> dict[str, Any]:
@@ -125,7 +114,7 @@ def comparison(runs: tuple[str, ...], near: float) -> str:
             if theirs is None or theirs.d_out != ours.d_out:
                 cells.append("")
                 continue
-            twins = nearest_twins(ours, theirs)
+            twins = nearest_twins(ours, theirs).cosine
             cells.append(f"{int((twins >= near).sum()):,} (mean {float(twins.mean()):.3f})")
         rows.append([f"{coder} latents with a twin", *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -170,7 +159,7 @@ def shared_latents(coders: list[Judged], near: float) -> list[dict[str, Any]]:
     for (i, a), (j, b) in combinations(enumerate(coders), 2):
         if a.hookpoint == b.hookpoint and a.coder.d_out == b.coder.d_out:
             ways = nearest_twins(a.coder, b.coder), nearest_twins(b.coder, a.coder)
-            shares = [float((way >= near).double().mean()) for way in ways]
+            shares = [way.share(near) for way in ways]
             found.append({"a": i, "b": j, "of_a": shares[0], "of_b": shares[1]})
     return found
 

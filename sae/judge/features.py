@@ -2,11 +2,12 @@
 
 python -m sae features checkpoints/RUN --out report.html
 python -m sae features CODERS --model gpt2 --dataset DATA --latents 500
+python -m sae features checkpoints/RUN --twins OTHERS            each latent beside its twin
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from jaxtyping import Int
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
+from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
 from ..runs.json_files import check_target
 from .compare import figures_of, summary_of
@@ -24,11 +26,12 @@ from .contexts import Contexts
 from .figures import frequency_histogram
 from .latents import Words, describe
 from .trained import CodersConfig, TrainedCoders, load_trained
+from .twins import NEAR, Twins, beside_name, coders_beside, joined, nearest_twins
 
 _CANDIDATES = 1024  # some of them never fire
 _CURVES = ("fvu", "ce", "kl", "dead_share")
 _NAMES = {"fvu": "FVU", "ce": "CE", "kl": "KL", "dead_share": "dead share"}
-_NAMES["ce_recovered"] = "CE recovered"
+_NAMES |= {"ce_recovered": "CE recovered", "l0": "L0"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class FeaturesConfig(CodersConfig):
     """Latents of each coder to show, picked at random among those that fire."""
     ids: tuple[int, ...] = ()
     """Numbers of the latents to show instead."""
+    twins: str | None = None
+    """Other coders, as RUN_OR_PATH_OR_HUB_ID; beside each latent its nearest one there is shown."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +84,10 @@ def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
         order = torch.randperm(coder.num_latents, generator=torch.Generator().manual_seed(0))
         some = order[: max(_CANDIDATES, 4 * cfg.latents)]
         candidates[name] = torch.tensor(list(dict.fromkeys(cfg.ids))) if cfg.ids else some
-    seen = find_contexts(trained, candidates)
+    beside = coders_beside(trained, replace(cfg, coders=cfg.twins)) if cfg.twins else {}
+    nearest = {n: nearest_twins(bank[n], other.coder, candidates[n]) for n, other in beside.items()}
+    kept = {beside_name(n): twins.latent.unique() for n, twins in nearest.items()}
+    seen = find_contexts(joined(trained, beside), candidates | kept)
     words = Words(_tokenizer(trained))
     figures = figures_of(cfg.coders) if (Path(cfg.coders) / "summary.json").is_file() else {}
     coders = []
@@ -88,6 +96,16 @@ def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
         slots = [i for i, n in enumerate(candidates[name].tolist()) if fired[n] > 0]
         shown = slots[: None if cfg.ids else cfg.latents]
         hookpoint = bank.hookpoint[name]
+        lm = trained.capture.lm
+        described = describe(lm, hookpoint, coder, seen[name], shown, words)
+        shared = None
+        if other := beside.get(name):
+            near = Twins(nearest[name].cosine[shown], nearest[name].latent[shown])
+            twins = _twins(lm, hookpoint, other.coder, seen[beside_name(name)], near, words)
+            described = [own | {"twin": t} for own, t in zip(described, twins, strict=True)]
+            shared = {"source": Path(str(cfg.twins)).name, "name": other.name, "near": NEAR}
+            shared["of_these"] = nearest_twins(coder, other.coder).share(NEAR)
+            shared["of_those"] = nearest_twins(other.coder, coder).share(NEAR)
         coders.append(
             {
                 "name": name,
@@ -98,7 +116,8 @@ def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
                 "chosen": bool(cfg.ids),
                 "histogram": frequency_histogram(fired, seen[name].rows),
                 "figures": {n: v for n, v in figures.get(name, {}).items() if v is not None},
-                "latents": describe(trained.capture.lm, hookpoint, coder, seen[name], shown, words),
+                "latents": described,
+                "twins": shared,
             }
         )
     tokens = len(trained.blocks) * trained.source.block_len
@@ -111,6 +130,26 @@ def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
         "curves": curves(Path(cfg.coders)),
         "coders": coders,
     }
+
+
+def _twins(
+    lm: PreTrainedModel,
+    hookpoint: str,
+    coder: SparseCoder,
+    seen: Contexts,
+    nearest: Twins,
+    words: Words,
+) -> list[dict[str, Any]]:
+    """Twins with their cosines and all that there is to show; of one that never fires less."""
+    numbers, slot = nearest.latent.tolist(), {n: i for i, n in enumerate(seen.latents.tolist())}
+    alive = [slot[n] for n in dict.fromkeys(numbers) if seen.fired[n] > 0]
+    described = describe(lm, hookpoint, coder, seen, alive, words) if alive else []
+    found = {twin["id"]: twin for twin in described}
+    cosines = [round(cosine, 3) for cosine in nearest.cosine.tolist()]
+    return [
+        {**found.get(n, {"id": n, "fired": 0}), "cosine": cosine}
+        for n, cosine in zip(numbers, cosines, strict=True)
+    ]
 
 
 def _tokenizer(trained: TrainedCoders) -> Any:

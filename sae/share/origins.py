@@ -1,7 +1,11 @@
 """Where coders come from, as the folder of their run says it."""
 
 from pathlib import Path
+from typing import Any
 
+from transformers import AutoTokenizer
+
+from ..data.tokenizing import leading_tokens
 from ..formats.hook_names import about_lm
 from ..formats.origin import Origin
 from ..judge.provenance import flags_of_run
@@ -22,7 +26,21 @@ def origin_of(run: Path, model: str | None = None) -> Origin:
         dataset=_without_folder(flags.get("dataset")),
         ctx_len=flags.get("ctx_len"),
         tokens=tokens,
+        begins_with_bos=_begins_with_bos(flags, model) if flags else None,
+        excluded=list(flags.get("exclude_tokens") or ()) or None,
     )
+
+
+def _begins_with_bos(flags: dict[str, Any], model: str | None) -> bool | None:
+    """Whether a run put what the tokenizer puts first before every sequence of its text."""
+    are_ids = str(flags.get("dataset")).endswith((".bin", ".npy"))
+    if model is None or are_ids or flags.get("text_column") == "input_ids":
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception:  # a tokenizer's files may be wrong in many ways
+        return None
+    return bool(leading_tokens(tokenizer)) and not flags.get("bos_per_document")
 
 
 def _without_folder(name: str | None) -> str | None:

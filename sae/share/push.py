@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from httpx import HTTPError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from tyro.conf import Positional, arg
@@ -138,7 +139,8 @@ def upload(cfg: PushConfig, folder: Path) -> str:
                 repo_id=cfg.repo, folder_path=folder, revision=cfg.revision, commit_message=message
             )
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, HTTPError, RuntimeError, OSError) as error:
+        # A large file that does not come through is a RuntimeError.
         raise UsageError(f"ORG/NAME {cfg.repo}: {_why_not(error)}") from None
     return f"{api.endpoint}/{cfg.repo}"
 

@@ -64,6 +64,16 @@ def test_a_set_is_the_same_function_there(
     assert call(monkeypatch, "export", str(run), *flags) == 2
 
 
+def test_negative_thresholds_let_nothing_negative_through(tmp_path: Path) -> None:
+    """circuit-tracer has no ReLU beside its thresholds: what is written is never below 0."""
+    coders = {f"layers.{i}.mlp": random_coder(JUMPRELU["transcoder"]) for i in range(6)}
+    coders["layers.2.mlp"].threshold[:12] = -0.5
+    run, out = run_with(tmp_path / "run", coders), tmp_path / "out"
+    export(ExportConfig(str(run), out=str(out), to="circuit_tracer"))
+    written = load_file(out / "layer_2.safetensors")
+    assert_same_function(coders["layers.2.mlp"], circuit_tracer(written))
+
+
 def test_what_is_no_set_is_refused(tmp_path: Path) -> None:
     """SAEs, a layer that is missing, several widths, and coders without thresholds: by name."""
     full = {f"layers.{i}.mlp": random_coder(JUMPRELU["transcoder"]) for i in range(6)}

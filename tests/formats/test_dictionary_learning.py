@@ -17,7 +17,7 @@ from other_programs import (
     save_run,
 )
 
-from sae import SparseCoder, TranscoderConfig, UsageError, load_many
+from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError, load_many
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,20 +54,23 @@ def test_what_is_written_is_the_same_function_there(
     return assert_same_coder(coder, back)
 
 
-@pytest.mark.parametrize("kind", ["sae", "one threshold", "transcoder"])
+@pytest.mark.parametrize("kind", ["sae", "one threshold", "batchtopk", "transcoder"])
 def test_thresholds_are_the_same_function_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """One threshold for all fits BatchTopKSAE exactly; several fit JumpReluAutoEncoder."""
     coder = random_coder(JUMPRELU["transcoder" if kind == "transcoder" else "sae"])
-    if kind == "one threshold":
+    if kind == "batchtopk":
+        coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"))
+    if kind in ("one threshold", "batchtopk"):
         coder.threshold.fill_(1.5)
     run, out = save_run(tmp_path / "run", {"layers.3": coder}), tmp_path / "out"
     flags = ("--to", "dictionary_learning", "--out", str(out))
     assert call(monkeypatch, "export", str(run), *flags) == 0
     trainer = json.loads((out / "layers.3/config.json").read_text())["trainer"]
     found = torch.load(out / "layers.3/ae.pt", weights_only=True)
-    named = "BatchTopKSAE" if kind == "one threshold" else "JumpReluAutoEncoder"
+    several = kind in ("sae", "transcoder")
+    named = "JumpReluAutoEncoder" if several else "BatchTopKSAE"
     assert trainer["dict_class"] == named
     if named == "JumpReluAutoEncoder":
         shapes = {name: tuple(t.shape) for name, t in found.items()}
@@ -107,6 +110,24 @@ def test_every_class_is_the_same_function_here(tmp_path: Path, kind: str) -> Non
     trainer = write(tmp_path / "c", kind, found)
     ours = SparseCoder.load_from_disk(tmp_path / "c", allow_pt=True)
     assert_same_function(ours, dictionary_learning(trainer, found))
+
+
+def test_a_matryoshka_coder_is_read_as_batchtopk(tmp_path: Path) -> None:
+    """All its groups are active; sizes that are not those of its latents are refused."""
+    found = topk_tensors()
+    plain = {"W_enc": found["encoder.weight"].T, "b_enc": found["encoder.bias"]}
+    plain |= {"W_dec": found["decoder.weight"].T, "b_dec": found["b_dec"]}
+    plain |= {"k": found["k"], "threshold": found["threshold"]}
+    for sizes in ([8, 16], [8, 15], [24, 0]):
+        kind = {**plain, "group_sizes": torch.tensor(sizes)}
+        trainer = write(tmp_path / "c", "MatryoshkaBatchTopKSAE", kind)
+        if sizes != [8, 16]:
+            with pytest.raises(UsageError, match="group_sizes .* are not 24 latents"):
+                SparseCoder.load_from_disk(tmp_path / "c", allow_pt=True)
+            continue
+        ours = SparseCoder.load_from_disk(tmp_path / "c", allow_pt=True)
+        assert (ours.cfg.activation, ours.cfg.k) == ("batchtopk", 3)
+        assert_same_function(ours, dictionary_learning(trainer, kind))
 
 
 def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path) -> None:

@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READER, WRITER, Hub, Repo, commit_of, loopback_hub
 from other_programs import KINDS, random_coder, save_run
 
 from sae import Sae, SaeConfig, SparseCoder, UsageError
+from sae.formats.hub import patiently
 from sae.share.export import ExportConfig, export
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +132,10 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: Hub, tmp_path: Path) -> N
     files = coders(tmp_path / "c", "layers.3")
     hub.repos = {"org/gated": Repo({"main": files}, gated=True), "org/open": Repo({"main": files})}
     hub.repos["org/private"] = Repo({"main": files}, private=True)
-    hub.busy["GET /api/models/org/open/revision"] = 2
+    hub.repos |= {f"org/{name}": Repo({"main": files}) for name in ("busy", "scoped", "new")}
+    hub.busy |= {"GET /api/models/org/open/revision": 2, "GET /api/models/org/busy/revision": 99}
+    hub.retry_after = "0"
+    hub.forbidden["GET /api/models/org/scoped/revision"] = 1
     reader, writer = {"HF_TOKEN": READER}, {"HF_TOKEN": WRITER}
     found = load(
         *(hub, tmp_path / "cache"),
@@ -138,12 +145,37 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: Hub, tmp_path: Path) -> N
         ("many", "org/open"),
         ("many", "org/gated", {}, writer),
         ("many", "org/private", {}, writer),
+        ("many", "org/busy"),
+        ("many", "org/scoped", {}, reader),
+        ("many", "org/new", {}, {"HF_TOKEN": "hf_wrong"}),
     )
     assert "org/absent is neither a folder here nor on the Hub" in found[0]
     assert "org/private" in found[1] and "set HF_TOKEN" in found[1]
     assert "org/gated is gated" in found[2] and "set HF_TOKEN" in found[2]
-    assert found[3:] == [["layers.3"]] * 3
-    assert not any(token in line for token in (READER, WRITER) for line in map(str, found))
+    assert found[3:6] == [["layers.3"]] * 3
+    assert "org/busy: the Hub takes no more requests for now (429); try again later" in found[6]
+    asked = [line for line in hub.requests if "org/busy" in line]
+    assert 5 <= len(asked) < 50
+    assert "org/scoped: HF_TOKEN is one that the Hub does not know, or that" in found[7]
+    assert "org/new: HF_TOKEN is one that the Hub does not know" in found[8]
+    secrets = (READER, WRITER, "hf_wrong")
+    assert not any(token in line for token in secrets for line in map(str, found))
+
+
+def test_a_busy_hub_is_waited_for_as_long_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry-After in seconds, a minute at most, five seconds if it is none; five tries in all."""
+    waited: list[int] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    said = iter([{"Retry-After": "7"}, {}, {"Retry-After": "999"}, {"Retry-After": "Wed, 21 Oct"}])
+    request = httpx.Request("GET", "http://hub")
+
+    def busy() -> None:
+        answer = httpx.Response(429, headers=next(said, {}), request=request)
+        raise HfHubHTTPError("busy", response=answer)
+
+    with pytest.raises(HfHubHTTPError):
+        patiently(busy)
+    assert waited == [7, 5, 60, 5]
 
 
 def test_an_unknown_repository_is_refused_by_name() -> None:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from other_programs import KINDS, random_coder, save_run
+from other_programs import JUMPRELU, KINDS, random_coder, save_run
 
 from sae import SaeConfig, SparseCoder, UsageError, load_many
 from sae.coders.bank import CoderBank
 from sae.config import Widths
 from sae.formats import kinds
-from sae.share.export import ExportConfig, export
+from sae.share.export import ExportConfig, Program, export
+
+LM = str(Path(__file__).parents[2] / "demo/lm")
 
 
 def test_what_is_no_coder_is_refused_with_the_kinds(tmp_path: Path) -> None:
@@ -41,6 +43,22 @@ def test_coders_of_several_programs_lie_in_one_folder(tmp_path: Path) -> None:
     cfg.write_text(json.dumps(values))
     with pytest.raises(UsageError, match="holds two coders of layers.1"):
         load_many(tmp_path / "all", allow_pt=True)
+
+
+@pytest.mark.parametrize("to", ["sae_lens", "dictionary_learning", "circuit_tracer"])
+def test_thresholds_are_not_rounded_to_the_weights_bits(tmp_path: Path, to: Program) -> None:
+    """Weights of bfloat16 go out as float32 where thresholds are compared with what they give."""
+    coder = random_coder(JUMPRELU["transcoder" if to == "circuit_tracer" else "sae"])
+    for parameter in coder.parameters():
+        parameter.data = parameter.data.bfloat16()
+    names = [f"layers.{i}.mlp" for i in range(6)] if to == "circuit_tracer" else ["layers.1"]
+    run = save_run(tmp_path / "run", dict.fromkeys(names, coder))
+    (run / "run.json").write_text(json.dumps({"model": LM, "dataset": "x"}))
+    export(ExportConfig(str(run), out=str(tmp_path / "out"), to=to))
+    back = load_many(tmp_path / "out", allow_pt=True)[names[0]]
+    assert torch.equal(back.threshold, coder.threshold)
+    # Where no bias is folded, the weights are still those of few bits.
+    assert torch.equal(back.encoder.weight, coder.encoder.weight.float())
 
 
 @pytest.mark.parametrize("to", ["sae_lens", "dictionary_learning"])

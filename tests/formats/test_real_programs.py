@@ -1,22 +1,27 @@
 """The files that are written, opened by the programs that they are for: run by --formats."""
 
+import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from other_programs import JUMPRELU, KINDS, dense, random_coder, save_run
 from torch import Tensor
 
-from sae import SparseCoder
+from sae import SaeConfig, SparseCoder
 from sae.share.export import ExportConfig, export
 
 pytestmark = pytest.mark.formats
+LM = str(Path(__file__).parents[2] / "demo/lm")
 ROWS = torch.randn(4096, 32, generator=torch.Generator().manual_seed(5))
 
 
-def exported(tmp_path: Path, coder: SparseCoder, program: Any) -> Path:
-    run = save_run(tmp_path / "run", {"layers.3": coder})
+def exported(tmp_path: Path, coder: SparseCoder, program: Any, hookpoint: str = "layers.3") -> Path:
+    run = save_run(tmp_path / "run", {hookpoint: coder})
+    (run / "run.json").write_text(json.dumps({"model": LM, "dataset": "x"}))
     (folder,) = export(ExportConfig(str(run), out=str(tmp_path / "out"), to=program))[0]
     return folder
 
@@ -73,18 +78,94 @@ def test_dictionary_learning_computes_the_same(tmp_path: Path, kind: str) -> Non
     assert config["trainer"]["layer"] == 3
 
 
-@pytest.mark.parametrize("kind", ["sae", "one threshold", "transcoder"])
+@pytest.mark.parametrize("kind", ["sae", "one threshold", "batchtopk", "transcoder"])
 @torch.no_grad()
 def test_dictionary_learning_computes_the_same_with_thresholds(tmp_path: Path, kind: str) -> None:
     """BatchTopKSAE and JumpReluAutoEncoder, as load_dictionary makes them."""
     from dictionary_learning.utils import load_dictionary  # pyright: ignore[reportMissingImports]
 
     coder = random_coder(JUMPRELU["transcoder" if kind == "transcoder" else "sae"], 32)
-    if kind == "one threshold":
+    if kind == "batchtopk":
+        coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"), 32)
+    if kind in ("one threshold", "batchtopk"):
         coder.threshold.fill_(1.5)
     theirs, _ = load_dictionary(str(exported(tmp_path, coder, "dictionary_learning")), "cpu")
     acts = theirs.encode(ROWS)
     assert_same(coder, acts, theirs.decode(acts))
+
+
+@torch.no_grad()
+def test_a_matryoshka_coder_of_dictionary_learning_is_the_same_here(tmp_path: Path) -> None:
+    """As its own class saves it, with its groups and the threshold that it learned."""
+    module = import_module("dictionary_learning.trainers.matryoshka_batch_top_k")
+    theirs = module.MatryoshkaBatchTopKSAE(32, 64, 5, [8, 24, 32])
+    for parameter in theirs.parameters():
+        parameter.data.normal_()
+    theirs.threshold.fill_(2.0)
+    torch.save(theirs.state_dict(), tmp_path / "ae.pt")
+    trainer = {"dict_class": "MatryoshkaBatchTopKSAE", "activation_dim": 32, "dict_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {**trainer, "k": 5}}))
+    acts = theirs.encode(ROWS)
+    ours = SparseCoder.load_from_disk(tmp_path, allow_pt=True)
+    assert_same(ours, acts, theirs.decode(acts))
+
+
+@torch.no_grad()
+def test_sae_lens_joins_the_heads(tmp_path: Path) -> None:
+    """A coder of what attention's heads give takes them as TransformerLens' hook_z has them."""
+    from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+
+    coder, hookpoint = random_coder(KINDS["sae"], 32), "layers.3.attention.dense:input"
+    theirs = SAE.load_from_disk(str(exported(tmp_path, coder, "sae_lens", hookpoint)))
+    assert theirs.cfg.metadata.hook_name == "blocks.3.attn.hook_z"
+    acts = theirs.encode(ROWS.view(-1, 4, 8))
+    assert_same(coder, acts, theirs.decode(acts).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "heads"])
+@torch.no_grad()
+def test_sae_dashboard_sees_the_same(tmp_path: Path, kind: str) -> None:
+    """How often and how strongly latents fire, as SAEDashboard (and so Neuronpedia) says it."""
+    from sae_dashboard.sae_vis_data import SaeVisConfig  # pyright: ignore[reportMissingImports]
+    from sae_dashboard.sae_vis_runner import SaeVisRunner  # pyright: ignore[reportMissingImports]
+    from sae_lens import SAE, HookedSAETransformer  # pyright: ignore[reportMissingImports]
+    from transformer_lens import HookedTransformerConfig  # pyright: ignore[reportMissingImports]
+
+    coder = random_coder(JUMPRELU["sae"] if kind == "jumprelu" else KINDS["sae"], 32)
+    hookpoint = "layers.1.attention.dense:input" if kind == "heads" else "layers.1"
+    theirs = SAE.load_from_disk(str(exported(tmp_path, coder, "sae_lens", hookpoint)))
+    hook = theirs.cfg.metadata.hook_name
+    sizes = {"n_layers": 2, "d_model": 32, "n_ctx": 16, "d_head": 8, "n_heads": 4, "d_vocab": 50}
+    lm = HookedSAETransformer(HookedTransformerConfig(**sizes, act_fn="gelu", seed=0))
+    tokens = torch.randint(0, 50, (64, 16), generator=torch.Generator().manual_seed(2))
+    seen = SaeVisConfig(hook_point=hook, features=[0, 5, 7], minibatch_size_features=3)
+    found = SaeVisRunner(seen).run(encoder=theirs, model=lm, tokens=tokens).feature_stats
+    rows = lm.run_with_cache(tokens)[1][hook].reshape(-1, 32)
+    acts = dense(coder, rows)[0][:, [0, 5, 7]]
+    torch.testing.assert_close(torch.tensor(found.max), acts.amax(0), rtol=1e-4, atol=1e-5)
+    shares = (acts > 0).float().mean(0)
+    assert torch.tensor(found.frac_nonzero).tolist() == pytest.approx(shares.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "skip transcoder"])
+@torch.no_grad()
+def test_circuit_tracer_computes_the_same(tmp_path: Path, kind: str) -> None:
+    """A set of all layers by its own loader: encode, decode, and what goes past the latents."""
+    load = import_module("circuit_tracer.transcoder.single_layer_transcoder").load_transcoder_set
+    coders = {f"layers.{i}.mlp": random_coder(JUMPRELU[kind], 32) for i in range(6)}
+    for i, coder in enumerate(coders.values()):
+        coder.b_dec.data.add_(i)
+    run, out = save_run(tmp_path / "run", coders), tmp_path / "out"
+    (run / "run.json").write_text(json.dumps({"model": LM, "dataset": "x"}))
+    export(ExportConfig(str(run), out=str(out), to="circuit_tracer"))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    hooks = {name: config[name] for name in ("feature_input_hook", "feature_output_hook")}
+    files = {i: str(out / f"layer_{i}.safetensors") for i in range(6)}
+    device = torch.device("cpu")
+    theirs = load(files, scan="x", **hooks, device=device, dtype=torch.float32)
+    assert theirs.skip_connection is ("skip" in kind) and len(theirs) == 6
+    for i, coder in enumerate(coders.values()):
+        assert_same(coder, theirs[i].encode(ROWS), theirs[i](ROWS))
 
 
 @pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu"])

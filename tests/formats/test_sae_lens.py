@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from command_runs import call
+from natsort import natsorted
 from other_programs import (
     JUMPRELU,
     KINDS,
     assert_same_coder,
     assert_same_function,
+    dense,
     random_coder,
     sae_lens,
     save_run,
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError, load_many
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
 
 def exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coders: dict[str, SparseCoder], model: str = ""
@@ -28,7 +32,7 @@ def exported(
     """Coders in SAELens' files, by the command."""
     run, out = save_run(tmp_path / "run", coders), tmp_path / "out"
     if model:
-        flags = {"model": model, "dataset": "some/text", "ctx_len": 64}
+        flags = {"model": model, "dataset": "some/text", "ctx_len": 64, "exclude_tokens": [5]}
         (run / "run.json").write_text(json.dumps(flags))
     assert call(monkeypatch, "export", str(run), "--to", "sae_lens", "--out", str(out)) == 0
     return out
@@ -67,7 +71,8 @@ def test_metadata_has_the_names_of_transformer_lens(
     """Hook names, model and data of the run stand in `metadata`; what has no clear name is said."""
     sae, transcoder = random_coder(KINDS["sae"]), random_coder(KINDS["transcoder"])
     coders = {"layers.3": sae, "layers.4.mlp": sae, "layers.1.mlp": transcoder}
-    coders |= {"layers.2.mlp.act": sae}
+    coders |= {"layers.2.mlp.act": sae, "layers.2.attention.dense:input": sae}
+    coders |= {"layers.0.attention.dense:input:head1": sae}
     out = exported(tmp_path, monkeypatch, coders, model="demo/lm")
     about = {name: parts(out / name)[0]["metadata"] for name in coders}
     names = ("hook_name", "hf_hook_name", "hook_name_out", "hf_hook_name_out")
@@ -79,10 +84,21 @@ def test_metadata_has_the_names_of_transformer_lens(
             *("blocks.1.mlp.hook_in", None, "blocks.1.hook_mlp_out", "gpt_neox.layers.1.mlp")
         ],
         "layers.2.mlp.act": [None, "gpt_neox.layers.2.mlp.act", None, None],
+        "layers.2.attention.dense:input": ["blocks.2.attn.hook_z", None, None, None],
+        "layers.0.attention.dense:input:head1": ["blocks.0.attn.hook_z", None, None, None],
     }
+    heads = {name: about[name].get("hook_head_index") for name in coders}
+    assert [n for n in heads if heads[n] is not None] == ["layers.0.attention.dense:input:head1"]
+    assert heads["layers.0.attention.dense:input:head1"] == 1
+    # TransformerLens keeps heads apart, and SAELens joins them for all heads' coder alone.
+    shaped = [n for n in coders if parts(out / n)[0]["reshape_activations"] == "hook_z"]
+    assert shaped == ["layers.2.attention.dense:input"]
+    assert list(load_many(out)) == natsorted(coders)
     said = {"model_name": "demo/lm", "dataset_path": "some/text", "context_size": 64}
-    said |= {"training_architecture": "topk", "l0": 3, "model_class_name": "AutoModelForCausalLM"}
+    said |= {"prepend_bos": False, "exclude_special_tokens": [5], "neuronpedia_id": None}
+    said |= {"training_architecture": "topk", "l0": 3, "model_class_name": "HookedTransformer"}
     assert {name: about["layers.3"][name] for name in said} == said
+    assert about["layers.2.mlp.act"]["model_class_name"] == "AutoModelForCausalLM"
     assert "note   layers.2.mlp.act: layers.2.mlp.act has no name" in capsys.readouterr().out
 
 
@@ -116,6 +132,24 @@ def test_thresholds_are_the_same_function_there(
     if kind == "skip sae":  # its bias was folded and unfolded
         return assert_same_function(back, sae_lens(cfg, tensors))
     return assert_same_coder(coder, back)
+
+
+def test_batchtopk_is_exact_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In use it is a JumpReLU of one threshold; what it was trained as stands in the metadata."""
+    coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"))
+    coder.threshold.fill_(0.7)
+    out = exported(tmp_path, monkeypatch, {"layers.3": coder})
+    cfg, tensors = parts(out / "layers.3")
+    assert cfg["architecture"] == "jumprelu"
+    assert_same_function(coder, sae_lens(cfg, tensors))
+    assert_same_coder(coder, load_many(out)["layers.3"])
+    # As SAELens itself writes it.
+    about = {"training_architecture": "batchtopk", "training_architecture_details": {"k": 7}}
+    _, theirs = write(tmp_path / "theirs/c", "jumprelu", metadata=about)
+    level = {**theirs, "threshold": torch.full((24,), 0.25)}
+    save_file(level, tmp_path / "theirs/c/sae_weights.safetensors")
+    found = SparseCoder.load_from_disk(tmp_path / "theirs/c").cfg
+    assert (found.activation, found.k) == ("batchtopk", 7)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +269,10 @@ def test_a_known_scale_is_folded(tmp_path: Path) -> None:
 NAMES = {
     "hf": ({"hf_hook_name": "model.layers.7"}, "layers.7"),
     "hf output": ({"hf_hook_name": "transformer.h.7.output"}, "h.7"),
+    "of transformers": (
+        {"hook_name": "model.layers.7.mlp", "model_class_name": "AutoModelForCausalLM"},
+        "layers.7.mlp",
+    ),
     "gpt2": ({"hook_name": "blocks.7.hook_resid_post", "model_name": "gpt2-small"}, "h.7"),
     "before": ({"hook_name": "blocks.8.hook_resid_pre", "model_name": "gpt2"}, "h.7"),
     "gemma": (
@@ -244,6 +282,18 @@ NAMES = {
     "attention": (
         {"hook_name": "blocks.2.hook_attn_out", "model_name": "EleutherAI/pythia-70m"},
         "layers.2.attention",
+    ),
+    "heads": (
+        {"hook_name": "blocks.2.attn.hook_z", "model_name": "gpt2-small", "hook_head_index": None},
+        "h.2.attn.c_proj:input",
+    ),
+    "one head": (
+        {"hook_name": "blocks.2.attn.hook_z", "model_name": "qwen2-0.5b", "hook_head_index": 3},
+        "layers.2.self_attn.o_proj:input:head3",
+    ),
+    "a head of queries": (
+        {"hook_name": "blocks.2.attn.hook_q", "model_name": "gpt2-small", "hook_head_index": 3},
+        "c",
     ),
     "unknown model": ({"hook_name": "blocks.2.hook_attn_out", "model_name": "mamba"}, "c"),
     "embeddings": ({"hook_name": "blocks.0.hook_resid_pre", "model_name": "gpt2"}, "c"),
@@ -256,6 +306,16 @@ def test_the_hookpoint_comes_from_the_metadata(tmp_path: Path, kind: str) -> Non
     about, name = NAMES[kind]
     write(tmp_path / "coders" / "c", "topk", metadata={"sae_lens_version": "6.54.0", **about})
     assert list(load_many(tmp_path / "coders")) == [name]
+
+
+def test_an_sae_that_sae_lens_trained_gives_its_numbers() -> None:
+    """On rows that SAELens itself encoded: its latents, its reconstruction, at its hookpoint."""
+    ((name, coder),) = load_many(FIXTURES / "sae_lens").items()
+    expected = load_file(FIXTURES / "sae_lens.expected.safetensors")
+    assert (name, coder.cfg.k, coder.num_latents) == ("layers.3", 16, 128)
+    theirs = expected["acts"], expected["sae_out"]
+    for found, given in zip(dense(coder, expected["x"]), theirs, strict=True):
+        assert float((found - given).abs().max() / given.abs().max()) < 1e-5
 
 
 def test_files_of_before_version_6_are_read(tmp_path: Path) -> None:

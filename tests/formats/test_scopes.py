@@ -39,6 +39,7 @@ def jumprelu(t: dict[str, Tensor], skip: Tensor | None = None) -> Any:
     [
         ("models--google--gemma-scope-2b-pt-res", "layers.12", False),
         ("gemma-scope-2b-pt-mlp", "layers.12.post_feedforward_layernorm", False),
+        ("gemma-scope-2b-pt-att", "layers.12.self_attn.o_proj:input", False),
         ("gemma-scope-2b-pt-transcoders", "layer_12.width_16k.average_l0_82", True),
         ("mine", "layer_12.width_16k.average_l0_82", False),
     ],
@@ -152,3 +153,39 @@ def test_qwen_scope_needs_its_k_and_a_word(tmp_path: Path) -> None:
     other = folder.rename(tmp_path / "mine")
     with pytest.raises(UsageError, match="is in its repository's name"):
         load_many(other, allow_pt=True)
+
+
+def test_openais_relu_saes_are_read_and_others_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pickle is opened only when asked; TopK SAEs are refused, by their name if it says so."""
+    found = tensors("encoder.weight", "decoder.weight")
+    del found["threshold"]
+    named = {"encoder.weight": found["encoder.weight"].T.contiguous()}
+    named |= {"decoder.weight": found["decoder.weight"].T.contiguous(), "activation": "ReLU"}
+    named |= {"latent_bias": found["b_enc"], "pre_bias": found["b_dec"]}
+    named |= {"stats_last_nonzero": torch.zeros(24, dtype=torch.int64)}
+    for site in ("resid_delta_mlp", "mlp_post_act_v4", "resid_post_mlp_v5_32k", "mine"):
+        (tmp_path / site / "autoencoders").mkdir(parents=True)
+        torch.save(named, tmp_path / site / "autoencoders" / "7.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
+        with pytest.raises(UsageError, match="is a pickle"):
+            load_many(tmp_path / "resid_delta_mlp")
+        with pytest.raises(UsageError, match="scale every row on its own"):
+            load_many(tmp_path / "resid_post_mlp_v5_32k", allow_pt=True)
+
+    def theirs(x: Tensor) -> tuple[Tensor, Tensor]:
+        acts = ((x - found["b_dec"]) @ found["encoder.weight"] + found["b_enc"]).relu()
+        return acts, acts @ found["decoder.weight"] + found["b_dec"]
+
+    for site, name in (("resid_delta_mlp", "h.7.mlp"), ("mlp_post_act_v4", "h.7.mlp.act")):
+        assert_same_function(load_many(tmp_path / site, allow_pt=True)[name], theirs)
+    file = tmp_path / "mine" / "autoencoders" / "7.pt"
+    state = {"k": 32, "postact_fn": "ReLU"}
+    torch.save({**named, "activation": "TopK", "activation_state_dict": state}, file)
+    with pytest.raises(UsageError, match="scale every row on its own"):
+        load_many(tmp_path / "mine", allow_pt=True)
+    torch.save({"encoder.weight": named["encoder.weight"]}, file)
+    with pytest.raises(UsageError, match="lacks decoder.weight"):
+        load_many(tmp_path / "mine", allow_pt=True)

@@ -13,7 +13,8 @@ from training_runs import Settings, run
 from transformers import PreTrainedModel
 
 from sae import SaeConfig, SparseCoder, UsageError
-from sae.judge.compare import comparison, differing_flags, nearest_twins
+from sae.judge.compare import comparison, differing_flags
+from sae.judge.twins import nearest_twins
 
 LM = str(Path(__file__).parents[2] / "demo/lm")
 
@@ -23,10 +24,13 @@ def test_twins_are_found_by_direction() -> None:
     a, b = (SparseCoder(8, SaeConfig(num_latents=6, k=2)) for _ in range(2))
     assert a.W_dec is not None and b.W_dec is not None
     b.W_dec.data.copy_(3 * a.W_dec.data[torch.tensor([3, 1, 0, 2, 5, 4])])
-    torch.testing.assert_close(nearest_twins(a, b), torch.ones(6))
+    found = nearest_twins(a, b)
+    torch.testing.assert_close(found.cosine, torch.ones(6))
+    assert found.latent.tolist() == [2, 1, 3, 0, 5, 4]
+    assert nearest_twins(a, b, torch.tensor([4, 0])).latent.tolist() == [5, 2]
     a.W_dec.data.copy_(torch.eye(8)[:6])
     b.W_dec.data.copy_(torch.eye(8)[[0, 1, 7, 7, 7, 7]])
-    assert nearest_twins(a, b).tolist() == [1, 1, 0, 0, 0, 0]
+    assert nearest_twins(a, b).cosine.tolist() == [1, 1, 0, 0, 0, 0]
 
 
 def test_comparison_shows_figures_flags_and_shared_latents(

@@ -12,11 +12,12 @@ from urllib.parse import urlencode
 import pytest
 import torch
 import torch.nn.functional as F
+from command_runs import call
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_lms import WITH_HEAD, make_with_head
 from torch import Tensor
 
-from sae import SaeConfig, SparseCoder, UsageError
+from sae import SaeConfig, SparseCoder, UsageError, load_many
 from sae.flag_checks import from_flags
 from sae.judge.contexts import AFTER, BEFORE, SAMPLED, TOP, Contexts
 from sae.judge.features import FeaturesConfig, page, page_data
@@ -203,7 +204,7 @@ def test_page_stands_alone_and_holds_no_markup_of_the_data(written: Path, demo_r
     assert found["curves"]["fvu"].keys() == {"layers.1", "layers.2.mlp"}
     for coder in found["coders"]:
         assert len(coder["latents"]) == 40 and sum(coder["histogram"]) == coder["alive"]
-        assert coder["figures"]["fvu"] > 0
+        assert coder["figures"]["fvu"] > 0 and coder["figures"].keys() <= found["names"].keys()
         for latent in coder["latents"]:
             assert latent["top"] and latent["fired"] and len(latent["promoted"]) == 10
             assert latent["top"][0]["a"][latent["top"][0]["p"]] == latent["largest"]
@@ -222,6 +223,68 @@ def test_latents_by_number(demo_run: Path) -> None:
     with pytest.raises(UsageError, match="--ids 999999: layers.1 has latents 0 to"):
         page_data(FeaturesConfig(str(demo_run), ids=(999999,)))
     assert isinstance(chosen, CodersConfig)
+
+
+@pytest.fixture(scope="module")
+def twins_page(demo_run: Path) -> tuple[dict[str, Any], dict[int, int]]:
+    """The page with other coders beside: latents of one of the run's, shuffled, one of them dead.
+
+    With it the number there of every latent here.
+    """
+    coder = load_many(demo_run)["layers.1"]
+    order = torch.randperm(coder.num_latents, generator=torch.Generator().manual_seed(1))
+    found = page_data(FeaturesConfig(str(demo_run), latents=40))["coders"][0]["latents"]
+    dead = found[0]["id"]
+    assert coder.W_dec is not None
+    for tensor in (coder.encoder.weight, coder.encoder.bias, coder.W_dec):
+        tensor.data.copy_(tensor.data[order])
+    there = dict(zip(order.tolist(), range(coder.num_latents), strict=True))
+    coder.encoder.bias.data[there[dead]] = -1e9
+    coder.save_to_disk(demo_run.parent / "others" / "layers.1")
+    out = demo_run.parent / "twins.html"
+    command = ["--twins", str(demo_run.parent / "others"), "--latents", "40", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, "features", str(demo_run), *command) == 0
+    data = re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)
+    assert data is not None
+    return json.loads(data[1]), there
+
+
+def test_twins_stand_side_by_side(
+    twins_page: tuple[dict[str, Any], dict[int, int]], demo_run: Path
+) -> None:
+    """Beside a latent its nearest decoder row there, with contexts of its own; if dead, without."""
+    found, there = twins_page
+    first, second = found["coders"]
+    assert second["twins"] is None and "twin" not in second["latents"][0]
+    assert first["twins"] == {
+        **{"source": "others", "name": "layers.1", "near": 0.7},
+        **{"of_these": 1.0, "of_those": 1.0},
+    }
+    dead, *others = first["latents"]
+    assert dead["twin"] == {"id": there[dead["id"]], "fired": 0, "cosine": 1.0}
+    for latent in others:
+        twin = latent["twin"]
+        assert (twin["id"], twin["cosine"]) == (there[latent["id"]], 1.0)
+        # The dead one's place in rows goes to others, so that they may fire on more.
+        assert twin["fired"] >= latent["fired"] and twin["promoted"] == latent["promoted"]
+        assert twin["top"][0]["t"] == latent["top"][0]["t"]
+        assert twin["largest"] == pytest.approx(latent["largest"], rel=1e-2)
+        assert {n for n, cosine in twin["neighbours"]} == {
+            there[n] for n, cosine in latent["neighbours"]
+        }
+
+
+def test_twins_are_of_the_same_module(demo_run: Path, tmp_path: Path) -> None:
+    """Coders of no hookpoint here, or of other widths, are refused by name."""
+    SparseCoder(192, SaeConfig(num_latents=24, k=2)).save_to_disk(tmp_path / "a/layers.5")
+    SparseCoder(8, SaeConfig(num_latents=24, k=2)).save_to_disk(tmp_path / "b/layers.1")
+    for folder, why in (
+        ("a", "has coders of layers.5, and none of layers.1, layers.2.mlp"),
+        ("b", "layers.1 goes from 8 to 8, and layers.1 from 192 to 192"),
+    ):
+        with pytest.raises(UsageError, match=f"--twins .*{why}"):
+            page_data(FeaturesConfig(str(demo_run), twins=str(tmp_path / folder)))
 
 
 def test_tensorboard_has_the_contexts_and_norms(written: Path, demo_run: Path) -> None:
@@ -278,3 +341,20 @@ def test_page_in_a_browser(written: Path) -> None:
     assert listed(dom(written, coder="layers.2.mlp", find=some))[0] == some
     shown = dom(written, find="no text has this")
     assert listed(shown) == [] and "No latent has that." in shown
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium on the PATH")
+def test_twins_in_a_browser(
+    twins_page: tuple[dict[str, Any], dict[int, int]], demo_run: Path
+) -> None:
+    """Both headings, the cosine, contexts of both; the list has the cosine and sorts by it."""
+    (coder, _), there = twins_page[0]["coders"], twins_page[1]
+    dead, latent = (entry["id"] for entry in coder["latents"][:2])
+    page = demo_run.parent / "twins.html"
+    shown = dom(page, coder="layers.1", latent=latent)
+    assert f"layers.1, latent {latent}<" in shown
+    assert f"others: layers.1, latent {there[latent]}<" in shown and "cosine 1.000" in shown
+    one, both = (len(re.findall('class="context"', part)) for part in shown.split('class="twin"'))
+    assert one > 1 and both > 1 and '<option value="twin">' in shown and "100% of them" in shown
+    assert "It does not fire on this text." in dom(page, coder="layers.1", latent=dead)
+    assert '<option value="twin">' not in dom(page, coder="layers.2.mlp")

@@ -41,7 +41,7 @@ ALLOWED = {
         ),
         "formats",
     },
-    "share": {"config", "flag_checks", "formats", "coders", "judge", "runs"},
+    "share": {"config", "flag_checks", "formats", "coders", "data", "judge", "runs"},
     "__main__": {"flag_checks", "judge", "placement"},
     "__init__": {"config", "flag_checks", "coders"},
 }

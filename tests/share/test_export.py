@@ -1,15 +1,22 @@
 """Coders that went through another program's files are judged as before."""
 
 import json
+import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from command_runs import call
-from other_programs import KINDS, random_coder
+from other_programs import KINDS, assert_same_coder, dense, random_coder, save_run
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from sae import TranscoderConfig, load_many
+from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError, load_many
+from sae.formats.coder_file import NeedsThreshold
+from sae.share.export import ExportConfig, Program, export
+from sae.share.origins import origin_of
 
 LM = str(Path(__file__).parents[2] / "demo/lm")
 
@@ -86,3 +93,77 @@ def test_thresholds_are_made_where_a_program_has_no_k(
     theirs = load_many(tmp_path / "set")
     assert list(theirs) == [f"layers.{i}.mlp" for i in range(6)]
     assert torch.equal(theirs["layers.3.mlp"].threshold, load_many(out)["layers.3.mlp"].threshold)
+
+
+def test_what_begins_every_sequence_is_known(tmp_path: Path) -> None:
+    """True where a tokenizer puts BOS first; not where documents begin so, unknown of ids."""
+    lm = tmp_path / "lm"
+    lm.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(Path(LM) / name, lm / name)
+    tokenizer = Tokenizer.from_file(str(Path(LM) / "tokenizer.json"))
+    bos = tokenizer.token_to_id("<|endoftext|>")
+    template = {"single": "<|endoftext|> $A", "special_tokens": [("<|endoftext|>", bos)]}
+    tokenizer.post_processor = TemplateProcessing(**template)
+    tokenizer.save(str(lm / "tokenizer.json"))
+    cases = [({}, True), ({"bos_per_document": True}, False), ({"model": LM}, False)]
+    cases += [({"dataset": "ids.bin"}, None), ({"model": "no/such"}, None)]
+    for given, expected in cases:
+        flags = {"model": str(lm), "dataset": "text.jsonl", "ctx_len": 64, **given}
+        (tmp_path / "run.json").write_text(json.dumps(flags))
+        assert origin_of(tmp_path).begins_with_bos is expected, given
+
+
+def coder_of_row(row: str) -> SparseCoder:
+    """A coder as a line of the table in docs/files.md calls it."""
+    kind = re.split(r" (?:SAE|transcoder)", row)[0].split(" or ")[-1].lower()
+    cfg = SaeConfig(
+        num_latents=24,
+        k=3,
+        activation=kind,
+        transcode="transcoder" in row,
+        skip_connection="skip" in row,
+    )
+    coder = random_coder(cfg, d_out=5 if "≠" in row else None)
+    if kind == "batchtopk":
+        coder.threshold.fill_(1.5)
+    return coder
+
+
+def outcome(row: str, program: Program, folder: Path) -> str:
+    """What becomes of such a coder, in the words of the table."""
+    coder = coder_of_row(row)
+    names = [f"layers.{i}.mlp" for i in range(6)] if program == "circuit_tracer" else ["layers.3"]
+    run = save_run(folder / "run", dict.fromkeys(names, coder))
+    (run / "run.json").write_text(json.dumps({"model": LM, "dataset": "x"}))
+    try:
+        export(ExportConfig(str(run), out=str(folder / "out"), to=program))
+    except NeedsThreshold:
+        return "through a threshold"
+    except UsageError as error:
+        assert program == "sae_lens" or "try --to sae_lens" in str(error)
+        return "not at all"
+    back = load_many(folder / "out", allow_pt=True)[names[0]]
+    if program == "sparsify" and coder.cfg.has_threshold:
+        return "only here"
+    differ = any(not torch.equal(t, back.state_dict()[n]) for n, t in coder.state_dict().items())
+    if not differ:
+        assert_same_coder(coder, back)
+    x = torch.randn(64, 8)
+    for found, expected in zip(dense(back, x), dense(coder, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    return "exact [1]" if differ else "exact"
+
+
+def test_the_table_of_programs_is_true(tmp_path: Path) -> None:
+    """Every cell in docs/files.md: what is exact comes back bit for bit, what is not is refused."""
+    page = (Path(__file__).parents[2] / "docs/files.md").read_text()
+    head, _, *lines = re.findall(r"^\| .* \|$|^\|---.*$", page[page.index("| coder here") :], re.M)
+    programs = re.findall(r"`(\w+)`", head)
+    assert programs == [*get_args(Program)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = rows[: next(i for i, row in enumerate(rows) if len(row) != 5)]
+    assert len(rows) == 13
+    for i, (row, *cells) in enumerate(rows):
+        for program, said in zip(programs, cells, strict=True):
+            assert outcome(row, program, tmp_path / f"{i}{program}") == said, (row, program)

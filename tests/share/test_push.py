@@ -1,5 +1,6 @@
 """A run on the Hub: what is uploaded, by whom, and that nothing of the machine goes along."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_runs import call
-from loopback_hub import READER, WRITER, Hub, loopback_hub
+from loopback_hub import READER, WRITER, Hub, Repo, loopback_hub
 from other_programs import KINDS, assert_same_coder, random_coder, save_run
 
 from sae import load_many
@@ -127,8 +128,19 @@ def test_a_run_is_pushed_and_pulled(hub: Hub, finished: Path, tmp_path: Path) ->
     again = [WRITER, ["push", str(finished), "org/name", "--as", "sae_lens"]]
     calls = [[None, push], ["wrong", push], [READER, push]]
     calls += [[WRITER, ["push", str(finished), "readers/x"]]]
-    calls += [[WRITER, ["push", str(finished), "elsewhere/x"]], [WRITER, push], again]
-    hub.busy["POST /api/models/org/name/commit"] = 1
+    calls += [[WRITER, ["push", str(finished), "elsewhere/x"]]]
+    for name in ("org/locked", "org/locked", "org/busy"):
+        calls.append([WRITER, ["push", str(finished), name]])
+    calls.append([WRITER, ["push", str(finished), "org/old", "--revision", "v9"]])
+    calls += [[WRITER, push], again]
+    hub.repos["org/old"] = Repo()
+    hub.forbidden["POST /api/models/org/locked/commit"] = 1
+    hub.busy |= {"POST /api/models/org/name/commit": 1, "POST /api/models/org/busy/commit": 99}
+    hub.retry_after = "0"
+    # Of two large files only one comes through at first.
+    weights = [(finished / f"step_5/layers.{i}/sae.safetensors").read_bytes() for i in (1, 3)]
+    lost, kept = (f"/upload/{hashlib.sha256(data).hexdigest()}" for data in weights)
+    hub.forbidden[f"PUT {lost}"] = 1
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
@@ -142,7 +154,7 @@ def test_a_run_is_pushed_and_pulled(hub: Hub, finished: Path, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     codes = [line for line in done.stdout.splitlines() if line.startswith("CODE")]
-    assert codes == ["CODE 2"] * 5 + ["CODE 0"] * 2, done.stdout + done.stderr
+    assert codes == ["CODE 2"] * 9 + ["CODE 0"] * 2, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     for line, why in zip(
         errors,
@@ -152,18 +164,39 @@ def test_a_run_is_pushed_and_pulled(hub: Hub, finished: Path, tmp_path: Path) ->
             "may only read",
             "may only read in readers",
             "is not in elsewhere",
+            *["org/locked: the token may not do this"] * 2,
+            "org/busy: the Hub takes no more requests for now (429)",
+            "org/old: it is not there",
         ),
         strict=True,
     ):
         assert why in line
     files = hub.repos["org/name"].commits["main"]
-    assert hub.repos["org/name"].private and list(hub.repos) == ["org/name"]
-    weights = (finished / "step_5/layers.1/sae.safetensors").read_bytes()
-    assert files["layers.1/sae.safetensors"] == weights and "README.md" in files
+    assert hub.repos["org/name"].private
+    assert not any(name.split("/")[0] != "org" for name in hub.repos)
+    assert files["layers.1/sae.safetensors"] == weights[0] and "README.md" in files
     assert {"sae_lens/layers.3/cfg.json", "eval.json", "report.html"} < files.keys()
     assert not any("resume" in name for name in files)
     sent = [line for line in hub.requests if line.startswith("PUT")]
-    assert len(sent) == len(set(sent)) == len(set(hub.blobs))
+    assert sent.count(f"PUT {lost}") == 2 and sent.count(f"PUT {kept}") == 1
+    assert len(sent) - 1 == len(set(sent)) == len(set(hub.blobs))
     secrets = [token.encode() for token in (WRITER, READER)]
     assert not any(token in body for token in secrets for body in [*hub.bodies, *files.values()])
     assert WRITER not in done.stdout + done.stderr
+
+
+def test_a_hub_out_of_reach_is_said_in_one_line(finished: Path, tmp_path: Path) -> None:
+    """Where nothing answers, the line names the repository, and the token stays hidden."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": WRITER}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        *([sys.executable, "-m", "sae", "push", str(finished), "org/name"],),
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "ORG/NAME org/name: it cannot be uploaded" in said and WRITER not in said

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..coders.bank import CoderBank
 from ..coders.functional import Moments, accumulate
-from ..coders.sparse_coder import CoderErrors
+from ..coders.outputs import CoderErrors
 
 _LOSSES = ("fvu", "auxk", "multi_topk_fvu")
 

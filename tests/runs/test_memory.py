@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import train_sae
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig
 from sae.batch import TokenBatch
-from sae.coders.sparse_coder import CoderErrors
+from sae.coders.outputs import CoderErrors
 from sae.config import MachineConfig, TrainingConfig
 from sae.lm.capture import Pairs
 from sae.runs.dry_run import step_bytes

@@ -61,9 +61,17 @@ class SparseCoderConfig:
     """Add a linear map from input to output."""
     transcode: bool = False
     """Predict each module's output from its input, instead of reconstructing the output."""
+    matryoshka: Annotated[tuple[float, ...], AtLeast(0)] = ()
+    """Shares of the latents, in order, that sum to 1: prefixes, each of which reconstructs alone
+    too. The loss is the mean of their FVU."""
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.matryoshka and (0 in self.matryoshka or abs(sum(self.matryoshka) - 1) > 1e-6):
+            refuse(self, "matryoshka", "must be shares above 0 that sum to 1")
+        if self.matryoshka and self.multi_topk:
+            why = "--matryoshka has prefixes in place of 4k latents: drop one of the two"
+            refuse(self, "multi_topk", why)
 
     @property
     def has_threshold(self) -> bool:

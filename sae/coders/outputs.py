@@ -34,6 +34,9 @@ class CoderOutput(NamedTuple):
     multi_topk_fvu: Float[Tensor, ""]
     """FVU of the reconstruction from 4k latents; 0 unless `multi_topk`."""
 
+    prefix_fvu: Float[Tensor, " M"] | None = None
+    """FVU of the reconstruction from each prefix, where the coder has some."""
+
 
 class CoderErrors(NamedTuple):
     """What training needs of a forward: errors that add up over rows, and are divided once."""
@@ -58,3 +61,11 @@ class CoderErrors(NamedTuple):
 
     levels: Float[Tensor, "2"] | None = None
     """What a step adds up to learn a threshold from."""
+
+    prefix_errors: Float[Tensor, " M"] | None = None
+    """sum ||y - sae_out_m||^2 of every prefix, where the coder has some."""
+
+    @property
+    def objective(self) -> Float[Tensor, ""]:
+        """The squared error that training lowers: that of all latents, or the prefixes' mean."""
+        return self.squared_error if self.prefix_errors is None else self.prefix_errors.mean()

@@ -69,6 +69,8 @@ def read_config(path: Path) -> tuple[SparseCoderConfig, dict[str, Any]]:
     if not isinstance(values, dict) or type(values.get("d_in")) is not int:
         raise UsageError(f"{path} has no integer d_in: it does not describe a sparse coder")
     known = {f.name: values.pop(f.name) for f in fields(SparseCoderConfig) if f.name in values}
+    for name in [name for name, value in known.items() if isinstance(value, list)]:
+        known[name] = tuple(known[name])
     for name, value in values.items():
         if name not in ("d_in", "d_out") and value not in (None, False):
             raise UsageError(
@@ -84,7 +86,8 @@ def read_config(path: Path) -> tuple[SparseCoderConfig, dict[str, Any]]:
 def write_config(path: Path, cfg: SparseCoderConfig, d_in: int, d_out: int) -> None:
     """Write `cfg.json`: the config, with the number of latents itself, and the widths."""
     sizes = {"num_latents": cfg.latents(d_in), "d_in": d_in, "d_out": d_out}
-    text = json.dumps({**asdict(cfg), **sizes}, indent=2)
+    said = {name: value for name, value in asdict(cfg).items() if value != ()}
+    text = json.dumps({**said, **sizes}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
 

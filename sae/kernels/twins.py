@@ -26,6 +26,7 @@ from . import updates
 from .backend import Backend
 from .dense_products import AllOf, Linear
 from .entries import Entries, entries_above, largest_in_groups
+from .prefixes import ReconstructPrefixes
 from .selection import active_latents
 from .sparse_products import ByLatent, reconstruct, square_sum
 
@@ -51,6 +52,7 @@ class Reconstruction(NamedTuple):
     sae_out: Float[Tensor, "N D"]
     squared_error: Float[Tensor, ""]
     dead_error: Float[Tensor, ""] | None
+    prefix_errors: Float[Tensor, " M"] | None = None
 
 
 class Kernels:
@@ -137,11 +139,14 @@ class Kernels:
         offset: Float[Tensor, "*N D"],
         y: Float[Tensor, "N D"],
         dead_latents: Latents | None = None,
+        prefixes: tuple[int, ...] = (),
     ) -> Reconstruction:
         """Twin of `functional.reconstruct`: both share the gradient of W_dec."""
-        found = _apply(
-            _Reconstruct, self.backend, W_dec, offset, y.detach(), *latents, *(dead_latents or ())
-        )
+        arguments: tuple[Any, ...] = (W_dec, offset, y.detach(), *latents, *(dead_latents or ()))
+        if prefixes:
+            found = _apply(ReconstructPrefixes, self.backend, prefixes, *arguments)
+            return Reconstruction(found[0], found[1], (*found, None)[3], found[2])
+        found = _apply(_Reconstruct, self.backend, *arguments)
         return Reconstruction(found[0], found[1], found[2] if dead_latents else None)
 
     def linear(

@@ -32,16 +32,20 @@ def evaluate(cfg: CodersConfig) -> Evaluation:
 
 def evaluate_loaded(trained: TrainedCoders) -> Evaluation:
     """All figures of coders that are loaded."""
-    return held_out_figures(trained.capture, trained.state, trained.source, trained.blocks)
+    where = trained.capture, trained.state, trained.source, trained.blocks
+    return held_out_figures(*where, predict_prefixes=True)
 
 
 def table(evaluation: Evaluation) -> str:
-    """The figures, a line for each coder."""
+    """The figures, a line for each coder, and below it one for each of its prefixes, if any."""
     head = ["coder", "FVU", "cosine", "L0", "dead", "CE clean", "spliced", "zero", "mean"]
     rows = [[*head, "recovered", "KL", "top-1"]]
     for name, f in evaluation.coders.items():
         first = [f"{f.fvu:.4f}", f"{f.cosine:.4f}", f"{f.l0:.1f}", f"{f.dead_share:.2%}"]
         rows.append([name, *first, *_row(f.predictions)])
+        for p in f.prefixes or ():
+            first = [f"{p.fvu:.4f}", "", f"{p.l0:.1f}", f"{p.dead_share:.2%}"]
+            rows.append([f"  first {p.latents:,}", *first, *_row(p.predictions)])
     if evaluation.together is not None and len(evaluation.coders) > 1:
         rows.append(["all at once", "", "", "", "", *_row(evaluation.together)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

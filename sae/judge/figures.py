@@ -27,6 +27,26 @@ _BINS = torch.linspace(-6, 0, 25, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
+class PrefixFigures:
+    """Figures of the reconstruction from the first latents of a coder alone."""
+
+    latents: int
+    """How many they are."""
+
+    fvu: float
+    """sum ||y - sae_out_m||^2 / sum ||y - y_mean||^2 over all held-out rows."""
+
+    l0: float
+    """How many of them are active on a row, in the mean."""
+
+    dead_share: float
+    """Share of them that no held-out row activates."""
+
+    predictions: Predictions | None = None
+    """What the LM predicts with this reconstruction, where that was asked for."""
+
+
+@dataclass(frozen=True)
 class CoderFigures:
     """Figures of one coder on held-out rows; those of predictions where the LM has its head.
 
@@ -54,6 +74,9 @@ class CoderFigures:
     predictions: Predictions | None = None
     """What the LM predicts with this reconstruction in place of the activations."""
 
+    prefixes: tuple[PrefixFigures, ...] | None = None
+    """The same of every prefix, of a coder that has some (--matryoshka)."""
+
 
 class Evaluation(NamedTuple):
     """Figures of every coder, and of all spliced in at once where there is one per hookpoint."""
@@ -67,6 +90,8 @@ class Evaluation(NamedTuple):
         for name, figures in self.by_coder().items():
             values = {**figures, **(figures["predictions"] or {})}
             found |= {f"{n}/{name}": v for n, v in values.items() if isinstance(v, float)}
+            for prefix in figures["prefixes"] or ():
+                found[f"fvu_of_first_{prefix['latents']}/{name}"] = prefix["fvu"]
         return found | {f"{n}/all": v for n, v in (self.all_at_once() or {}).items()}
 
     def fvu(self) -> dict[str, float]:
@@ -84,12 +109,16 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def held_out_figures(
-    capture: RowReader, state: TrainingState, source: TokenSource, blocks: Int[Tensor, " held"]
+    capture: RowReader,
+    state: TrainingState,
+    source: TokenSource,
+    blocks: Int[Tensor, " held"],
+    predict_prefixes: bool = False,
 ) -> Evaluation:
     """Figures of every coder as it would be saved, over all rows of the held-out `blocks` at once.
 
-    Every rank takes each W-th block, and all know all figures in the end. Raises UsageError where
-    the rows define no FVU.
+    Every rank takes each W-th block, and all know all figures in the end. `predict_prefixes`: the
+    LM's predictions with every prefix too. Raises UsageError where the rows define no FVU.
     """
     bank, exchange = state.bank, state.exchange
     ranks, mine = exchange.ranks, blocks[exchange.ranks.rank :: exchange.ranks.world]
@@ -99,6 +128,7 @@ def held_out_figures(
     zero = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     sums = {name: zero.clone() for name in bank.hookpoint}  # squared error, cosine, active
     fired = {n: zero.new_zeros(c.num_latents) for n, c in bank.items()}
+    of_prefixes = {n: zero.new_zeros(len(c.prefixes)) for n, c in bank.items() if c.prefixes}
     moments: dict[str, Moments] = {}
     with ExitStack() as stack:
         for optimizer in state.optimizers.values():
@@ -117,19 +147,22 @@ def held_out_figures(
                     cosine = F.cosine_similarity(sae_out, y.float(), dim=1).sum()
                     sums[name] += torch.stack([errors.squared_error, cosine, active.sum()])
                     fired[name].index_add_(0, errors.top_indices[active], active[active].double())
+                    if errors.prefix_errors is not None:
+                        of_prefixes[name] += errors.prefix_errors
         totals = [t for seen in moments.values() for t in seen]
-        exchange.sum_replicas_(*totals, *sums.values(), *fired.values())
+        exchange.sum_replicas_(*totals, *sums.values(), *fired.values(), *of_prefixes.values())
         figures: dict[str, CoderFigures] = {}
         with ranks.together():
             for name, hookpoint in bank.hookpoint.items():
                 found = (moments[hookpoint], sums[name], fired[name])
                 figures[name] = _figures(hookpoint, *found)
+                if name in of_prefixes:
+                    prefixes = _of_prefixes(bank[name].prefixes, of_prefixes[name], *found)
+                    figures[name] = dataclasses.replace(figures[name], prefixes=prefixes)
         means = {name: seen.mean for name, seen in moments.items()}
-        predicted = _predictions(capture, state, means, source, order, len(mine))
-        figures = {
-            name: dataclasses.replace(found, predictions=predicted.get(name))
-            for name, found in figures.items()
-        }
+        where = (means, source, order, len(mine))
+        predicted = _predictions(capture, state, *where, predict_prefixes)
+        figures = {name: _with(predicted, name, found) for name, found in figures.items()}
     merged = exchange.merge(figures)
     ordered = {name: merged[name] for name in natsorted(merged)}
     return Evaluation(ordered, predicted.get(""))
@@ -142,10 +175,12 @@ def _predictions(
     source: TokenSource,
     order: Tensor,
     real: int,
+    predict_prefixes: bool = False,
 ) -> dict[str, Predictions]:
     """What the LM predicts with each coder, and with all at once by ""; nothing without its head.
 
     `means` are those of the hookpoints' rows; of `order` the first `real` blocks count.
+    `predict_prefixes`: with each prefix too.
     """
     lm, bank, exchange = capture.lm, state.bank, state.exchange
     if lm is None or exchange.distributed or not has_head(lm):
@@ -153,9 +188,25 @@ def _predictions(
     replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
     if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
         replace[""] = {bank.hookpoint[name]: coder for name, coder in bank.items()}
+    for name, coder in bank.items() if predict_prefixes else ():
+        for latents in coder.prefixes:
+            replace[_prefix_key(name, latents)] = {bank.hookpoint[name]: coder.first(latents)}
     return predictions(
         *(lm, replace, means, source, order, real, capture.rule, state.exchange.ranks)
     )
+
+
+def _prefix_key(name: str, latents: int) -> str:
+    return f"{name} first {latents}"  # which no hookpoint is called
+
+
+def _with(predicted: dict[str, Predictions], name: str, figures: CoderFigures) -> CoderFigures:
+    """The figures of a coder with what the LM predicts with it, and with its prefixes."""
+    prefixes = figures.prefixes and tuple(
+        dataclasses.replace(prefix, predictions=predicted.get(_prefix_key(name, prefix.latents)))
+        for prefix in figures.prefixes
+    )
+    return dataclasses.replace(figures, predictions=predicted.get(name), prefixes=prefixes)
 
 
 def rehearse_end(
@@ -204,6 +255,21 @@ def _figures(hookpoint: str, seen: Moments, sums: Tensor, fired: Tensor) -> Code
         l0=active / rows,
         dead_share=float((fired == 0).double().mean()),
         frequency_histogram=frequency_histogram(fired, rows),
+    )
+
+
+def _of_prefixes(
+    prefixes: tuple[int, ...], errors: Tensor, seen: Moments, sums: Tensor, fired: Tensor
+) -> tuple[PrefixFigures, ...]:
+    fvu, rows = (errors / seen.total_variance).tolist(), float(seen.count)
+    return tuple(
+        PrefixFigures(
+            latents,
+            fvu=of_one,
+            l0=float(fired[:latents].sum()) / rows,
+            dead_share=float((fired[:latents] == 0).double().mean()),
+        )
+        for latents, of_one in zip(prefixes, fvu, strict=True)
     )
 
 

@@ -198,6 +198,6 @@ def main(cfg: FeaturesConfig) -> None:
     found = page_data(cfg)
     out.write_text(page(found), encoding="utf-8")
     run = Path(cfg.coders)
-    if (run / "summary.json").is_file():
+    if cfg.prefix is None and (run / "summary.json").is_file():
         write_tensorboard(run, found, int(summary_of(cfg.coders)["step"]))
     print(f"features     {out.resolve()}")

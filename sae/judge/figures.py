@@ -43,7 +43,7 @@ class PrefixFigures:
     """Share of them that no held-out row activates."""
 
     predictions: Predictions | None = None
-    """What the LM predicts with this reconstruction, where that was asked for."""
+    """What the LM predicts with this reconstruction, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _predictions(
     if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
         replace[""] = {bank.hookpoint[name]: coder for name, coder in bank.items()}
     for name, coder in bank.items() if predict_prefixes else ():
-        for latents in coder.prefixes:
+        for latents in coder.prefixes[:-1]:
             replace[_prefix_key(name, latents)] = {bank.hookpoint[name]: coder.first(latents)}
     return predictions(
         *(lm, replace, means, source, order, real, capture.rule, state.exchange.ranks)
@@ -202,11 +202,13 @@ def _prefix_key(name: str, latents: int) -> str:
 
 def _with(predicted: dict[str, Predictions], name: str, figures: CoderFigures) -> CoderFigures:
     """The figures of a coder with what the LM predicts with it, and with its prefixes."""
-    prefixes = figures.prefixes and tuple(
-        dataclasses.replace(prefix, predictions=predicted.get(_prefix_key(name, prefix.latents)))
-        for prefix in figures.prefixes
-    )
-    return dataclasses.replace(figures, predictions=predicted.get(name), prefixes=prefixes)
+    prefixes, whole = figures.prefixes, predicted.get(name)
+    if prefixes is not None:
+        keys = [_prefix_key(name, prefix.latents) for prefix in prefixes[:-1]]
+        found = [*(predicted.get(key) for key in keys), whole]
+        pairs = zip(prefixes, found, strict=True)
+        prefixes = tuple(dataclasses.replace(p, predictions=of_one) for p, of_one in pairs)
+    return dataclasses.replace(figures, predictions=whole, prefixes=prefixes)
 
 
 def rehearse_end(

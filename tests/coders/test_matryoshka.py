@@ -107,9 +107,13 @@ def test_losses_and_gradients_equal_the_equation(
     found = coder.errors(x.to(dtype), y.to(dtype), DEAD, group=GROUP)
     (found.objective + auxiliary_loss(found, ALPHA)).backward()
     assert found.prefix_errors is not None
-    pairs = [(found.sae_out, out), (found.prefix_errors, errors), (found.auxk_error, aux)]
+    pairs: list[Any] = [
+        (found.sae_out, out),
+        (found.prefix_errors, errors),
+        (found.auxk_error, aux),
+    ]
     pairs += [(found.objective, errors.mean()), (found.squared_error, errors[-1])]
-    pairs += [(p.grad, theirs[n].grad) for n, p in coder.named_parameters()]  # type: ignore[misc]
+    pairs += [(p.grad, theirs[n].grad) for n, p in coder.named_parameters()]
     close = 1e-9 if dtype == torch.float64 else 2e-4
     for ours, right in pairs:
         scale = float(right.detach().abs().max())

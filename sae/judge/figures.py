@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from jaxtyping import Float, Int
 from natsort import natsorted
 from torch import Tensor
 
+from ..coders.bank import CoderBank
 from ..coders.functional import Moments, accumulate
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
-from ..lm.capture import RowReader
+from ..lm.capture import Pairs, RowReader
 from ..lm.head import has_head, unusable_head
 from ..placement.exchange import no_rows
 from ..runs.checkpoint import check_room
 from ..training.state import TrainingState
+from .mixing import DENSE, Mixing, dense_errors, explained, mixing
 from .predictions import Predictions, predictions
 
 _BINS = torch.linspace(-6, 0, 25, dtype=torch.float64)
@@ -77,6 +80,9 @@ class CoderFigures:
     prefixes: tuple[PrefixFigures, ...] | None = None
     """The same of every prefix, of a coder that has some (--matryoshka)."""
 
+    mixing: Mixing | None = None
+    """How far latents are mixed with each other, where that was asked for."""
+
 
 class Evaluation(NamedTuple):
     """Figures of every coder, and of all spliced in at once where there is one per hookpoint."""
@@ -113,12 +119,13 @@ def held_out_figures(
     state: TrainingState,
     source: TokenSource,
     blocks: Int[Tensor, " held"],
-    predict_prefixes: bool = False,
+    in_depth: bool = False,
 ) -> Evaluation:
     """Figures of every coder as it would be saved, over all rows of the held-out `blocks` at once.
 
-    Every rank takes each W-th block, and all know all figures in the end. `predict_prefixes`: the
-    LM's predictions with every prefix too. Raises UsageError where the rows define no FVU.
+    Every rank takes each W-th block, and all know all figures in the end. `in_depth`, in one
+    process: predictions with every prefix, and how latents are mixed, for which the text is read
+    once more. Raises UsageError where the rows define no FVU.
     """
     bank, exchange = state.bank, state.exchange
     ranks, mine = exchange.ranks, blocks[exchange.ranks.rank :: exchange.ranks.world]
@@ -159,9 +166,12 @@ def held_out_figures(
                 if name in of_prefixes:
                     prefixes = _of_prefixes(bank[name].prefixes, of_prefixes[name], *found)
                     figures[name] = dataclasses.replace(figures[name], prefixes=prefixes)
+        if in_depth:
+            again = (capture(t.to(ranks.device)) for t in source.batches(blocks, 1))
+            figures = _with_mixing(figures, bank, again, moments, fired)
         means = {name: seen.mean for name, seen in moments.items()}
         where = (means, source, order, len(mine))
-        predicted = _predictions(capture, state, *where, predict_prefixes)
+        predicted = _predictions(capture, state, *where, in_depth)
         figures = {name: _with(predicted, name, found) for name, found in figures.items()}
     merged = exchange.merge(figures)
     ordered = {name: merged[name] for name in natsorted(merged)}
@@ -194,6 +204,26 @@ def _predictions(
     return predictions(
         *(lm, replace, means, source, order, real, capture.rule, state.exchange.ranks)
     )
+
+
+def _with_mixing(
+    figures: dict[str, CoderFigures],
+    bank: CoderBank,
+    batches: Iterator[Pairs],
+    moments: dict[str, Moments],
+    fired: dict[str, Tensor],
+) -> dict[str, CoderFigures]:
+    """The figures with those of mixed latents; `batches` are all rows again."""
+    seen = {name: moments[bank.hookpoint[name]] for name in figures}
+    rows = {name: float(found.count) for name, found in seen.items()}
+    found = {name: mixing(bank[name], fired[name], rows[name]) for name in figures}
+    dense = {name: fired[name] > DENSE * rows[name] for name in figures}
+    errors = dense_errors(bank, batches, dense)
+    for name, of_one in figures.items():
+        without = explained(of_one.fvu, errors[name] / float(seen[name].total_variance))
+        whole = dataclasses.replace(found[name], dense_explains=without)
+        figures[name] = dataclasses.replace(of_one, mixing=whole)
+    return figures
 
 
 def _prefix_key(name: str, latents: int) -> str:

@@ -185,7 +185,7 @@ def train(
                     for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps, group):
                         errors = coder.errors(x_rows, y_rows, dead[name], k[name], group)
                         # EDIT: the loss, in units of squared error: FVU once all rows are in.
-                        loss = errors.squared_error + auxiliary_loss(errors, training.auxk_alpha)
+                        loss = errors.objective + auxiliary_loss(errors, training.auxk_alpha)
                         loss.backward()
                         sums.add(name, errors)
                         del x_rows, y_rows, errors, loss

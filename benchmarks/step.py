@@ -81,10 +81,12 @@ class Step:
         dead_share: float = 0.0,
         seed: int = 0,
         kernels: Kernels | None = None,
+        matryoshka: tuple[float, ...] = (),
     ) -> None:
-        """`dead_share` of the latents take part in AuxK; 0: no AuxK."""
+        """`dead_share` of the latents take part in AuxK; 0: no AuxK. `matryoshka`: prefixes."""
         torch.manual_seed(seed)
-        cfg, widths = SaeConfig(num_latents=shape.L, k=shape.k), {_NAME: Widths(shape.D, shape.D)}
+        cfg = SaeConfig(num_latents=shape.L, k=shape.k, matryoshka=matryoshka)
+        widths = {_NAME: Widths(shape.D, shape.D)}
         self.bank = CoderBank(widths, cfg, (seed,), device, dtype, kernels)
         self.coder = self.bank[_NAME]
         self.optimizer = CoderOptimizer(self.coder, SIGNUM)
@@ -97,7 +99,7 @@ class Step:
         sums = StepSums(self.bank)
         sums.add_rows(_NAME, self.rows, self.rows)
         errors = self.coder.errors(self.rows, self.rows, self.dead)
-        (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
+        (errors.objective + auxiliary_loss(errors, 1 / 32)).backward()
         sums.add(_NAME, errors)
         divide_gradients_(self.coder, sums.variance(_NAME))
         self.optimizer.step(0)
@@ -111,6 +113,7 @@ def step_over_product(
     device: str,
     dead_share: float = 0.0,
     kernels: Kernels | None = None,
+    matryoshka: tuple[float, ...] = (),
 ) -> dict[str, float]:
     """Milliseconds of the encoder's product and of a whole step, and the median ratios."""
     plain = Step(shape, dtype, device, kernels=kernels)
@@ -123,6 +126,10 @@ def step_over_product(
     }
     if dead_share:
         works["step_with_auxk"] = Step(shape, dtype, device, dead_share, kernels=kernels)
+    if matryoshka:
+        works["step_with_prefixes"] = Step(
+            shape, dtype, device, kernels=kernels, matryoshka=matryoshka
+        )
     for work in works.values():
         for _ in range(2):
             seconds(work, device)
@@ -132,6 +139,9 @@ def step_over_product(
     found["ratio_in_place"] = statistics.median(r["step"] / r["product_in_place"] for r in rounds)
     if dead_share:
         found["auxk_ratio"] = statistics.median(r["step_with_auxk"] / r["step"] for r in rounds)
+    if matryoshka:
+        ratios = [r["step_with_prefixes"] / r["step"] for r in rounds]
+        found["prefixes_ratio"] = statistics.median(ratios)
     return found
 
 
@@ -209,6 +219,7 @@ def main() -> None:
     for name, default in asdict(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dead_share", type=float, default=0.3, help="dead latents, for AuxK")
+    parser.add_argument("--matryoshka", type=float, nargs="+", default=(), help="time prefixes too")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--kernels", choices=get_args(KernelChoice), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -225,13 +236,15 @@ def main() -> None:
     )
     for dtype in (torch.float32, torch.bfloat16):
         how = (shape, dtype, args.repeats, args.device)
-        found = step_over_product(*how, args.dead_share, kernels)
+        found = step_over_product(*how, args.dead_share, kernels, tuple(args.matryoshka))
         name = str(dtype).removeprefix("torch.")
         print(
             f"{name:9} {found['product_ms']:6.1f} ms {found['product_in_place_ms']:6.1f} ms "
             f"{found['step_ms']:6.1f} ms {found['ratio']:6.2f} {found['ratio_in_place']:6.2f} "
             f"{found.get('auxk_ratio', float('nan')):17.2f}"
         )
+        if "prefixes_ratio" in found:
+            print(f"    {'with prefixes / step':26} {found['prefixes_ratio']:7.2f}")
         found["parts_ms"] = parts(*how, kernels)
         for part, ms in found["parts_ms"].items():
             print(f"    {part:26} {ms:7.1f} ms")

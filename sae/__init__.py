@@ -1,6 +1,7 @@
 """Sparse autoencoders and transcoders: the coders, and what trains them."""
 
-from .coders.sparse_coder import CoderOutput, EncoderOutput, Sae, SparseCoder, load_many
+from .coders.outputs import CoderOutput, EncoderOutput
+from .coders.sparse_coder import Sae, SparseCoder, load_many
 from .config import (
     DataConfig,
     MachineConfig,

@@ -1,8 +1,7 @@
 """The flags of a run in groups, each with its checks, and what a coder is; imports no torch."""
 
-import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -62,9 +61,17 @@ class SparseCoderConfig:
     """Add a linear map from input to output."""
     transcode: bool = False
     """Predict each module's output from its input, instead of reconstructing the output."""
+    matryoshka: Annotated[tuple[float, ...], AtLeast(0)] = ()
+    """Shares of the latents, in order, that sum to 1: prefixes, each of which reconstructs alone
+    too. The loss is the mean of their FVU."""
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.matryoshka and (0 in self.matryoshka or abs(sum(self.matryoshka) - 1) > 1e-6):
+            refuse(self, "matryoshka", "must be shares above 0 that sum to 1")
+        if self.matryoshka and self.multi_topk:
+            why = "--matryoshka has prefixes in place of 4k latents: drop one of the two"
+            refuse(self, "multi_topk", why)
 
     @property
     def has_threshold(self) -> bool:
@@ -93,38 +100,6 @@ class SparseCoderConfig:
                 f"--multi_topk reconstructs from {4 * self.k} latents and the coder at {where} has "
                 f"{latents}: lower --k, or raise --num_latents or --expansion_factor"
             )
-
-    @classmethod
-    def from_json(cls, path: Path) -> tuple["SparseCoderConfig", dict[str, Any]]:
-        """Read `cfg.json`; return the config and the keys that are not the config's own.
-
-        Raises UsageError for a file that is not JSON, lacks `d_in`, or holds impossible values.
-        """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"{path} does not exist: give the folder of one coder") from None
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is not JSON ({error}): the file is damaged") from None
-        if not isinstance(values, dict) or type(values.get("d_in")) is not int:
-            raise UsageError(f"{path} has no integer d_in: it does not describe a sparse coder")
-        known = {f.name: values.pop(f.name) for f in fields(cls) if f.name in values}
-        for name, value in values.items():
-            if name not in ("d_in", "d_out") and value not in (None, False):
-                raise UsageError(
-                    f"{path}: {name} is {value!r}, which this version does not know: the coder "
-                    f"may compute something else; take it out if it does not"
-                )
-        try:
-            return cls(**known), values
-        except UsageError as error:
-            raise UsageError(f"{path} describes no coder: {error}") from None
-
-    def to_json(self, path: Path, d_in: int, d_out: int) -> None:
-        """Write `cfg.json`: this config, with the number of latents itself, and the widths."""
-        sizes = {"num_latents": self.latents(d_in), "d_in": d_in, "d_out": d_out}
-        text = json.dumps({**asdict(self), **sizes}, indent=2)
-        path.write_text(text + "\n", encoding="utf-8")
 
 
 SaeConfig = SparseCoderConfig

@@ -73,7 +73,7 @@ def losses_and_gradients(
     )
     offset = (x * 0.3 + pre_bias) if offset_by_row else pre_bias
     y = (2 * x + 1).detach()
-    out, error, dead_error = ops.reconstruct(latents, W_dec, offset, y, of_dead)
+    out, error, dead_error, _ = ops.reconstruct(latents, W_dec, offset, y, of_dead)
     loss = error + dead_error / 32
     if through_out:
         loss = loss + (out * torch.arange(out.numel(), device=device).view_as(out).cos()).sum()

@@ -200,6 +200,8 @@ class Reconstruction(NamedTuple):
     """sum ||y - sae_out||^2."""
     dead_error: Float[Tensor, ""] | None
     """sum ||e - e_hat||^2, where dead latents are given."""
+    prefix_errors: Float[Tensor, " M"] | None = None
+    """sum ||y - sae_out_m||^2 of the M prefixes, where there are any."""
 
 
 def reconstruct(
@@ -208,19 +210,29 @@ def reconstruct(
     offset: Float[Tensor, "*N D"],
     y: Float[Tensor, "N D"],
     dead_latents: Latents | None = None,
+    prefixes: tuple[int, ...] = (),
 ) -> Reconstruction:
     """sae_out = decode(latents) + offset beside y, and AuxK's reconstruction of what is missing.
 
-    e = y - sae_out, which gets no gradient here, and e_hat = decode(dead_latents).
+    e = y - sae_out, which gets no gradient here, and e_hat = decode(dead_latents). Of each m of
+    `prefixes`, sae_out_m is the reconstruction from the active ones of the first m latents.
 
-    Source: Gao et al., appendix A.2 (AuxK).
+    Source: Gao et al., appendix A.2 (AuxK); Bussmann et al., "Learning Multi-Level Features with
+    Matryoshka Sparse Autoencoders" (arXiv 2503.17547), section 3 (prefixes).
     """
     sae_out = decode(latents, W_dec) + offset
-    error = squared_error(y, sae_out)
-    if dead_latents is None:
-        return Reconstruction(sae_out, error, None)
-    e_hat = decode(dead_latents, W_dec)
-    return Reconstruction(sae_out, error, squared_error(y - sae_out, e_hat))
+    error, dead_error, prefix_errors = squared_error(y, sae_out), None, None
+    if dead_latents is not None:
+        dead_error = squared_error(y - sae_out, decode(dead_latents, W_dec))
+    if prefixes:
+        outs = [decode(of_prefix(latents, m), W_dec) + offset for m in prefixes]
+        prefix_errors = torch.stack([squared_error(y, out) for out in outs])
+    return Reconstruction(sae_out, error, dead_error, prefix_errors)
+
+
+def of_prefix(latents: Latents, m: int) -> Latents:
+    """The active latents with all but the first m of the coder's at 0."""
+    return Latents(latents.acts * (latents.indices < m), latents.indices)
 
 
 def linear(

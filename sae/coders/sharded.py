@@ -12,8 +12,9 @@ from ..flag_checks import UsageError
 from ..formats.pieces import Part, Piece
 from ..kernels.twins import Kernels
 from .families.family import family_of
+from .outputs import CoderErrors
 from .sharded_kernels import Group, ShardedKernels, copied, row_dots, share
-from .sparse_coder import CoderErrors, SparseCoder
+from .sparse_coder import SparseCoder
 
 _DRAWN_ROWS = 1024  # so much of the encoder is there at a time when it starts
 

@@ -136,17 +136,17 @@ class ShardedKernels(Kernels):
         offset: Tensor,
         y: Tensor,
         dead_latents: Latents | None = None,
+        prefixes: tuple[int, ...] = (),
     ) -> Reconstruction:
         """Twin of `functional.reconstruct`: this rank's columns, the errors of all columns."""
         found = [latents] if dead_latents is None else [latents, dead_latents]
         acts = copied(self.group, *(each.acts for each in found))
         found = [each._replace(acts=own) for each, own in zip(found, acts, strict=True)]
-        here = super().reconstruct(found[0], W_dec, offset, y, *found[1:])
-        error = _apply(_Summed, self.group, here.squared_error)
-        if here.dead_error is None:
-            return here._replace(squared_error=error)
-        dead_error = _apply(_Summed, self.group, here.dead_error)
-        return here._replace(squared_error=error, dead_error=dead_error)
+        of_dead = None if dead_latents is None else found[1]
+        here = super().reconstruct(found[0], W_dec, offset, y, of_dead, prefixes)
+        parts = {n: part for n, part in here._asdict().items() if part is not None}
+        del parts["sae_out"]
+        return here._replace(**{n: _apply(_Summed, self.group, p) for n, p in parts.items()})
 
     def scale_and_project_(
         self, grad: Tensor, scale: Tensor, unit_rows: Tensor | None = None

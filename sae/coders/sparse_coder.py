@@ -1,8 +1,8 @@
 """One sparse coder: an SAE or a transcoder, and its losses."""
 
 import math
+from copy import copy
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,60 +16,8 @@ from ..kernels.entries import Entries, in_rows
 from ..kernels.twins import Kernels, Latents
 from . import functional
 from .families.family import family_of
-
-
-class EncoderOutput(NamedTuple):
-    """The active latents of every row, in no order; shorter rows end in zeros of latent 0."""
-
-    top_acts: Float[Tensor, "*rows K"]
-    top_indices: Int[Tensor, "*rows K"]
-
-
-class CoderOutput(NamedTuple):
-    """What one forward of a coder returns."""
-
-    sae_out: Float[Tensor, "*rows D"]
-    """The reconstruction of the target."""
-
-    top_acts: Float[Tensor, "*rows K"]
-    """Activations of the active latents, 0 where a row has fewer."""
-
-    top_indices: Int[Tensor, "*rows K"]
-    """Their indices in [0, num_latents)."""
-
-    fvu: Float[Tensor, ""]
-    """sum ||y - sae_out||^2 / total_variance."""
-
-    auxk_loss: Float[Tensor, ""]
-    """AuxK over the same denominator; 0 without dead latents."""
-
-    multi_topk_fvu: Float[Tensor, ""]
-    """FVU of the reconstruction from 4k latents; 0 unless `multi_topk`."""
-
-
-class CoderErrors(NamedTuple):
-    """What training needs of a forward: errors that add up over rows, and are divided once."""
-
-    sae_out: Float[Tensor, "N D"]
-    top_acts: Float[Tensor, "N K"] | Float[Tensor, " E"]
-    """Where rows have numbers of latents of their own, those of all rows, row after row."""
-
-    top_indices: Int[Tensor, "N K"] | Int[Tensor, " E"]
-
-    squared_error: Float[Tensor, ""]
-    """sum ||y - sae_out||^2."""
-
-    auxk_error: Float[Tensor, ""]
-    """min(n_dead / k_aux, 1) sum ||e - e_hat||^2; 0 without dead latents."""
-
-    multi_topk_error: Float[Tensor, ""]
-    """sum ||y - sae_out_4k||^2; 0 unless `multi_topk`."""
-
-    row_starts: Int[Tensor, " N+1"] | None = None
-    """Where the latents of each row start, if they are [E]."""
-
-    levels: Float[Tensor, "2"] | None = None
-    """What a step adds up to learn a threshold from."""
+from .outputs import CoderErrors, CoderOutput, EncoderOutput
+from .prefixes import prefixes_of
 
 
 class SparseCoder(nn.Module):
@@ -99,6 +47,9 @@ class SparseCoder(nn.Module):
     piece: Piece | None = None
     """What is here of a coder that several ranks hold; None: all."""
 
+    prefix: int | None = None
+    """How many latents may be active, the first ones, of a coder that `first` returned."""
+
     def __init__(
         self,
         d_in: int,
@@ -118,6 +69,7 @@ class SparseCoder(nn.Module):
         self.num_latents = cfg.latents(d_in)
         self.family = family_of(cfg)
         self.family.check(cfg, d_in, where="this coder")
+        self.prefixes = prefixes_of(cfg, d_in)
         if not cfg.transcode and self.d_in != self.d_out:
             raise UsageError(
                 f"an SAE reconstructs its input, but d_in is {self.d_in} and d_out {self.d_out}: "
@@ -161,6 +113,20 @@ class SparseCoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.encoder.weight.dtype
 
+    def first(self, latents: int) -> "SparseCoder":
+        """This coder, same parameters, of whose active latents only the first `latents` are kept.
+
+        Which ones are active is still decided among all.
+        """
+        kept = copy(self)
+        kept.prefix, kept.prefixes = latents, ()
+        return kept
+
+    def _kept(self, latents: Latents) -> Latents:
+        if self.prefix is None:
+            return latents
+        return latents._replace(acts=latents.acts * (latents.indices < self.prefix))
+
     def use(self, kernels: Kernels) -> None:
         """Compute by these kernels."""
         self.kernels = kernels
@@ -172,6 +138,7 @@ class SparseCoder(nn.Module):
         """
         rows = x.reshape(-1, self.d_in).to(self.dtype)
         latents, _ = self.family.encode(self, rows, k or self.cfg.k)
+        latents = self._kept(latents)
         found = in_rows(latents.acts, latents.indices, _row_starts(latents))
         shape = (*x.shape[:-1], found[0].shape[1])
         return EncoderOutput(found[0].view(shape), found[1].view(shape))
@@ -202,7 +169,7 @@ class SparseCoder(nn.Module):
     ) -> CoderOutput:
         """Reconstruct `y` (default: `x`) and measure the error.
 
-        fvu            = sum ||y - sae_out||^2 / total_variance
+        fvu            = sum ||y - sae_out||^2 / total_variance, prefix_fvu from each prefix
         auxk_loss      = min(n_dead / k_aux, 1) sum ||e - e_hat||^2 / total_variance
         multi_topk_fvu = sum ||y - sae_out_4k||^2 / total_variance
 
@@ -222,6 +189,7 @@ class SparseCoder(nn.Module):
             found.squared_error / total_variance,
             found.auxk_error / total_variance,
             found.multi_topk_error / total_variance,
+            None if found.prefix_errors is None else found.prefix_errors / total_variance,
         )
 
     def errors(
@@ -250,11 +218,12 @@ class SparseCoder(nn.Module):
         wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
         wide, dead_latents = self.family.encode(self, rows, wide_k, dead, group)
         latents = self.family.narrow(self, rows, wide, k) if self.cfg.multi_topk else wide
+        latents = self._kept(latents)
         offset = self._offset(rows)
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
         arguments = (self.W_dec, offset, y_rows)
-        sae_out, squared_error, dead_error = self.kernels.reconstruct(
-            latents, *arguments, dead_latents
+        sae_out, squared_error, dead_error, prefix_errors = self.kernels.reconstruct(
+            latents, *arguments, dead_latents, self.prefixes
         )
         auxk_error = multi_topk_error = squared_error.new_zeros(())
         if dead is not None and dead_error is not None:
@@ -265,6 +234,7 @@ class SparseCoder(nn.Module):
             *(sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error),
             row_starts=_row_starts(latents),
             levels=self.family.levels(latents, len(rows), group),
+            prefix_errors=prefix_errors,
         )
 
     def _offset(self, rows: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -48,9 +50,45 @@ def write(
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(piece.cut(plain) if piece else plain, folder / file_name("sae", piece))
     if is_first(piece):
-        cfg.to_json(folder / "cfg.json", d_in, d_out)
+        write_config(folder / "cfg.json", cfg, d_in, d_out)
     if piece is not None:
         write_index(folder, "sae", plain, piece)
+
+
+def read_config(path: Path) -> tuple[SparseCoderConfig, dict[str, Any]]:
+    """What a `cfg.json` says a coder is, and the keys that are not the config's own.
+
+    Raises UsageError for a file that is not JSON, lacks `d_in`, or holds impossible values.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: give the folder of one coder") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON ({error}): the file is damaged") from None
+    if not isinstance(values, dict) or type(values.get("d_in")) is not int:
+        raise UsageError(f"{path} has no integer d_in: it does not describe a sparse coder")
+    known = {f.name: values.pop(f.name) for f in fields(SparseCoderConfig) if f.name in values}
+    for name in [name for name, value in known.items() if isinstance(value, list)]:
+        known[name] = tuple(known[name])
+    for name, value in values.items():
+        if name not in ("d_in", "d_out") and value not in (None, False):
+            raise UsageError(
+                f"{path}: {name} is {value!r}, which this version does not know: the coder "
+                f"may compute something else; take it out if it does not"
+            )
+    try:
+        return SparseCoderConfig(**known), values
+    except UsageError as error:
+        raise UsageError(f"{path} describes no coder: {error}") from None
+
+
+def write_config(path: Path, cfg: SparseCoderConfig, d_in: int, d_out: int) -> None:
+    """Write `cfg.json`: the config, with the number of latents itself, and the widths."""
+    sizes = {"num_latents": cfg.latents(d_in), "d_in": d_in, "d_out": d_out}
+    said = {name: value for name, value in asdict(cfg).items() if value != ()}
+    text = json.dumps({**said, **sizes}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -60,7 +98,7 @@ def opened(folder: Path) -> Iterator[tuple[SparseCoderConfig, int, int, Stored]]
     Raises UsageError for a folder that is not a coder's, a damaged file, or shapes that do not fit
     `cfg.json`; no tensor is read before the shapes are known to fit.
     """
-    cfg, rest = SparseCoderConfig.from_json(folder / "cfg.json")
+    cfg, rest = read_config(folder / "cfg.json")
     d_in = rest["d_in"]
     with Stored(folder, "sae") as stored:
         file, shapes = stored.path, stored.shapes
@@ -124,7 +162,7 @@ def copy_whole(target: Path, folder: Path) -> None:
     with opened(folder) as (coder, d_in, d_out, stored):
         aside = target / "sae.safetensors.tmp"
         _write_whole(aside, stored)
-        coder.to_json(target / "cfg.json", d_in, d_out)
+        write_config(target / "cfg.json", coder, d_in, d_out)
         os.replace(aside, target / "sae.safetensors")
 
 

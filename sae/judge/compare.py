@@ -60,11 +60,12 @@ def summary_of(run: str) -> dict[str, Any]:
     return summary
 
 
-def figures_of(run: str) -> dict[str, dict[str, float | None]]:
+def figures_of(run: str, prefix: int | None = None) -> dict[str, dict[str, float | None]]:
     """FVU, CE recovered, KL and dead share of every coder of a run, on what it held out.
 
     They are those of `eval.json`, which `python -m sae evaluate` writes, if it is of the run's last
-    step; else the run's own. The dead share is that of training.
+    step; else the run's own. The dead share is that of training; with `prefix`, all are those of
+    the coders' first so many latents, held out.
     """
     summary, judged = summary_of(run), Path(run) / "eval.json"
     evaluated = read_json(judged) if judged.is_file() else {}
@@ -76,6 +77,10 @@ def figures_of(run: str) -> dict[str, dict[str, float | None]]:
         predictions = theirs.get("predictions") or figures.get("predictions") or {}
         found[name] = {f: {**predictions, **figures, **theirs}.get(f) for f in _FIGURES}
         found[name]["dead_share"] = figures["dead_share"]
+        for one in (theirs or figures).get("prefixes") or ():
+            if one["latents"] == prefix:
+                values = {**(one["predictions"] or {}), **one}
+                found[name] = {figure: values.get(figure) for figure in _FIGURES}
     return found
 
 

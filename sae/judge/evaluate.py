@@ -6,7 +6,7 @@ python -m sae evaluate CODERS --model gpt2 --dataset DATA   a folder or Hub id o
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..runs.json_files import check_target, write_json
 from ..runs.norm_limits import sinks
@@ -32,18 +32,42 @@ def evaluate(cfg: CodersConfig) -> Evaluation:
 
 def evaluate_loaded(trained: TrainedCoders) -> Evaluation:
     """All figures of coders that are loaded."""
-    return held_out_figures(trained.capture, trained.state, trained.source, trained.blocks)
+    where = trained.capture, trained.state, trained.source, trained.blocks
+    return held_out_figures(*where, in_depth=True)
 
 
 def table(evaluation: Evaluation) -> str:
-    """The figures, a line for each coder."""
+    """The figures, a line for each coder, and below it one for each of its prefixes, if any."""
     head = ["coder", "FVU", "cosine", "L0", "dead", "CE clean", "spliced", "zero", "mean"]
     rows = [[*head, "recovered", "KL", "top-1"]]
     for name, f in evaluation.coders.items():
         first = [f"{f.fvu:.4f}", f"{f.cosine:.4f}", f"{f.l0:.1f}", f"{f.dead_share:.2%}"]
         rows.append([name, *first, *_row(f.predictions)])
+        for p in f.prefixes or ():
+            first = [f"{p.fvu:.4f}", "", f"{p.l0:.1f}", f"{p.dead_share:.2%}"]
+            rows.append([f"  first {p.latents:,}", *first, *_row(p.predictions)])
     if evaluation.together is not None and len(evaluation.coders) > 1:
         rows.append(["all at once", "", "", "", "", *_row(evaluation.together)])
+    return _in_columns(rows)
+
+
+def mixing_table(evaluation: Evaluation) -> str:
+    """How far latents are mixed, a line for each coder; see docs/metrics.md."""
+    head = ["coder", "nearest", "twins", "aligned", "misaligned", "entropy", "dense", "explain"]
+    rows = [head]
+    for name, figures in evaluation.coders.items():
+        if (m := figures.mixing) is not None:
+            cells = [_cell(m.nearest_cosine), _cell(m.twins, "%"), _cell(m.alignment)]
+            cells += [_cell(m.misaligned, "%"), _cell(m.firing_entropy)]
+            rows.append([name, *cells, _cell(m.dense_share, "%"), _cell(m.dense_explains, "%")])
+    return _in_columns(rows)
+
+
+def _cell(value: float | None, kind: Literal["f", "%"] = "f") -> str:
+    return "" if value is None else f"{value:.2%}" if kind == "%" else f"{value:.4f}"
+
+
+def _in_columns(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(line) for line in lines)
@@ -81,5 +105,6 @@ def main(cfg: EvaluateConfig) -> None:
         print(line)
     found = evaluate_loaded(trained)
     print(table(found))
+    print(f"\n{mixing_table(found)}")
     write_json(out, as_json(trained, found))
     print(f"figures  {out.resolve()}")

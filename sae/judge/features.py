@@ -25,6 +25,7 @@ from .compare import figures_of, summary_of
 from .contexts import Contexts
 from .figures import frequency_histogram
 from .latents import Words, describe
+from .threshold import of_coders
 from .trained import CodersConfig, TrainedCoders, load_trained
 from .twins import NEAR, Twins, beside_name, coders_beside, joined, nearest_twins
 
@@ -46,6 +47,8 @@ class FeaturesConfig(CodersConfig):
     """Numbers of the latents to show instead."""
     twins: str | None = None
     """Other coders, as RUN_OR_PATH_OR_HUB_ID; beside each latent its nearest one there is shown."""
+    prefix: int | None = None
+    """Of coders with --matryoshka: look at the first so many latents alone, a prefix of theirs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,20 +79,27 @@ def find_contexts(
 def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
     """All that the page shows, as JSON. Raises UsageError for what cannot be found or used."""
     trained = load_trained(cfg)
+    if cfg.prefix is not None:
+        trained = of_prefix(trained, cfg.prefix)
     bank = trained.state.bank
     candidates = {}
     for name, coder in bank.items():
-        if wrong := [i for i in cfg.ids if not 0 <= i < coder.num_latents]:
-            raise UsageError(f"--ids {wrong[0]}: {name} has latents 0 to {coder.num_latents - 1}")
-        order = torch.randperm(coder.num_latents, generator=torch.Generator().manual_seed(0))
+        latents = coder.prefix or coder.num_latents
+        if wrong := [i for i in cfg.ids if not 0 <= i < latents]:
+            raise UsageError(f"--ids {wrong[0]}: {name} has latents 0 to {latents - 1}")
+        order = torch.randperm(latents, generator=torch.Generator().manual_seed(0))
         some = order[: max(_CANDIDATES, 4 * cfg.latents)]
         candidates[name] = torch.tensor(list(dict.fromkeys(cfg.ids))) if cfg.ids else some
-    beside = coders_beside(trained, replace(cfg, coders=cfg.twins)) if cfg.twins else {}
+    beside = (
+        coders_beside(trained, replace(cfg, coders=cfg.twins, prefix=None)) if cfg.twins else {}
+    )
     nearest = {n: nearest_twins(bank[n], other.coder, candidates[n]) for n, other in beside.items()}
     kept = {beside_name(n): twins.latent.unique() for n, twins in nearest.items()}
     seen = find_contexts(joined(trained, beside), candidates | kept)
     words = Words(_tokenizer(trained))
-    figures = figures_of(cfg.coders) if (Path(cfg.coders) / "summary.json").is_file() else {}
+    figures = {}
+    if (Path(cfg.coders) / "summary.json").is_file():
+        figures = figures_of(cfg.coders, cfg.prefix)
     coders = []
     for name, coder in bank.items():
         fired = seen[name].fired
@@ -109,7 +119,7 @@ def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
         coders.append(
             {
                 "name": name,
-                "num_latents": coder.num_latents,
+                "num_latents": coder.prefix or coder.num_latents,
                 "k": coder.cfg.k,
                 "rows": seen[name].rows,
                 "alive": int((fired > 0).sum()),
@@ -122,9 +132,10 @@ def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
         )
     tokens = len(trained.blocks) * trained.source.block_len
     read = f"{tokens:,} tokens of {trained.data.dataset}"
+    whose = "Coders of" if cfg.prefix is None else f"The first {cfg.prefix:,} latents of coders of"
     return {
         "title": Path(cfg.coders).name,
-        "about": f"Coders of {trained.model.model}, looked at on {read}.",
+        "about": f"{whose} {trained.model.model}, looked at on {read}.",
         "names": _NAMES,
         "vocabulary": words.texts,
         "curves": curves(Path(cfg.coders)),
@@ -150,6 +161,16 @@ def _twins(
         {**found.get(n, {"id": n, "fired": 0}), "cosine": cosine}
         for n, cosine in zip(numbers, cosines, strict=True)
     ]
+
+
+def of_prefix(trained: TrainedCoders, latents: int) -> TrainedCoders:
+    """The same coders with their first latents alone. Raises UsageError where that is no prefix."""
+    bank = trained.state.bank
+    for name, coder in bank.items():
+        if latents not in coder.prefixes:
+            known = ", ".join(map(str, coder.prefixes)) or "none: train it with --matryoshka"
+            raise UsageError(f"--prefix {latents}: the prefixes of {name} are {known}")
+    return of_coders(trained, {name: coder.first(latents) for name, coder in bank.items()})
 
 
 def _tokenizer(trained: TrainedCoders) -> Any:
@@ -218,6 +239,6 @@ def main(cfg: FeaturesConfig) -> None:
     found = page_data(cfg)
     out.write_text(page(found), encoding="utf-8")
     run = Path(cfg.coders)
-    if (run / "summary.json").is_file():
+    if cfg.prefix is None and (run / "summary.json").is_file():
         write_tensorboard(run, found, int(summary_of(cfg.coders)["step"]))
     print(f"features     {out.resolve()}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,39 @@ from jaxtyping import Float, Int
 from natsort import natsorted
 from torch import Tensor
 
+from ..coders.bank import CoderBank
 from ..coders.functional import Moments, accumulate
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
-from ..lm.capture import RowReader
+from ..lm.capture import Pairs, RowReader
 from ..lm.head import has_head, unusable_head
 from ..placement.exchange import no_rows
 from ..runs.checkpoint import check_room
 from ..training.state import TrainingState
+from .mixing import DENSE, Mixing, dense_errors, explained, mixing
 from .predictions import Predictions, predictions
 
 _BINS = torch.linspace(-6, 0, 25, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class PrefixFigures:
+    """Figures of the reconstruction from the first latents of a coder alone."""
+
+    latents: int
+    """How many they are."""
+
+    fvu: float
+    """sum ||y - sae_out_m||^2 / sum ||y - y_mean||^2 over all held-out rows."""
+
+    l0: float
+    """How many of them are active on a row, in the mean."""
+
+    dead_share: float
+    """Share of them that no held-out row activates."""
+
+    predictions: Predictions | None = None
+    """What the LM predicts with this reconstruction, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,12 @@ class CoderFigures:
     predictions: Predictions | None = None
     """What the LM predicts with this reconstruction in place of the activations."""
 
+    prefixes: tuple[PrefixFigures, ...] | None = None
+    """The same of every prefix, of a coder that has some (--matryoshka)."""
+
+    mixing: Mixing | None = None
+    """How far latents are mixed with each other, where that was asked for."""
+
 
 class Evaluation(NamedTuple):
     """Figures of every coder, and of all spliced in at once where there is one per hookpoint."""
@@ -67,6 +96,8 @@ class Evaluation(NamedTuple):
         for name, figures in self.by_coder().items():
             values = {**figures, **(figures["predictions"] or {})}
             found |= {f"{n}/{name}": v for n, v in values.items() if isinstance(v, float)}
+            for prefix in figures["prefixes"] or ():
+                found[f"fvu_of_first_{prefix['latents']}/{name}"] = prefix["fvu"]
         return found | {f"{n}/all": v for n, v in (self.all_at_once() or {}).items()}
 
     def fvu(self) -> dict[str, float]:
@@ -84,12 +115,17 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def held_out_figures(
-    capture: RowReader, state: TrainingState, source: TokenSource, blocks: Int[Tensor, " held"]
+    capture: RowReader,
+    state: TrainingState,
+    source: TokenSource,
+    blocks: Int[Tensor, " held"],
+    in_depth: bool = False,
 ) -> Evaluation:
     """Figures of every coder as it would be saved, over all rows of the held-out `blocks` at once.
 
-    Every rank takes each W-th block, and all know all figures in the end. Raises UsageError where
-    the rows define no FVU.
+    Every rank takes each W-th block, and all know all figures in the end. `in_depth`, in one
+    process: predictions with every prefix, and how latents are mixed, for which the text is read
+    once more. Raises UsageError where the rows define no FVU.
     """
     bank, exchange = state.bank, state.exchange
     ranks, mine = exchange.ranks, blocks[exchange.ranks.rank :: exchange.ranks.world]
@@ -99,6 +135,7 @@ def held_out_figures(
     zero = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     sums = {name: zero.clone() for name in bank.hookpoint}  # squared error, cosine, active
     fired = {n: zero.new_zeros(c.num_latents) for n, c in bank.items()}
+    of_prefixes = {n: zero.new_zeros(len(c.prefixes)) for n, c in bank.items() if c.prefixes}
     moments: dict[str, Moments] = {}
     with ExitStack() as stack:
         for optimizer in state.optimizers.values():
@@ -117,19 +154,25 @@ def held_out_figures(
                     cosine = F.cosine_similarity(sae_out, y.float(), dim=1).sum()
                     sums[name] += torch.stack([errors.squared_error, cosine, active.sum()])
                     fired[name].index_add_(0, errors.top_indices[active], active[active].double())
+                    if errors.prefix_errors is not None:
+                        of_prefixes[name] += errors.prefix_errors
         totals = [t for seen in moments.values() for t in seen]
-        exchange.sum_replicas_(*totals, *sums.values(), *fired.values())
+        exchange.sum_replicas_(*totals, *sums.values(), *fired.values(), *of_prefixes.values())
         figures: dict[str, CoderFigures] = {}
         with ranks.together():
             for name, hookpoint in bank.hookpoint.items():
                 found = (moments[hookpoint], sums[name], fired[name])
                 figures[name] = _figures(hookpoint, *found)
+                if name in of_prefixes:
+                    prefixes = _of_prefixes(bank[name].prefixes, of_prefixes[name], *found)
+                    figures[name] = dataclasses.replace(figures[name], prefixes=prefixes)
+        if in_depth:
+            again = (capture(t.to(ranks.device)) for t in source.batches(blocks, 1))
+            figures = _with_mixing(figures, bank, again, moments, fired)
         means = {name: seen.mean for name, seen in moments.items()}
-        predicted = _predictions(capture, state, means, source, order, len(mine))
-        figures = {
-            name: dataclasses.replace(found, predictions=predicted.get(name))
-            for name, found in figures.items()
-        }
+        where = (means, source, order, len(mine))
+        predicted = _predictions(capture, state, *where, in_depth)
+        figures = {name: _with(predicted, name, found) for name, found in figures.items()}
     merged = exchange.merge(figures)
     ordered = {name: merged[name] for name in natsorted(merged)}
     return Evaluation(ordered, predicted.get(""))
@@ -142,10 +185,12 @@ def _predictions(
     source: TokenSource,
     order: Tensor,
     real: int,
+    predict_prefixes: bool = False,
 ) -> dict[str, Predictions]:
     """What the LM predicts with each coder, and with all at once by ""; nothing without its head.
 
     `means` are those of the hookpoints' rows; of `order` the first `real` blocks count.
+    `predict_prefixes`: with each prefix too.
     """
     lm, bank, exchange = capture.lm, state.bank, state.exchange
     if lm is None or exchange.distributed or not has_head(lm):
@@ -153,9 +198,47 @@ def _predictions(
     replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
     if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
         replace[""] = {bank.hookpoint[name]: coder for name, coder in bank.items()}
+    for name, coder in bank.items() if predict_prefixes else ():
+        for latents in coder.prefixes[:-1]:
+            replace[_prefix_key(name, latents)] = {bank.hookpoint[name]: coder.first(latents)}
     return predictions(
         *(lm, replace, means, source, order, real, capture.rule, state.exchange.ranks)
     )
+
+
+def _with_mixing(
+    figures: dict[str, CoderFigures],
+    bank: CoderBank,
+    batches: Iterator[Pairs],
+    moments: dict[str, Moments],
+    fired: dict[str, Tensor],
+) -> dict[str, CoderFigures]:
+    """The figures with those of mixed latents; `batches` are all rows again."""
+    seen = {name: moments[bank.hookpoint[name]] for name in figures}
+    rows = {name: float(found.count) for name, found in seen.items()}
+    found = {name: mixing(bank[name], fired[name], rows[name]) for name in figures}
+    dense = {name: fired[name] > DENSE * rows[name] for name in figures}
+    errors = dense_errors(bank, batches, dense)
+    for name, of_one in figures.items():
+        without = explained(of_one.fvu, errors[name] / float(seen[name].total_variance))
+        whole = dataclasses.replace(found[name], dense_explains=without)
+        figures[name] = dataclasses.replace(of_one, mixing=whole)
+    return figures
+
+
+def _prefix_key(name: str, latents: int) -> str:
+    return f"{name} first {latents}"  # which no hookpoint is called
+
+
+def _with(predicted: dict[str, Predictions], name: str, figures: CoderFigures) -> CoderFigures:
+    """The figures of a coder with what the LM predicts with it, and with its prefixes."""
+    prefixes, whole = figures.prefixes, predicted.get(name)
+    if prefixes is not None:
+        keys = [_prefix_key(name, prefix.latents) for prefix in prefixes[:-1]]
+        found = [*(predicted.get(key) for key in keys), whole]
+        pairs = zip(prefixes, found, strict=True)
+        prefixes = tuple(dataclasses.replace(p, predictions=of_one) for p, of_one in pairs)
+    return dataclasses.replace(figures, predictions=whole, prefixes=prefixes)
 
 
 def rehearse_end(
@@ -204,6 +287,21 @@ def _figures(hookpoint: str, seen: Moments, sums: Tensor, fired: Tensor) -> Code
         l0=active / rows,
         dead_share=float((fired == 0).double().mean()),
         frequency_histogram=frequency_histogram(fired, rows),
+    )
+
+
+def _of_prefixes(
+    prefixes: tuple[int, ...], errors: Tensor, seen: Moments, sums: Tensor, fired: Tensor
+) -> tuple[PrefixFigures, ...]:
+    fvu, rows = (errors / seen.total_variance).tolist(), float(seen.count)
+    return tuple(
+        PrefixFigures(
+            latents,
+            fvu=of_one,
+            l0=float(fired[:latents].sum()) / rows,
+            dead_share=float((fired[:latents] == 0).double().mean()),
+        )
+        for latents, of_one in zip(prefixes, fvu, strict=True)
     )
 
 

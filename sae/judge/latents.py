@@ -80,9 +80,9 @@ def _final_norm(lm: PreTrainedModel) -> Any:
 def neighbours(
     coder: SparseCoder, latents: Int[Tensor, " C"], count: int = 8
 ) -> list[list[tuple[int, float]]]:
-    """For each latent the others with the largest cosine between decoder rows."""
+    """For each latent the others with the largest cosine between decoder rows; of its prefix."""
     assert coder.W_dec is not None
-    rows = F.normalize(coder.W_dec, dim=1)
+    rows = F.normalize(coder.W_dec[: coder.prefix], dim=1)
     found = []
     for part in latents.split(256):
         cosines = rows[part] @ rows.T

@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..batch import TokenBatch
 from ..coders.sparse_coder import SparseCoder
 from ..data.blocks import TokenSource
 from ..lm.head import (
@@ -67,19 +68,25 @@ def predictions(
     check_head(lm)
     # Per set: cross-entropy clean, spliced, zero, mean; KL; agreement; positions of CE and of KL.
     sums = {name: torch.zeros(8, dtype=torch.float64, device=ranks.device) for name in replace}
+
+    def hidden_with(kind: dict[str, Replacement], tokens: TokenBatch) -> Tensor:
+        with spliced(lm, kind, tokens, rule):
+            return last_hidden_state(lm, tokens)
+
     for i, tokens in enumerate(source.batches(order, 1)):
         tokens = tokens.to(ranks.device)
         clean, made = last_hidden_state(lm, tokens), predictions_made(tokens)
         ce_clean = cross_entropy(lm, clean, tokens)
+        constant: dict[tuple[str, ...], list[Tensor]] = {}
         for name, coders in replace.items():
-            kinds = [_reconstruction(coders), _constant(coders), _constant(coders, means)]
-            hidden = []
-            for kind in kinds:
-                with spliced(lm, kind, tokens, rule):
-                    hidden.append(last_hidden_state(lm, tokens))
-            found = [ce_clean, *(cross_entropy(lm, state, tokens) for state in hidden)]
-            found += [kl_divergence(lm, hidden[0], clean, tokens)]
-            found += [agreement(lm, hidden[0], clean, tokens)]
+            if tuple(coders) not in constant:
+                kinds = [_constant(coders), _constant(coders, means)]
+                states = (hidden_with(kind, tokens) for kind in kinds)
+                constant[tuple(coders)] = [cross_entropy(lm, state, tokens) for state in states]
+            hidden = hidden_with(_reconstruction(coders), tokens)
+            found = [ce_clean, cross_entropy(lm, hidden, tokens), *constant[tuple(coders)]]
+            found += [kl_divergence(lm, hidden, clean, tokens)]
+            found += [agreement(lm, hidden, clean, tokens)]
             found += [torch.tensor(count, device=clean.device) for count in made]
             sums[name] += torch.stack([t.double() for t in found]) * (i < real)
     ranks.sum_(sums.values())

@@ -1,8 +1,11 @@
 """Products over all of some latents, where so many of them are active that entries cost more."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..config import DENSE_WEIGHTS
 from .backend import Backend
@@ -84,3 +87,24 @@ class AllOf:
         rows = table.new_zeros(self.padded(count), table.shape[1], dtype=self.dtype)
         rows[:count] = table[self.latents]
         return rows
+
+
+class Linear(torch.autograd.Function):
+    """x W^T in float32 from factors in `dtype`, and so its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [N D] and W [D_out D] to [N D_out]."""
+        x, W = x.to(dtype), W.to(dtype)
+        ctx.save_for_backward(x, W)
+        return wide_product(x, W.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of x and of W."""
+        x, W = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        d_x = wide_product(grad, W) if ctx.needs_input_grad[0] else None
+        d_W = wide_product(grad.mT, x) if ctx.needs_input_grad[1] else None
+        return d_x, d_W, None

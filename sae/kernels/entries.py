@@ -29,10 +29,17 @@ class Entries(ByLatent):
     @cached_property
     def _sorted(self) -> Sorted:
         starts, order, _ = self._sorted_entries(self.indices.unsqueeze(1))
-        rows = torch.arange(len(self.starts) - 1, dtype=torch.int32, device=order.device)
-        lengths = self.starts.diff()
-        of_entries = rows.repeat_interleave(lengths, output_size=len(self.indices))
-        return Sorted(starts, order, of_entries[order.long()])
+        return Sorted(starts, order, self.rows()[order.long()])
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.starts) - 1
+
+    def rows(self) -> Int[Tensor, " E"]:
+        """The row of every entry."""
+        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.indices.device)
+        return rows.repeat_interleave(self.starts.diff(), output_size=len(self.indices))
 
     def weighted_rows(
         self, weights: Float[Tensor, " E"], table: Float[Tensor, "L D"]
@@ -54,6 +61,9 @@ class Entries(ByLatent):
         self, rows: Float[Tensor, "N D"], table: Float[Tensor, "L D"]
     ) -> Float[Tensor, " E"]:
         """out_e = <rows_n, table[indices_e]> of the entries e of row n."""
+        if self.backend.in_c(rows, table):
+            where = self.indices, table.contiguous(), self.starts
+            return native.sampled_product(rows.contiguous(), *where)
         return sampled_product_by_rows(rows, table, self.indices, self.starts)
 
 

@@ -125,6 +125,16 @@ class ByLatent:
     def __init__(self, backend: Backend, top_indices: Int[Tensor, "N K"], num_latents: int) -> None:
         self.backend, self.indices, self.num_latents = backend, top_indices, num_latents
 
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.indices)
+
+    def rows(self) -> Int[Tensor, " E"]:
+        """The row of every entry."""
+        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.indices.device)
+        return rows.repeat_interleave(self.indices.shape[1])
+
     @cached_property
     def _sorted(self) -> Sorted:
         return self._sorted_entries(self.indices)

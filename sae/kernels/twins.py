@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 from ..config import Activation, KernelChoice
 from . import updates
 from .backend import Backend
-from .dense_products import AllOf, wide_product
+from .dense_products import AllOf, Linear
 from .entries import Entries, entries_above, largest_in_groups
+from .prefixes import ReconstructPrefixes
 from .selection import active_latents
 from .sparse_products import ByLatent, reconstruct, square_sum
 
@@ -51,6 +52,7 @@ class Reconstruction(NamedTuple):
     sae_out: Float[Tensor, "N D"]
     squared_error: Float[Tensor, ""]
     dead_error: Float[Tensor, ""] | None
+    prefix_errors: Float[Tensor, " M"] | None = None
 
 
 class Kernels:
@@ -137,11 +139,14 @@ class Kernels:
         offset: Float[Tensor, "*N D"],
         y: Float[Tensor, "N D"],
         dead_latents: Latents | None = None,
+        prefixes: tuple[int, ...] = (),
     ) -> Reconstruction:
         """Twin of `functional.reconstruct`: both share the gradient of W_dec."""
-        found = _apply(
-            _Reconstruct, self.backend, W_dec, offset, y.detach(), *latents, *(dead_latents or ())
-        )
+        arguments: tuple[Any, ...] = (W_dec, offset, y.detach(), *latents, *(dead_latents or ()))
+        if prefixes:
+            found = _apply(ReconstructPrefixes, self.backend, prefixes, *arguments)
+            return Reconstruction(found[0], found[1], (*found, None)[3], found[2])
+        found = _apply(_Reconstruct, self.backend, *arguments)
         return Reconstruction(found[0], found[1], found[2] if dead_latents else None)
 
     def linear(
@@ -153,7 +158,7 @@ class Kernels:
         """Twin of `functional.linear`; the factors are in `matmul_dtype` on CUDA alone."""
         if matmul_dtype in (None, x.dtype) or not x.is_cuda:
             return x @ W.mT
-        return _apply(_Linear, x, W, matmul_dtype)
+        return _apply(Linear, x, W, matmul_dtype)
 
     def scale_and_project_(
         self, grad: Tensor, scale: Tensor, unit_rows: Tensor | None = None
@@ -368,25 +373,6 @@ class _Reconstruct(torch.autograd.Function):
                 d_offset = rows if ctx.offset == 2 else rows.sum(0)
                 d_offset = d_offset if products is None else d_offset * factor
         return None, d_W, d_offset, None, *d_latents
-
-
-class _Linear(torch.autograd.Function):
-    """x W^T in float32 from factors in `dtype`, and so its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
-        x, W = x.to(dtype), W.to(dtype)
-        ctx.save_for_backward(x, W)
-        return wide_product(x, W.mT)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        d_x = wide_product(grad, W) if ctx.needs_input_grad[0] else None
-        d_W = wide_product(grad.mT, x) if ctx.needs_input_grad[1] else None
-        return d_x, d_W, None
 
 
 def _within(indices: Tensor, limit: int) -> bool:

@@ -27,6 +27,7 @@ from ..training.optim import state_bytes
 from ..training.schedules import Schedule, steps_per_batch
 
 _ENTRY = 32  # bytes of one active latent of one row
+_ENTRY_BY_PREFIX = 40  # more of it where entries are put in the order of prefixes too
 _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
 
 _GIB = 2**30
@@ -230,7 +231,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     wide = 4 if coder.cfg.multi_topk else coder.family.candidates
     active = min(wide * k, coder.num_latents)
     dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
-    floats = 2 * d_out  # the reconstruction and its error
+    floats = (1 + max(1, len(coder.prefixes))) * d_out  # the reconstruction; errors, by prefix
     if item < 4:  # targets in float32, and what a transcoder reads
         floats += d_out + (d_in if coder.cfg.transcode else 0)
     floats += d_out if dead else 0  # what dead latents leave of the error
@@ -241,7 +242,8 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     if dead and in_triton:  # activations and gradients of all dead latents, at worst of all
         of_dead = max(of_dead, 2 * item * min(rows * coder.num_latents, DENSE_WEIGHTS))
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
-    found = rows * (4 * floats + inputs + _ENTRY * active) + of_dead
+    entry = _ENTRY + (_ENTRY_BY_PREFIX if coder.prefixes else 0)
+    found = rows * (4 * floats + inputs + entry * active) + of_dead
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
         found += 4 * coder.num_latents * max(d_in, d_out)
     if in_triton:

@@ -31,7 +31,7 @@ from ..formats import kinds
 from ..formats.coder_file import CoderFile
 from ..formats.hub import patiently, response_of
 from ..formats.pieces import Stored
-from ..formats.sparsify import newest_coders
+from ..formats.sparsify import newest_coders, read_config
 from ..judge.compare import figures_of, summary_of
 from ..judge.provenance import flags_of_run
 from ..runs.json_files import read_json, write_json
@@ -99,7 +99,7 @@ def assemble(cfg: PushConfig, folder: Path) -> None:
 
 def _described(path: Path) -> CoderFile:
     """A coder without its tensors."""
-    cfg, rest = SparseCoderConfig.from_json(path / "cfg.json")
+    cfg, rest = read_config(path / "cfg.json")
     with Stored(path, "sae") as stored:
         d_out = stored.shapes["b_dec"][0]
     return CoderFile(cfg, rest["d_in"], d_out, {})

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..coders.functional import Moments
-from ..coders.sparse_coder import CoderErrors, SparseCoder
+from ..coders.outputs import CoderErrors
+from ..coders.sparse_coder import SparseCoder
 
 
 def auxiliary_loss(errors: CoderErrors, auxk_alpha: float) -> Tensor:

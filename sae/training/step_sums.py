@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..coders.bank import CoderBank
 from ..coders.functional import Moments, accumulate
-from ..coders.sparse_coder import CoderErrors
+from ..coders.outputs import CoderErrors
 
 _LOSSES = ("fvu", "auxk", "multi_topk_fvu")
 
@@ -43,6 +43,9 @@ class StepSums:
         self._moments: dict[str, Moments] = {}
         self._inputs: dict[str, Moments] = {}
         self._errors = {name: torch.zeros(3, device=device) for name in coders}
+        self._objectives = {
+            name: torch.zeros((), device=device) for name, coder in coders.items() if coder.prefixes
+        }
 
     def add_rows(self, hookpoint: str, x: Tensor, y: Tensor) -> None:
         """Count the rows of a hookpoint, inputs and targets; of an SAE they are one tensor."""
@@ -54,6 +57,8 @@ class StepSums:
         """Count the errors of a coder, and what fired."""
         found = (errors.squared_error, errors.auxk_error, errors.multi_topk_error)
         self._errors[name] += torch.stack(found).detach()
+        if name in self._objectives:
+            self._objectives[name] += errors.objective.detach()
         if errors.levels is not None:
             self.levels[name] += errors.levels
         active = (errors.top_acts > 0).flatten().to(torch.int64)
@@ -65,7 +70,7 @@ class StepSums:
         apart = [t for tensors in self.gradients_apart.values() for t in tensors]
         lm_loss = [] if self.lm_loss is None else [self.lm_loss]
         found = [*moments, *self._errors.values(), *self.fired.values()]
-        return [*found, *self.levels.values(), *lm_loss, *apart]
+        return [*found, *self._objectives.values(), *self.levels.values(), *lm_loss, *apart]
 
     def mean_lm_loss(self) -> Tensor:
         """The LM's loss over all positions of the step, in nats."""
@@ -86,8 +91,10 @@ class StepSums:
         return self._moments[hookpoint].total_variance
 
     def losses(self, name: str) -> dict[str, Tensor | float]:
-        """FVU, AuxK and Multi-TopK of a coder, as metrics; none where its targets were not seen."""
+        """FVU, AuxK and the like of a coder, as metrics; none where its targets were not seen."""
         if self._hookpoint[name] not in self._moments:
             return {}
-        found = self._errors[name] / self.variance(name)
-        return {f"{loss}/{name}": value for loss, value in zip(_LOSSES, found, strict=True)}
+        errors: dict[str, Tensor] = dict(zip(_LOSSES, self._errors[name], strict=True))
+        if name in self._objectives:
+            errors["mean_prefix_fvu"] = self._objectives[name]
+        return {f"{loss}/{name}": error / self.variance(name) for loss, error in errors.items()}

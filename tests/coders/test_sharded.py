@@ -23,6 +23,7 @@ KINDS = {
     "multi": SaeConfig(num_latents=L, k=5, multi_topk=True),
     "all": SaeConfig(num_latents=L, k=L),
     "groupmax": SaeConfig(num_latents=L, k=5, activation="groupmax"),
+    "prefixes": SaeConfig(num_latents=L, k=5, matryoshka=(0.25, 0.25, 0.5)),
     "free": SaeConfig(num_latents=L, k=5, normalize_decoder=False),
     "transcoder": TranscoderConfig(num_latents=L, k=5),
     "skip": TranscoderConfig(num_latents=L, k=5, skip_connection=True),
@@ -63,7 +64,7 @@ def learn(coder: SparseCoder, dead: Tensor | None) -> tuple[Any, Tensor, Tensor]
     x, y = rows(coder.cfg)
     x = x.clone().requires_grad_()
     errors = coder.errors(x, y.detach(), dead)
-    (errors.squared_error + auxiliary_loss(errors, 0.5)).backward()
+    (errors.objective + auxiliary_loss(errors, 0.5)).backward()
     norm = divide_gradients_(coder, torch.tensor(30.0, dtype=torch.float64))
     assert x.grad is not None
     return errors, norm, x.grad
@@ -91,7 +92,7 @@ def test_shared_coders_compute_what_the_definition_says(kind: str, size: int) ->
             assert torch.equal(mine.values, order.values)
             acts = errors.top_acts.gather(1, mine.indices)
             torch.testing.assert_close(acts, expected.top_acts.gather(1, order.indices))
-            for name in ("squared_error", "auxk_error", "multi_topk_error"):
+            for name in ("squared_error", "objective", "auxk_error", "multi_topk_error"):
                 torch.testing.assert_close(getattr(errors, name), getattr(expected, name))
             torch.testing.assert_close(errors.sae_out, expected.sae_out[:, coder.columns])
             torch.testing.assert_close(their_norm, norm)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import train_sae
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig
 from sae.batch import TokenBatch
-from sae.coders.sparse_coder import CoderErrors
+from sae.coders.outputs import CoderErrors
 from sae.config import MachineConfig, TrainingConfig
 from sae.lm.capture import Pairs
 from sae.runs.dry_run import step_bytes
@@ -84,6 +84,8 @@ def peak_bytes(call: Any) -> int:
         (SaeConfig(num_latents=512, k=16), 0.0),
         (SaeConfig(num_latents=512, k=16), 1 / 32),
         (SaeConfig(num_latents=512, k=16, multi_topk=True), 1 / 32),
+        (SaeConfig(num_latents=512, k=16, matryoshka=(0.125, 0.125, 0.25, 0.5)), 0.0),
+        (SaeConfig(num_latents=512, k=16, matryoshka=(0.25, 0.75)), 1 / 32),
         (TranscoderConfig(num_latents=512, k=16), 0.0),
     ],
 )
@@ -100,7 +102,7 @@ def test_the_dry_run_knows_what_a_step_holds(
 
     def step() -> None:
         errors = coder.errors(x, y, dead)
-        (errors.squared_error + auxiliary_loss(errors, auxk_alpha)).backward()
+        (errors.objective + auxiliary_loss(errors, auxk_alpha)).backward()
 
     gradients = sum(p.nbytes for p in coder.parameters())
     pre_acts = 1024 * 512 * dtype.itemsize  # a block, which is not in the plan

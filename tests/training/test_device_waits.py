@@ -61,9 +61,10 @@ class Questions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_of_a_coder_never_asks_the_device() -> None:
+@pytest.mark.parametrize("more", [{"multi_topk": True}, {"matryoshka": (0.25, 0.75)}])
+def test_a_step_of_a_coder_never_asks_the_device(more: dict[str, Any]) -> None:
     """Forward, backward, counts and update of a coder, with AuxK, read nothing off the device."""
-    cfg = SaeConfig(num_latents=64, k=4, multi_topk=True)
+    cfg = SaeConfig(num_latents=64, k=4, **more)
     bank = CoderBank({"h": Widths(12, 12)}, cfg, (0,), "cpu", kernels=Kernels("torch"))
     coder = bank["h"]
     optimizer, firing = coder_optimizer(coder, "signum"), FiringRecord(64, 10)
@@ -72,14 +73,16 @@ def test_a_step_of_a_coder_never_asks_the_device() -> None:
         sums = StepSums(bank)
         sums.add_rows("h", x, x)
         errors = coder.errors(x, x, dead)
-        (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
+        (errors.objective + auxiliary_loss(errors, 1 / 32)).backward()
         sums.add("h", errors)
         losses = sums.losses("h")
         divide_gradients_(coder, sums.variance("h"))
         optimizer.step(0)
         firing.add_step_(sums.fired["h"], 40)
     assert questions.asked == []
-    assert all(value > 0 for value in losses.values())
+    of_other_kind = "multi_topk_fvu/h" if cfg.matryoshka else ""
+    assert all(value > 0 for name, value in losses.items() if name != of_other_kind)
+    assert ("mean_prefix_fvu/h" in losses) == bool(cfg.matryoshka)
 
 
 def test_dead_latents_of_all_coders_are_one_transfer() -> None:

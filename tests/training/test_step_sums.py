@@ -5,7 +5,7 @@ import torch
 
 from sae import SaeConfig
 from sae.coders.bank import CoderBank
-from sae.coders.sparse_coder import CoderErrors
+from sae.coders.outputs import CoderErrors
 from sae.config import Widths
 from sae.training.step_sums import StepSums
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...config import Activation, SparseCoderConfig, TrainingConfig, check_together
 from ...kernels.twins import Latents
+from .. import prefixes
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
@@ -26,10 +27,12 @@ class Family(ABC):
     def check(self, cfg: SparseCoderConfig, d_in: int, where: str) -> None:
         """Raise UsageError for a coder `d_in` wide that cannot be; `where` says which it is."""
         cfg.check(d_in, where)
+        prefixes.check_prefixes(cfg, d_in, where)
 
     def check_flags(self, cfg: Any) -> None:
         """Raise UsageError for flags of the script's `TrainConfig` that exclude each other."""
         check_together(cfg)
+        prefixes.check_flags(cfg)
 
     @abstractmethod
     def encode(

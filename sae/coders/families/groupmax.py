@@ -7,6 +7,7 @@ from torch import Tensor
 from ...config import SparseCoderConfig
 from ...flag_checks import UsageError, refuse
 from ...kernels.twins import Latents
+from ..prefixes import prefixes_of
 from .topk import TopK
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ class GroupMax(TopK):
                 + f" {latents}"
             )
         super().check(cfg, d_in, where)
+        for prefix in prefixes_of(cfg, d_in):
+            if prefix * cfg.k % latents:
+                raise UsageError(
+                    f"--activation groupmax: a prefix of {prefix} latents at {where} cuts one of "
+                    f"the {cfg.k} groups of {latents // cfg.k}: give --matryoshka shares of whole "
+                    f"groups, multiples of 1 / {cfg.k}"
+                )
 
     def check_flags(self, cfg: Any) -> None:
         """Raise UsageError for a k that changes: not every one divides the latents."""

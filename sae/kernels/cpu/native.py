@@ -111,11 +111,17 @@ def sum_rows(
 
 
 def sampled_product(
-    rows: Float[Tensor, "N D"], columns: Int[Tensor, "N K"], table: Float[Tensor, "R D"]
-) -> Float[Tensor, "N K"]:
-    """out_nj = <rows_n, table[columns_nj]>."""
+    rows: Float[Tensor, "N D"],
+    columns: Int[Tensor, "N K"] | Int[Tensor, " E"],
+    table: Float[Tensor, "R D"],
+    starts: Int[Tensor, " N+1"] | None = None,
+) -> Float[Tensor, "N K"] | Float[Tensor, " E"]:
+    """out_nj = <rows_n, table[columns_nj]>; with `starts` of starts_n <= j < starts_{n+1}, [E]."""
     out = torch.empty(columns.shape)
-    _call("sampled_product", rows, columns.int(), *columns.shape, table, *table.shape, out)
+    if starts is None:
+        n, k = columns.shape
+        starts = torch.arange(n + 1, dtype=torch.int32) * k
+    _call("sampled_product", rows, starts.int(), columns.int(), len(rows), table, *table.shape, out)
     return out
 
 

@@ -214,47 +214,48 @@ static inline void multiply_row(const float *row, entries e, const float *table,
 }
 
 /* sampled_product, of some of the table's rows at a time. */
-static void multiply_in_blocks(const float *rows, const int32_t *columns, int64_t n, int64_t k,
-                               const float *table, int64_t table_rows, int64_t d, int64_t at_once,
-                               float *out) {
+static void multiply_in_blocks(const float *rows, const int32_t *starts, const int32_t *columns,
+                               int64_t n, const float *table, int64_t table_rows, int64_t d,
+                               int64_t at_once, float *out) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t part = 0; part < PARTS; part++) {
-        int64_t first = n * part / PARTS, last = n * (part + 1) / PARTS;
-        int32_t *next = calloc(last - first + 1, sizeof(int32_t));
+        int64_t first = first_of(starts, n, part), last = first_of(starts, n, part + 1);
+        int32_t *next = malloc((last - first + 1) * sizeof(int32_t));
+        memcpy(next, starts + first, (last - first) * sizeof(int32_t));
         for (int64_t limit = at_once; limit < table_rows + at_once; limit += at_once)
             for (int64_t i = first; i < last; i++) {
-                int32_t begin = next[i - first], end = begin;
-                while (end < k && columns[i * k + end] < limit) end++;
-                entries e = {0, columns, i * k + begin, i * k + end};
+                entries e = {0, columns, next[i - first], next[i - first]};
+                while (e.end < starts[i + 1] && columns[e.end] < limit) e.end++;
                 multiply_row(rows + i * d, e, table, d, out);
-                next[i - first] = end;
+                next[i - first] = (int32_t)e.end;
             }
         free(next);
     }
 }
 
-/* out[n][j] = <rows[n], table[columns[n][j]]>, [N K] */
-void sampled_product(const float *rows, const int32_t *columns, int64_t n, int64_t k,
+/* out[j] = <rows[n], table[columns[j]]> over j in [starts[n], starts[n + 1]), [E] */
+void sampled_product(const float *rows, const int32_t *starts, const int32_t *columns, int64_t n,
                      const float *table, int64_t table_rows, int64_t d, float *out) {
-    int64_t at_once = rows_at_once(columns, n * k, table_rows, 4 * d);
-    if (k >= FEW * ((table_rows + at_once - 1) / at_once)) {
-        multiply_in_blocks(rows, columns, n, k, table, table_rows, d, at_once, out);
+    int64_t at_once = rows_at_once(columns, starts[n], table_rows, 4 * d);
+    if (starts[n] && starts[n] / n >= FEW * ((table_rows + at_once - 1) / at_once)) {
+        multiply_in_blocks(rows, starts, columns, n, table, table_rows, d, at_once, out);
         return;
     }
-    if (table_rows > 14336 || n * k < 4 * table_rows) {
-#pragma omp parallel for schedule(static)
-        for (int64_t e = 0; e < n * k; e++) {
-            const float *a = rows + e / k * d, *b = table + columns[e] * d;
-            lanes total = {0}, other = {0};
-            int64_t i = 0;
-            for (; i + 2 * LANES <= d; i += 2 * LANES) {
-                total += load(a, i, 0) * load(b, i, 0);
-                other += load(a, i + LANES, 0) * load(b, i + LANES, 0);
+    if (table_rows > 14336 || starts[n] < 4 * table_rows) {
+#pragma omp parallel for schedule(dynamic, 32)
+        for (int64_t r = 0; r < n; r++)
+            for (int64_t e = starts[r]; e < starts[r + 1]; e++) {
+                const float *a = rows + r * d, *b = table + columns[e] * d;
+                lanes total = {0}, other = {0};
+                int64_t i = 0;
+                for (; i + 2 * LANES <= d; i += 2 * LANES) {
+                    total += load(a, i, 0) * load(b, i, 0);
+                    other += load(a, i + LANES, 0) * load(b, i + LANES, 0);
+                }
+                float rest = 0;
+                for (; i < d; i++) rest += a[i] * b[i];
+                out[e] = sum_of(total + other) + rest;
             }
-            float rest = 0;
-            for (; i < d; i++) rest += a[i] * b[i];
-            out[e] = sum_of(total + other) + rest;
-        }
         return;
     }
     float *copies = allocate_words(2 * table_rows * STRIP);
@@ -266,7 +267,7 @@ void sampled_product(const float *rows, const int32_t *columns, int64_t n, int64
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < n; i++) {
             memcpy(row, rows + i * d + from, 4 * width);
-            for (int64_t j = i * k; j < (i + 1) * k; j++) {
+            for (int64_t j = starts[i]; j < starts[i + 1]; j++) {
                 const float *other = copy + columns[j] * (int64_t)STRIP;
                 lanes total = load(row, 0, 0) * load(other, 0, 0);
                 for (int v = LANES; v < STRIP; v += LANES)

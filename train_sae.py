@@ -55,7 +55,7 @@ from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
-from sae.training.schedules import Schedule, steps_per_batch
+from sae.training.schedules import Schedule, dealing, sequences_per_batch
 from sae.training.start import first_moments
 from sae.training.state import TrainingState
 from sae.training.step_sums import StepSums
@@ -101,7 +101,7 @@ def train(
     ranks = launch.connect(accelerator, machine.timeout, machine.deterministic)
     kernels = Kernels(machine.kernels)
     kernels_description = kernels.describe(ranks.device)
-    per_batch = training.batch_size * training.grad_acc_steps * ranks.world  # sequences
+    per_batch = sequences_per_batch(cfg, ranks.world, given.block_len if given else data.ctx_len)
     flags = recorded_flags(cfg, given or lm, given or dataset, per_batch)
     resumes = open_run(folder, flags, cfg, ranks)
 
@@ -131,10 +131,10 @@ def train(
     source = given or ranks.main_first(tokens_of_lm)
     held_out, trained_on = split_blocks(source, data, per_batch)
     order = source.order(trained_on, data.shuffle_seed)
-    rows = per_batch * source.block_len
-    plan = BatchPlan(order, per_batch, steps_per_batch(cfg, rows), data.shuffle_seed)
+    dealt = dealing(cfg, per_batch, source.block_len)
+    plan = BatchPlan(order, per_batch, *dealt, data.shuffle_seed)
     total_steps = plan.total_steps
-    schedule = Schedule(training, total_steps, rows // plan.steps)
+    schedule = Schedule(training, total_steps, per_batch * source.block_len // plan.steps)
     if not resumes:
         schedule.check()
 
@@ -176,14 +176,14 @@ def train(
         if end_to_end is not None:  # the LM's own loss, with reconstructions spliced in
             for tokens in islice(forwards, training.grad_acc_steps):
                 end_to_end.backward(tokens, sums, dead, k)
-        for sequences, counted, pairs in dealer.rows(step) if end_to_end is None else ():
+        for groups, counted, pairs in dealer.rows(step) if end_to_end is None else ():
             sums.rows.update(counted)
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
             for hookpoint, (x, y) in each_once(pairs):  # what was used is freed
                 sums.add_targets(hookpoint, y)
                 for name, coder in bank.at(hookpoint):
-                    group = coder.family.group(training, len(y), sequences)
-                    for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps, group):
+                    pieces = in_pieces(x, y, training.micro_acc_steps, groups.get(hookpoint))
+                    for x_rows, y_rows, group in pieces:
                         errors = coder.errors(x_rows, y_rows, dead[name], k[name], group)
                         # EDIT: the loss, in units of squared error: FVU once all rows are in.
                         loss = errors.squared_error + auxiliary_loss(errors, training.auxk_alpha)

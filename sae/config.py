@@ -269,8 +269,8 @@ class TrainingConfig:
     fewer, so that a step has 4,096 rows; 1 with --loss_fn ce or kl."""
     micro_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
     """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
-    group_sequences: Annotated[int, AtLeast(1)] = 1
-    """Sequences whose rows share one selection (batchtopk); 1 goes with every number of ranks."""
+    group_sequences: Annotated[int | None, AtLeast(1)] = None
+    """Sequences whose rows of a step share a selection (batchtopk); default: as give 256 rows."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
     """Steps with NaN or Inf that are skipped before the run ends."""
 

@@ -104,24 +104,24 @@ def encode_in_groups(
     W_enc: Float[Tensor, "L D"],
     b_enc: Float[Tensor, " L"],
     k: int,
-    group: int,
+    groups: list[int],
     pre_bias: Float[Tensor, " D"] | None = None,
     matmul_dtype: torch.dtype | None = None,
     dead: Int[Tensor, " M"] | None = None,
     k_dead: int = 0,
 ) -> tuple[Latents, Latents | None]:
-    """The k B largest latents of every B = `group` neighbouring rows, and AuxK's as of `encode`.
+    """The k B largest latents of every group of B neighbouring rows, and AuxK's as of `encode`.
 
     pre_acts as of `encode`;  acts = relu(the k B largest of B x L)
 
-    The last group may have fewer rows. Of equal ones the first row's come first, then those of
+    `groups` are their rows B, N in all. Of equal ones the first row's come first, then those of
     lower number.
 
     Source: Bussmann et al., "BatchTopK Sparse Autoencoders" (arXiv 2412.06410), section 3.
     """
     pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
     active = torch.zeros_like(pre_acts, dtype=torch.bool)
-    for rows, chosen in zip(pre_acts.split(group), active.split(group), strict=True):
+    for rows, chosen in zip(pre_acts.split(groups), active.split(groups), strict=True):
         order = rows.flatten().argsort(dim=0, descending=True, stable=True)
         chosen.view(-1)[order[: k * len(rows)]] = True
     latents = _in_rows(pre_acts, active & (pre_acts > 0), W_enc.dtype)

@@ -68,8 +68,8 @@ class CoderErrors(NamedTuple):
     row_starts: Int[Tensor, " N+1"] | None = None
     """Where the latents of each row start, if they are [E]."""
 
-    levels: Float[Tensor, "2"] | None = None
-    """What a step adds up to learn a threshold from."""
+    levels: Tensor | None = None
+    """What a step adds up to learn thresholds from."""
 
 
 class SparseCoder(nn.Module):
@@ -93,7 +93,7 @@ class SparseCoder(nn.Module):
     threshold: Tensor
     """[L], above which latents are active, in families that have one."""
 
-    level: float = math.inf
+    level: Float[Tensor, ""]
     """The threshold of all latents in one, where training estimates it; infinite before."""
 
     piece: Piece | None = None
@@ -143,7 +143,8 @@ class SparseCoder(nn.Module):
         if cfg.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, device=device, dtype=dtype))
         if cfg.has_threshold:
-            threshold = torch.full((self.num_latents,), self.level, device=device)
+            self.level = torch.full((), math.inf, dtype=torch.float64, device=device)
+            threshold = torch.full((self.num_latents,), math.inf, device=device)
             self.register_buffer("threshold", threshold)
         self.normalize_decoder_()
 
@@ -171,7 +172,7 @@ class SparseCoder(nn.Module):
         K is k or, where latents have thresholds, the number that the row with the most has.
         """
         rows = x.reshape(-1, self.d_in).to(self.dtype)
-        latents, _ = self.family.encode(self, rows, k or self.cfg.k)
+        latents = self.family.encode(self, rows, k or self.cfg.k).latents
         found = in_rows(latents.acts, latents.indices, _row_starts(latents))
         shape = (*x.shape[:-1], found[0].shape[1])
         return EncoderOutput(found[0].view(shape), found[1].view(shape))
@@ -230,14 +231,14 @@ class SparseCoder(nn.Module):
         y: Float[Tensor, "N D_out"],
         dead: Bool[Tensor, " L"] | Int[Tensor, " M"] | None = None,
         k: int | None = None,
-        group: int | None = None,
+        groups: list[int] | None = None,
     ) -> CoderErrors:
         """Reconstruct the rows of `y` from those of `x`; squared errors, divided by nothing.
 
         AuxK (Gao et al., appendix A.2): e = (y - sae_out).detach(), and e_hat is the
         reconstruction, without b_dec, from the k_aux largest of the `dead` latents. These are given
-        as a mask or, which does not make the host wait for the device, by number. `group`: in
-        training, how many rows share a selection, of the families where rows do.
+        as a mask or, which does not make the host wait for the device, by number. `groups`: in
+        training, how many neighbouring rows share a selection, of the families where rows do.
         """
         k = k or self.cfg.k
         y_rows = y.to(self.dtype)
@@ -248,7 +249,7 @@ class SparseCoder(nn.Module):
             dead = None
 
         wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
-        wide, dead_latents = self.family.encode(self, rows, wide_k, dead, group)
+        wide, dead_latents, levels = self.family.encode(self, rows, wide_k, dead, groups)
         latents = self.family.narrow(self, rows, wide, k) if self.cfg.multi_topk else wide
         offset = self._offset(rows)
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
@@ -264,7 +265,7 @@ class SparseCoder(nn.Module):
         return CoderErrors(
             *(sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error),
             row_starts=_row_starts(latents),
-            levels=self.family.levels(latents, len(rows), group),
+            levels=levels,
         )
 
     def _offset(self, rows: Tensor) -> Tensor:
@@ -316,14 +317,13 @@ class SparseCoder(nn.Module):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What resuming needs beside the weights: a threshold as far as it is known."""
-        level = torch.tensor(self.level, dtype=torch.float64)
-        return {"threshold.level": level} if self.cfg.has_threshold else {}
+        return {"threshold.level": self.level} if self.cfg.has_threshold else {}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_tensors` returned."""
         if self.cfg.has_threshold:
-            self.level = float(tensors["threshold.level"])
-            self.threshold.fill_(self.level)
+            self.level.copy_(tensors["threshold.level"])
+            self.threshold.copy_(self.level)
 
     def save_to_disk(self, path: Path | str) -> None:
         """Write `cfg.json` and `sae.safetensors` into the folder `path`, or what is here of it."""

@@ -82,29 +82,54 @@ def entries_above(
     return torch.cat(acts), Entries(backend, torch.cat(indices), starts, len(W))
 
 
+def group_of_rows(groups: list[int], device: torch.device) -> Int[Tensor, " N"]:
+    """The number of each row's group, where they have so many rows."""
+    numbers = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups, dtype=torch.int64))
+    return numbers.to(device, non_blocking=True)
+
+
 def largest_in_groups(
-    top_acts: Float[Tensor, "N M"], top_indices: Int[Tensor, "N M"], k: int, group: int, whole: bool
+    top_acts: Float[Tensor, "N M"],
+    top_indices: Int[Tensor, "N M"],
+    k: int,
+    groups: list[int],
+    whole: bool,
 ) -> tuple[Float[Tensor, " E"], Int[Tensor, " E"], Int[Tensor, " N+1"]] | None:
     """Of the M largest latents of each row those that `functional.encode_in_groups` finds.
 
-    None where a row may have more of them than M; `whole`: M is all. A GPU is asked how many.
+    None where a row may have more of them than M; `whole`: M is all. A GPU is asked once whether
+    that is so, and how many they are.
     """
     top_indices, order = top_indices.sort(1)  # equal ones are taken in this order
-    top_acts = top_acts.gather(1, order)
-    kept = torch.zeros_like(top_acts, dtype=torch.bool)
-    for acts, chosen in zip(top_acts.split(group), kept.split(group), strict=True):
-        if not len(acts):
-            break
-        flat = acts.flatten()
-        wanted = min(k * len(acts), flat.numel())
-        level = flat.topk(wanted).values.amin()
-        if not whole and bool(((acts.amin(1) >= level) & (acts.amin(1) > 0)).any()):
-            return None
-        above, equal = flat > level, (flat == level) & (flat > 0)
-        first = equal.cumsum(0) <= wanted - above.sum()
-        chosen.copy_((above | (equal & first)).view_as(acts))
+    top_acts, device = top_acts.gather(1, order), top_acts.device
+    longest, of_row = max(groups, default=0), group_of_rows(groups, device)
+    if not longest:
+        return top_acts.flatten(), top_indices.flatten(), top_indices.new_zeros(1)
+    sizes = torch.tensor(groups).to(device, non_blocking=True)
+    first = (sizes.cumsum(0) - sizes)[of_row]  # row of the group of each row
+    padded = top_acts.new_zeros(len(groups), longest, top_acts.shape[1])
+    padded[of_row, torch.arange(len(of_row), device=device) - first] = top_acts
+    wanted = k * sizes
+    largest = padded.flatten(1).topk(k * longest).values
+    level = largest.gather(1, (wanted - 1).clamp(min=0).unsqueeze(1))[of_row]  # [N 1]
+    least = top_acts.amin(1, keepdim=True)
+    missed = ((least >= level) & (least > 0)).sum() * (not whole)
+
+    def before(counts: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """Of a count by row the sum over the rows before it in its group."""
+        sums = F.pad(counts.cumsum(0), (1, 0))
+        return sums[:-1] - sums[first]
+
+    above, equal = top_acts > level, (top_acts == level) & (top_acts > 0)
+    room = wanted.index_add(0, of_row, -above.sum(1))[of_row]
+    taken = before(equal.sum(1)).unsqueeze(1) + equal.cumsum(1)
+    kept = above | (equal & (taken <= room.unsqueeze(1)))
+    missing, size = torch.stack([missed, kept.sum()]).tolist()
+    if missing:
+        return None
+    found = kept.flatten().nonzero_static(size=size).squeeze(1)
     starts = F.pad(kept.sum(1).cumsum(0), (1, 0))
-    return top_acts[kept], top_indices[kept], starts
+    return top_acts.flatten()[found], top_indices.flatten()[found], starts
 
 
 def in_rows(

@@ -115,14 +115,14 @@ class Kernels:
         W_enc: Float[Tensor, "L D"],
         b_enc: Float[Tensor, " L"],
         k: int,
-        group: int,
+        groups: list[int],
         pre_bias: Float[Tensor, " D"] | None = None,
         matmul_dtype: torch.dtype | None = None,
         dead: Int[Tensor, " M"] | None = None,
         k_dead: int = 0,
     ) -> tuple[Latents, Latents | None]:
         """Twin of `functional.encode_in_groups`, in `Entries`; of one product both selections."""
-        select = partial(_in_groups, self.backend, k, group, dead, k_dead)
+        select = partial(_in_groups, self.backend, k, groups, dead, k_dead)
         found = _apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype)
         return Latents(*found[:3]), None if dead is None else Latents(*found[3:])
 
@@ -211,7 +211,7 @@ def _above(
 def _in_groups(
     backend: Backend,
     k: int,
-    group: int,
+    groups: list[int],
     dead: Tensor | None,
     k_dead: int,
     inputs: Tensor,
@@ -224,7 +224,7 @@ def _in_groups(
         widths = (candidates,) if dead is None else (candidates, k_dead)
         found = _largest(backend, "topk", widths, dead, inputs, W_enc, b_enc)
         whole = candidates == len(W_enc)
-        chosen = largest_in_groups(found[0].acts, found[0].indices, k, group, whole)
+        chosen = largest_in_groups(found[0].acts, found[0].indices, k, groups, whole)
         if chosen is not None:
             acts, indices, starts = chosen
             entries = Entries(backend, indices, starts, len(W_enc))

@@ -24,7 +24,7 @@ from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
 from ..placement.owners import owned_by, plan_owners, read_owners
 from ..training.optim import state_bytes
-from ..training.schedules import Schedule, steps_per_batch
+from ..training.schedules import Schedule, dealing, sequences_per_batch
 
 _ENTRY = 32  # bytes of one active latent of one row
 _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
@@ -215,9 +215,9 @@ def _rank_memory(
 
 def _batch(cfg: Any, world: int) -> tuple[int, int]:
     """Tokens of a batch on all ranks, and the steps that it is dealt to."""
-    training = cfg.training
-    rows = training.batch_size * training.grad_acc_steps * world * cfg.data.ctx_len
-    return rows, steps_per_batch(cfg, rows)
+    length = cfg.data.ctx_len
+    sequences = sequences_per_batch(cfg, world, length)
+    return sequences * length, dealing(cfg, sequences, length).steps
 
 
 def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:

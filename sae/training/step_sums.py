@@ -34,9 +34,9 @@ class StepSums:
         self.gradients_apart: dict[str, list[Tensor]] = {}
         """In end-to-end training the gradients that are divided by the variance, by coder."""
         self.levels = {
-            name: torch.zeros(2, dtype=torch.float64, device=device)
+            name: none
             for name, coder in coders.items()
-            if coder.cfg.has_threshold
+            if (none := coder.family.no_levels(coder)) is not None
         }
         """What coders learn their thresholds from."""
         self._hookpoint = bank.hookpoint

@@ -3,15 +3,25 @@
 from abc import ABC, abstractmethod
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ...config import Activation, SparseCoderConfig, TrainingConfig, check_together
+from ...config import Activation, SparseCoderConfig, check_together
 from ...kernels.twins import Latents
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
+
+
+class Selected(NamedTuple):
+    """What `encode` finds."""
+
+    latents: Latents
+    of_dead: Latents | None = None
+    """Those that AuxK takes."""
+    levels: Tensor | None = None
+    """What a step adds up to learn thresholds from, in the shape that `no_levels` has."""
 
 
 class Family(ABC):
@@ -20,8 +30,8 @@ class Family(ABC):
     candidates = 1
     """Latents that a row proposes, over k, where more are looked at than are active."""
 
-    whole_sequences = False
-    """Whether a step needs all rows of its sequences."""
+    in_groups = False
+    """Whether rows share a selection in training."""
 
     def check(self, cfg: SparseCoderConfig, d_in: int, where: str) -> None:
         """Raise UsageError for a coder `d_in` wide that cannot be; `where` says which it is."""
@@ -38,24 +48,20 @@ class Family(ABC):
         rows: Tensor,
         k: int,
         dead: Tensor | None = None,
-        group: int | None = None,
-    ) -> tuple[Latents, Latents | None]:
+        groups: list[int] | None = None,
+    ) -> Selected:
         """The active latents of `rows` [N D], and those that AuxK takes where any are `dead`.
 
-        `group`: in training, how many rows share a selection, in kinds where they do.
+        `groups`: in training, how many neighbouring rows share a selection, in kinds where they do.
         """
 
-    def group(self, cfg: TrainingConfig, rows: int, sequences: int) -> int | None:
-        """How many of the `rows` of whole sequences share a selection; None: each has its own."""
-        return None
-
-    def levels(self, latents: Latents, rows: int, group: int | None) -> Tensor | None:
-        """What a step must add up to learn the threshold, [2] in float64; None: it learns none."""
+    def no_levels(self, coder: "SparseCoder") -> Tensor | None:
+        """The `levels` of no rows, to which a step adds; None: thresholds are not learned."""
         return None
 
     def update_threshold_(self, coder: "SparseCoder", levels: Tensor | None) -> None:
-        """Learn the threshold from the `levels` of a step."""
-        assert levels is None or not levels.any(), "this kind learns none"
+        """Learn the threshold from the `levels` of a step, behind the step of the optimizer."""
+        assert levels is None, "this kind learns none"
 
     @abstractmethod
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ...config import SparseCoderConfig
 from ...flag_checks import UsageError, refuse
 from ...kernels.twins import Latents
-from .family import Family
+from .family import Family, Selected
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
@@ -40,12 +40,13 @@ class JumpReLU(Family):
         rows: Tensor,
         k: int,
         dead: Tensor | None = None,
-        group: int | None = None,
-    ) -> tuple[Latents, Latents | None]:
+        groups: list[int] | None = None,
+    ) -> Selected:
         """The latents above their thresholds, whatever k is; none for AuxK."""
         encoder = coder.encoder
         arguments = (rows, encoder.weight, encoder.bias, coder.threshold)
-        return coder.kernels.encode_above(*arguments, coder.pre_bias, coder.matmul_dtype), None
+        found = coder.kernels.encode_above(*arguments, coder.pre_bias, coder.matmul_dtype)
+        return Selected(found)
 
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
         """Not asked for: `check` refuses Multi-TopK."""

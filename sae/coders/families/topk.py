@@ -7,7 +7,7 @@ from torch import Tensor
 from ...config import SparseCoderConfig
 from ...kernels.twins import Latents
 from ..functional import k_aux
-from .family import Family
+from .family import Family, Selected
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
@@ -26,16 +26,16 @@ class TopK(Family):
         rows: Tensor,
         k: int,
         dead: Tensor | None = None,
-        group: int | None = None,
-    ) -> tuple[Latents, Latents | None]:
+        groups: list[int] | None = None,
+    ) -> Selected:
         """The k active latents, and the k_aux largest of the `dead` out of the same product."""
         encoder, activation = coder.encoder, coder.cfg.activation
         arguments = (rows, encoder.weight, encoder.bias, k, activation)
         arguments += (coder.pre_bias, coder.matmul_dtype)
         if dead is None:
-            return coder.kernels.encode(*arguments), None
+            return Selected(coder.kernels.encode(*arguments))
         k_dead = min(k_aux(coder.d_out), len(dead))
-        return coder.kernels.encode_with_dead(*arguments, dead, k_dead)
+        return Selected(*coder.kernels.encode_with_dead(*arguments, dead, k_dead))
 
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
         """The k largest of the 4k."""

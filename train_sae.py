@@ -120,8 +120,8 @@ def train(
         capture, widths = given, given.widths
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
-    seeds, cost = training.init_seeds, costs(widths, cfg.coder, training.init_seeds)
-    by_hand = machine.layer_to_rank, machine.ranks_per_coder
+    seeds, by_hand = training.init_seeds, (machine.layer_to_rank, machine.ranks_per_coder)
+    cost = costs(widths, cfg.coder, seeds)
     exchange = Exchange(ranks, cost, machine.distribute_modules, *by_hand)
     here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups)
     with ranks.together():
@@ -200,6 +200,7 @@ def train(
             metrics[training.loss_fn] = sums.mean_lm_loss()
             end_to_end.combine_gradients_(sums)
         for name, coder in bank.items():
+            sums.add_penalty_(name, coder, rows, k[name])
             metrics |= sums.losses(name)
             metrics[f"grad_norm/{name}"] = divide_gradients_(coder, sums.variance(name))
         seen = {name: (sums.fired[name], rows[bank.hookpoint[name]]) for name in firing}

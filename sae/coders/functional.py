@@ -89,6 +89,59 @@ def encode_above(
     return _in_rows(pre_acts, (pre_acts > threshold) & (pre_acts > 0), W_enc.dtype)
 
 
+def encode_jumping(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    threshold: Float[Tensor, " L"],
+    bandwidth: float,
+    most: int,
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    dead: Int[Tensor, " M"] | None = None,
+    k_dead: int = 0,
+) -> tuple[Latents, Latents | None, Int[Tensor, " L"]]:
+    """`encode_above` with a gradient for thresholds; AuxK's as of `encode`; and counts.
+
+    acts = pre_acts 1[pre_acts > threshold];   near = 1[|pre_acts - threshold| < bandwidth / 2]
+    d acts / d threshold = -threshold / bandwidth near
+
+    The step function has the slope of a ramp as wide as the bandwidth, for thresholds alone. The
+    counts are of the rows near the threshold of each latent. What is near it and not above is among
+    the latents with an activation of 0. Of a row with more than `most` of them those stay that are
+    farthest above, of equal ones the first.
+
+    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), equations 11 and 12.
+    """
+    pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
+    above = pre_acts - threshold.detach()
+    near = above.abs() < bandwidth / 2
+    active = (above > 0) & (pre_acts > 0)
+    ramp = ((pre_acts.detach() - threshold) / bandwidth + 0.5).clamp(0, 1)
+    acts = torch.where(active, pre_acts, 0) + threshold.detach() * (ramp - ramp.detach())
+    order = above.argsort(dim=1, descending=True, stable=True)[:, :most]
+    kept = torch.zeros_like(near).scatter(1, order, True) & (above > -bandwidth / 2)
+    latents, counts = _in_rows(acts, kept, W_enc.dtype), near.sum(0)
+    if dead is None:
+        return latents, None, counts
+    of_dead = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
+    return latents, Latents(of_dead.acts, dead[of_dead.indices]), counts
+
+
+def l0_gradient(
+    near: Int[Tensor, " L"], fired: Int[Tensor, " L"], rows: int, target: float, bandwidth: float
+) -> Float[Tensor, " L"]:
+    """The gradient by thresholds of (L0 / target - 1)^2, L0 being the mean over `rows` rows.
+
+    d L0 / d threshold = -near / (rows bandwidth);   L0 = sum fired / rows
+
+    `near` and `fired` are counts of rows by latent, of which the first are those near the
+    threshold. Source: Rajamanoharan et al., equation 12; the penalty: their appendix on a target.
+    """
+    excess = fired.sum() / (rows * target) - 1
+    return near * (-2 / (target * rows * bandwidth)) * excess
+
+
 def _in_rows(
     pre_acts: Float[Tensor, "N L"], active: Bool[Tensor, "N L"], dtype: torch.dtype
 ) -> Latents:

@@ -143,9 +143,12 @@ class SparseCoder(nn.Module):
         if cfg.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, device=device, dtype=dtype))
         if cfg.has_threshold:
-            self.level = torch.full((), math.inf, dtype=torch.float64, device=device)
             threshold = torch.full((self.num_latents,), math.inf, device=device)
-            self.register_buffer("threshold", threshold)
+            self.level = threshold[0].double()
+            if self.family.trains_threshold:
+                self.threshold = nn.Parameter(threshold)
+            else:
+                self.register_buffer("threshold", threshold)
         self.normalize_decoder_()
 
     @staticmethod
@@ -172,7 +175,7 @@ class SparseCoder(nn.Module):
         K is k or, where latents have thresholds, the number that the row with the most has.
         """
         rows = x.reshape(-1, self.d_in).to(self.dtype)
-        latents = self.family.encode(self, rows, k or self.cfg.k).latents
+        latents = self.family.encode(self, rows, k or self.cfg.k)
         found = in_rows(latents.acts, latents.indices, _row_starts(latents))
         shape = (*x.shape[:-1], found[0].shape[1])
         return EncoderOutput(found[0].view(shape), found[1].view(shape))
@@ -249,7 +252,7 @@ class SparseCoder(nn.Module):
             dead = None
 
         wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
-        wide, dead_latents, levels = self.family.encode(self, rows, wide_k, dead, groups)
+        wide, dead_latents, levels = self.family.select(self, rows, wide_k, dead, groups)
         latents = self.family.narrow(self, rows, wide, k) if self.cfg.multi_topk else wide
         offset = self._offset(rows)
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
@@ -284,6 +287,7 @@ class SparseCoder(nn.Module):
         if self.cfg.transcode:
             self.encoder.weight.mul_(self.unit("encoder.weight"))
             self.encoder.bias.copy_(-(self.encoder.weight @ x_mean.to(self.dtype)))
+        self.family.start_(self)
 
     def unit(self, parameter: str) -> float:
         """The unit of a parameter, so that its number is the same at every scale of the data.
@@ -317,11 +321,11 @@ class SparseCoder(nn.Module):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What resuming needs beside the weights: a threshold as far as it is known."""
-        return {"threshold.level": self.level} if self.cfg.has_threshold else {}
+        return {"threshold.level": self.level} if "threshold" in self._buffers else {}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_tensors` returned."""
-        if self.cfg.has_threshold:
+        if "threshold" in self._buffers:
             self.level.copy_(tensors["threshold.level"])
             self.threshold.copy_(self.level)
 

@@ -4,7 +4,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .backend import Backend
@@ -80,6 +80,68 @@ def entries_above(
         acts.append(pre_acts.flatten()[found].to(W_enc.dtype))
     starts = F.pad(torch.cat(lengths).cumsum(0), (1, 0))
     return torch.cat(acts), Entries(backend, torch.cat(indices), starts, len(W))
+
+
+class Around(Entries):
+    """`Entries` of `entries_around`: active latents, and others that are near their thresholds."""
+
+    near: Bool[Tensor, " E"]
+    """Which are less than half the bandwidth from the threshold."""
+    counts: Int[Tensor, " L"]
+    """How many rows are near the threshold of each latent."""
+
+
+def entries_around(
+    backend: Backend,
+    inputs: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    threshold: Float[Tensor, " L"],
+    bandwidth: float,
+    most: int,
+) -> tuple[Float[Tensor, " E"], Around]:
+    """The latents of `functional.encode_jumping`, in the dtype of W_enc.
+
+    The dtype of `inputs` is the precision of the product. A GPU is asked how many they are.
+    """
+    W, bias = W_enc.to(inputs.dtype), b_enc.to(inputs.dtype)
+    counts = torch.zeros(len(W), dtype=torch.int64, device=W.device)
+    acts, indices, nears, lengths = [W_enc.new_empty(0)], [], [], []
+    least = threshold - bandwidth / 2
+    for rows in inputs.split(chunk_rows(inputs, len(W))):
+        pre_acts = torch.addmm(bias, rows, W.t())
+        shown = pre_acts > least
+        found = shown.flatten().nonzero().squeeze(1)
+        latents, values = found % len(W), pre_acts.flatten()[found].to(W_enc.dtype)
+        above = values - threshold[latents]
+        near = above.abs() < bandwidth / 2
+        counts.scatter_add_(0, latents, near.long())
+        length = shown.sum(1)
+        if len(found) > most and int(length.amax()) > most:
+            kept = _farthest(above, length, most)
+            latents, values, above, near = (t[kept] for t in (latents, values, above, near))
+            length = length.clamp(max=most)
+        active = (above > 0) & (values > 0)
+        acts.append(values.where(active, 0))
+        indices.append(latents)
+        nears.append(near)
+        lengths.append(length)
+    starts = F.pad(torch.cat(lengths).cumsum(0), (1, 0))
+    entries = Around(backend, torch.cat(indices), starts, len(W))
+    entries.near, entries.counts = torch.cat(nears), counts
+    return torch.cat(acts), entries
+
+
+def _farthest(
+    above: Float[Tensor, " E"], lengths: Int[Tensor, " N"], most: int
+) -> Int[Tensor, " K"]:
+    """Of each row's entries the `most` largest, of equal ones the first, in their order."""
+    rows = torch.arange(len(lengths), device=above.device).repeat_interleave(lengths)
+    by_size = above.argsort(descending=True, stable=True)
+    order = by_size[rows[by_size].argsort(stable=True)]  # row after row, the largest first
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(len(above), device=above.device) - starts[rows]
+    return order[place < most].sort().values
 
 
 def group_of_rows(groups: list[int], device: torch.device) -> Int[Tensor, " N"]:

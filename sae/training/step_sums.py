@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..coders.bank import CoderBank
 from ..coders.functional import Moments, accumulate
-from ..coders.sparse_coder import CoderErrors
+from ..coders.sparse_coder import CoderErrors, SparseCoder
 
 _LOSSES = ("fvu", "auxk", "multi_topk_fvu")
 
@@ -76,6 +76,15 @@ class StepSums:
         if hookpoint not in self._moments:
             return torch.ones((), dtype=torch.float64, device=self._errors[name].device)
         return self._moments[hookpoint].total_variance
+
+    def add_penalty_(self, name: str, coder: SparseCoder, rows: dict[str, int], k: int) -> None:
+        """Add what a coder's kind puts beside its FVU to its gradients, once all sums are in.
+
+        `rows` of each hookpoint are those of all ranks.
+        """
+        hookpoint = self._hookpoint[name]
+        seen = self.levels.get(name), self.fired[name], rows[hookpoint]
+        coder.family.add_penalty_(coder, *seen, k, self.variance(name))
 
     def losses(self, name: str) -> dict[str, Tensor | float]:
         """FVU, AuxK and Multi-TopK of a coder, as metrics; none where its targets were not seen."""

@@ -1,16 +1,14 @@
 """BatchTopK: the k B largest latents of B rows are active; in use, those above a threshold."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...flag_checks import refuse
 from ...kernels.entries import Entries, group_of_rows
 from ...kernels.twins import Latents
 from ..functional import k_aux
-from .family import Family, Selected
-from .jumprelu import JumpReLU
+from .family import Selected, WithThreshold
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
@@ -18,8 +16,8 @@ if TYPE_CHECKING:
 _KEPT = 0.9  # at .99, which others take, half of the first step would be left after 69 steps
 
 
-class BatchTopK(JumpReLU):
-    """acts = relu(the k B largest pre_acts of B rows) in training, and of JumpReLU in use.
+class BatchTopK(WithThreshold):
+    """acts = relu(the k B largest pre_acts of B rows) in training; in use those above a threshold.
 
     threshold' = .9 threshold + .1 (mean over the step's groups of the smallest positive act)
 
@@ -31,25 +29,17 @@ class BatchTopK(JumpReLU):
     candidates = 4
     in_groups = True
 
-    def check_flags(self, cfg: Any) -> None:
-        """Raise UsageError for losses that it does not go with, and groups that no batch holds."""
-        Family.check_flags(self, cfg)
-        if cfg.coder.multi_topk:
-            refuse(cfg.coder, "multi_topk", "--activation batchtopk has no 4k latents: drop it")
-        if cfg.training.uses_lm_loss:
-            refuse(cfg.training, "loss_fn", "--activation batchtopk is trained on fvu")
-
-    def encode(
+    def select(
         self,
         coder: "SparseCoder",
         rows: Tensor,
         k: int,
-        dead: Tensor | None = None,
-        groups: list[int] | None = None,
+        dead: Tensor | None,
+        groups: list[int] | None,
     ) -> Selected:
         """The k B largest of groups of rows, and AuxK's; without groups those above threshold."""
         if groups is None:
-            return super().encode(coder, rows, k)
+            return Selected(self.encode(coder, rows, k))
         encoder, k_dead = coder.encoder, 0
         if dead is not None:
             k_dead = min(k_aux(coder.d_out), len(dead))

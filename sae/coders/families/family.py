@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from ...config import Activation, SparseCoderConfig, check_together
+from ...flag_checks import UsageError, refuse
 from ...kernels.twins import Latents
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Selected(NamedTuple):
-    """What `encode` finds."""
+    """What `select` finds."""
 
     latents: Latents
     of_dead: Latents | None = None
@@ -33,6 +34,9 @@ class Family(ABC):
     in_groups = False
     """Whether rows share a selection in training."""
 
+    trains_threshold = False
+    """Whether latents have thresholds with gradients; others are estimated, one for all."""
+
     def check(self, cfg: SparseCoderConfig, d_in: int, where: str) -> None:
         """Raise UsageError for a coder `d_in` wide that cannot be; `where` says which it is."""
         cfg.check(d_in, where)
@@ -42,18 +46,26 @@ class Family(ABC):
         check_together(cfg)
 
     @abstractmethod
-    def encode(
+    def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:
+        """The active latents of `rows` [N D], in use."""
+
+    @abstractmethod
+    def select(
         self,
         coder: "SparseCoder",
         rows: Tensor,
         k: int,
-        dead: Tensor | None = None,
-        groups: list[int] | None = None,
+        dead: Tensor | None,
+        groups: list[int] | None,
     ) -> Selected:
-        """The active latents of `rows` [N D], and those that AuxK takes where any are `dead`.
+        """Those that an error is taken of, and in training what else is learned from them.
 
         `groups`: in training, how many neighbouring rows share a selection, in kinds where they do.
         """
+
+    def start_(self, coder: "SparseCoder") -> None:
+        """Set what starts from the scale of the data, in kinds that have such."""
+        return
 
     def no_levels(self, coder: "SparseCoder") -> Tensor | None:
         """The `levels` of no rows, to which a step adds; None: thresholds are not learned."""
@@ -62,6 +74,22 @@ class Family(ABC):
     def update_threshold_(self, coder: "SparseCoder", levels: Tensor | None) -> None:
         """Learn the threshold from the `levels` of a step, behind the step of the optimizer."""
         assert levels is None, "this kind learns none"
+
+    def add_penalty_(
+        self,
+        coder: "SparseCoder",
+        levels: Tensor | None,
+        fired: Tensor,
+        rows: int,
+        k: int,
+        variance: Tensor,
+    ) -> None:
+        """Add what is beside the FVU of a step to the gradients, in units of squared error.
+
+        All are those of the whole step, on all ranks: `levels`, how many rows each latent fired on
+        [L], rows, and the `variance` that squared errors will be divided by.
+        """
+        return
 
     @abstractmethod
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
@@ -73,6 +101,42 @@ class Family(ABC):
 
         Raises UsageError for a kind that they cannot hold together.
         """
+
+
+class WithThreshold(Family):
+    """A kind whose latents in use are those above a threshold of their own."""
+
+    def check(self, cfg: SparseCoderConfig, d_in: int, where: str) -> None:
+        """Raise UsageError for a loss of 4k latents: no number of them is chosen."""
+        super().check(cfg, d_in, where)
+        if cfg.multi_topk:
+            refuse(cfg, "multi_topk", f"--activation {cfg.activation} has no 4k latents: drop it")
+
+    def check_flags(self, cfg: Any) -> None:
+        """Raise UsageError for losses that such coders do not go with."""
+        super().check_flags(cfg)
+        name = f"--activation {cfg.coder.activation}"
+        if cfg.coder.multi_topk:
+            refuse(cfg.coder, "multi_topk", f"{name} has no 4k latents: drop it")
+        if cfg.training.uses_lm_loss:
+            refuse(cfg.training, "loss_fn", f"{name} is trained on fvu")
+
+    def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:
+        """The latents above their thresholds, whatever k is."""
+        encoder = coder.encoder
+        arguments = (rows, encoder.weight, encoder.bias, coder.threshold)
+        return coder.kernels.encode_above(*arguments, coder.pre_bias, coder.matmul_dtype)
+
+    def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
+        """Not asked for: `check` refuses Multi-TopK."""
+        raise AssertionError("a coder with --multi_topk cannot be of this kind")
+
+    def shared_by_ranks(self, cfg: SparseCoderConfig, num_latents: int) -> tuple[int, str]:
+        """Raise UsageError: how many latents of a row each rank would send is not known."""
+        raise UsageError(
+            f"--ranks_per_coder or --layer_to_rank: ranks cannot share a coder of --activation "
+            f"{cfg.activation}: give it one rank"
+        )
 
 
 @cache

@@ -26,7 +26,7 @@ from sae import SaeConfig, SparseCoder, UsageError
 from sae.coders import functional
 from sae.config import KernelChoice
 from sae.flag_checks import from_flags
-from sae.kernels import twins
+from sae.kernels import latents
 from sae.kernels.twins import Kernels
 from sae.training.losses import divide_gradients_
 from sae.training.schedules import dealing, sequences_per_batch
@@ -67,11 +67,11 @@ def test_selection_and_gradients_equal_the_equations(
 
     Groups have as many rows, or not, or none.
     """
-    monkeypatch.setattr(twins, "_CANDIDATES", candidates)
-    d, latents, k, groups = shape
+    monkeypatch.setattr(latents, "_CANDIDATES", candidates)
+    d, width, k, groups = shape
     n = sum(groups)
     g = torch.Generator().manual_seed(0)
-    sizes = [(n, d), (latents, d), (latents,), (latents, d), (d,)]
+    sizes = [(n, d), (width, d), (width,), (width, d), (d,)]
     leaves = [torch.randn(s, dtype=torch.float64, generator=g) for s in sizes]
     leaves[0][::5] *= 6  # such rows have many active latents
     weights_of_out = torch.arange(n * d, dtype=torch.float64).view(n, d).cos()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...flag_checks import refuse
+from ...flag_checks import UsageError, refuse
 from ..functional import k_aux, l0_gradient
 from .family import Selected, WithThreshold
 
@@ -31,8 +31,9 @@ class JumpReLU(WithThreshold):
         """Raise UsageError for what is not trained so."""
         super().check_flags(cfg)
         if not cfg.training.rms_units:
-            why = "--activation jumprelu has thresholds in units of activations: leave it out"
-            refuse(cfg.training, "rms_units", why)
+            raise UsageError(
+                "--no-rms_units: --activation jumprelu has thresholds in that unit: leave it out"
+            )
         if cfg.training.k_decay_steps:
             refuse(cfg.training, "k_decay_steps", "--activation jumprelu starts at an L0 of k")
 

@@ -47,7 +47,7 @@ class SparseCoderConfig:
 
     activation: Activation = "topk"
     """topk: the k largest latents of a row; groupmax: the largest of each of k groups; batchtopk:
-    the k B largest of B rows; jumprelu: those above a threshold, of trained coders."""
+    the k B largest of B rows; jumprelu: those above a threshold, which learns to let k through."""
     expansion_factor: Annotated[int, AtLeast(1)] = 32
     """Number of latents as a multiple of the input width."""
     normalize_decoder: bool = True
@@ -55,7 +55,7 @@ class SparseCoderConfig:
     num_latents: Annotated[int, AtLeast(0)] = 0
     """Number of latents; 0: expansion_factor times the width."""
     k: Annotated[int, AtLeast(1)] = 32
-    """Active latents per token; with thresholds, their mean."""
+    """Active latents per token; with thresholds, their mean, which training aims at."""
     multi_topk: bool = False
     """Add the FVU of a reconstruction from 4k latents, weighted 1/8."""
     skip_connection: bool = False
@@ -270,7 +270,7 @@ class TrainingConfig:
     micro_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
     """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
     group_sequences: Annotated[int | None, AtLeast(1)] = None
-    """Sequences whose rows of a step share a selection (batchtopk); default: as give 256 rows."""
+    """Sequences whose rows in a step share a selection (batchtopk); default: to give 256 rows."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
     """Steps with NaN or Inf that are skipped before the run ends."""
 

@@ -1,6 +1,8 @@
 """Active latents where every row has a number of them of its own: entries, row after row."""
 
+from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,18 +70,37 @@ def entries_above(
 
     The dtype of `inputs` is the precision of the product. A GPU is asked how many they are.
     """
-    W, bias = W_enc.to(inputs.dtype), b_enc.to(inputs.dtype)
-    least = threshold.clamp(min=0)
     acts, indices, lengths = [W_enc.new_empty(0)], [], []
-    for rows in inputs.split(chunk_rows(inputs, len(W))):
-        pre_acts = torch.addmm(bias, rows, W.t())
-        active = pre_acts > least
-        lengths.append(active.sum(1))
-        found = active.flatten().nonzero().squeeze(1)
-        indices.append(found % len(W))
-        acts.append(pre_acts.flatten()[found].to(W_enc.dtype))
+    for found in _above(inputs, W_enc, b_enc, threshold.clamp(min=0)):
+        acts.append(found.values.to(W_enc.dtype))
+        indices.append(found.latents)
+        lengths.append(found.lengths)
     starts = F.pad(torch.cat(lengths).cumsum(0), (1, 0))
-    return torch.cat(acts), Entries(backend, torch.cat(indices), starts, len(W))
+    return torch.cat(acts), Entries(backend, torch.cat(indices), starts, len(W_enc))
+
+
+class _Chunk(NamedTuple):
+    """What is above its latent's level in some rows."""
+
+    values: Float[Tensor, " E"]
+    latents: Int[Tensor, " E"]
+    lengths: Int[Tensor, " N"]
+
+
+def _above(
+    inputs: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    least: Float[Tensor, " L"],
+) -> Iterator[_Chunk]:
+    """Pre-activations above `least`, of some rows after others; a GPU is asked how many."""
+    W, bias = W_enc.to(inputs.dtype), b_enc.to(inputs.dtype)
+    buffer = native.in_huge_pages(inputs.new_empty(chunk_rows(inputs, len(W)), len(W)))
+    for rows in inputs.split(len(buffer)):
+        pre_acts = torch.addmm(bias, rows, W.t(), out=buffer[: len(rows)]).flatten()
+        found = (pre_acts.view(-1, len(W)) > least).flatten().nonzero().squeeze(1)
+        ends = torch.arange(0, len(pre_acts) + 1, len(W), device=found.device)
+        yield _Chunk(pre_acts[found], found % len(W), torch.searchsorted(found, ends).diff())
 
 
 class Around(Entries):
@@ -104,30 +125,24 @@ def entries_around(
 
     The dtype of `inputs` is the precision of the product. A GPU is asked how many they are.
     """
-    W, bias = W_enc.to(inputs.dtype), b_enc.to(inputs.dtype)
-    counts = torch.zeros(len(W), dtype=torch.int64, device=W.device)
+    counts = torch.zeros_like(threshold, dtype=torch.int64)
     acts, indices, nears, lengths = [W_enc.new_empty(0)], [], [], []
-    least = threshold - bandwidth / 2
-    for rows in inputs.split(chunk_rows(inputs, len(W))):
-        pre_acts = torch.addmm(bias, rows, W.t())
-        shown = pre_acts > least
-        found = shown.flatten().nonzero().squeeze(1)
-        latents, values = found % len(W), pre_acts.flatten()[found].to(W_enc.dtype)
-        above = values - threshold[latents]
+    for found in _above(inputs, W_enc, b_enc, threshold - bandwidth / 2):
+        values, latents, length = found
+        above = values.to(W_enc.dtype) - threshold[latents]
         near = above.abs() < bandwidth / 2
         counts.scatter_add_(0, latents, near.long())
-        length = shown.sum(1)
-        if len(found) > most and int(length.amax()) > most:
+        if len(values) > most and int(length.amax()) > most:
             kept = _farthest(above, length, most)
-            latents, values, above, near = (t[kept] for t in (latents, values, above, near))
+            values, latents, above, near = (t[kept] for t in (values, latents, above, near))
             length = length.clamp(max=most)
         active = (above > 0) & (values > 0)
-        acts.append(values.where(active, 0))
+        acts.append(values.where(active, 0).to(W_enc.dtype))
         indices.append(latents)
         nears.append(near)
         lengths.append(length)
     starts = F.pad(torch.cat(lengths).cumsum(0), (1, 0))
-    entries = Around(backend, torch.cat(indices), starts, len(W))
+    entries = Around(backend, torch.cat(indices), starts, len(W_enc))
     entries.near, entries.counts = torch.cat(nears), counts
     return torch.cat(acts), entries
 

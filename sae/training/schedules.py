@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..coders.families.family import family_of
 from ..coders.sparse_coder import SparseCoder
 from ..config import TrainingConfig
-from ..flag_checks import refuse
+from ..flag_checks import UsageError, refuse
 
 # What was measured is in docs/recipes.md; fewer rows are as good, and cost more on a GPU.
 _STEPS_PER_BATCH, _ROWS_PER_STEP, _ROWS_PER_GROUP = 16, 4096, 256
@@ -50,11 +50,10 @@ def dealing(cfg: Any, sequences: int, length: int) -> Dealing:
     if group is None:
         group = 2 ** max(0, round(math.log2(_ROWS_PER_GROUP * steps / length)))
     if training.batch_size % group:
-        refuse(
-            training,
-            "group_sequences",
-            f"the rows that {group} sequences give to a step share a selection, and --batch_size "
-            f"{training.batch_size} is no multiple of {group}: change one of the two",
+        whose = "" if training.group_sequences else ", the default for groups of 256 rows"
+        raise UsageError(
+            f"--group_sequences {group}{whose}: so many sequences share a selection, and "
+            f"--batch_size {training.batch_size} is no multiple: change one of the two"
         )
     return Dealing(steps, group)
 

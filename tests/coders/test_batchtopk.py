@@ -229,8 +229,11 @@ def test_groups_have_256_rows_by_default_wherever_they_are() -> None:
     assert group(ctx_len=2048) == 2  # 262,144 rows on four ranks: 16 steps
     assert group(ctx_len=256, group_sequences=8) == 8
     assert group(ctx_len=256, activation="topk") is None
-    for flags in ({"batch_size": 8}, {"batch_size": 12, "group_sequences": 8}):
-        with pytest.raises(UsageError, match="--group_sequences .*is no multiple of"):
+    for flags, message in (
+        ({"batch_size": 8}, "--group_sequences 16, the default .*, and --batch_size 8 is no"),
+        ({"batch_size": 12, "group_sequences": 8}, "--group_sequences 8: .*--batch_size 12 is no"),
+    ):
+        with pytest.raises(UsageError, match=message):
             group(ctx_len=256, steps_per_batch=16, **flags)
 
 

@@ -34,7 +34,7 @@ class Entries(ByLatent):
         rows = torch.arange(len(self.starts) - 1, dtype=torch.int32, device=order.device)
         lengths = self.starts.diff()
         of_entries = rows.repeat_interleave(lengths, output_size=len(self.indices))
-        return Sorted(starts, order, of_entries[order.long()])
+        return Sorted(starts, order, of_entries.index_select(0, order))
 
     def weighted_rows(
         self, weights: Float[Tensor, " E"], table: Float[Tensor, "L D"]

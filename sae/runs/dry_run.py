@@ -27,6 +27,7 @@ from ..training.optim import state_bytes
 from ..training.schedules import Schedule, dealing, sequences_per_batch
 
 _ENTRY = 32  # bytes of one active latent of one row
+_LOOSE_ENTRY = 48  # where rows have numbers of them of their own
 _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
 
 _GIB = 2**30
@@ -240,8 +241,9 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     of_dead = rows * _ENTRY * dead
     if dead and in_triton:  # activations and gradients of all dead latents, at worst of all
         of_dead = max(of_dead, 2 * item * min(rows * coder.num_latents, DENSE_WEIGHTS))
+    entry = _LOOSE_ENTRY if coder.cfg.has_threshold else _ENTRY
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
-    found = rows * (4 * floats + inputs + _ENTRY * active) + of_dead
+    found = rows * (4 * floats + inputs + entry * active) + of_dead
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
         found += 4 * coder.num_latents * max(d_in, d_out)
     if in_triton:

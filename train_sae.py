@@ -120,9 +120,8 @@ def train(
         capture, widths = given, given.widths
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
-    seeds, by_hand = training.init_seeds, (machine.layer_to_rank, machine.ranks_per_coder)
-    cost = costs(widths, cfg.coder, seeds)
-    exchange = Exchange(ranks, cost, machine.distribute_modules, *by_hand)
+    seeds, placed = training.init_seeds, (machine.layer_to_rank, machine.ranks_per_coder)
+    exchange = Exchange(ranks, costs(widths, cfg.coder, seeds), machine.distribute_modules, *placed)
     here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups)
     with ranks.together():
         bank = CoderBank(here, cfg.coder, seeds, ranks.device, *how)

@@ -111,7 +111,7 @@ def encode_jumping(
     the latents with an activation of 0. Of a row with more than `most` of them those stay that are
     farthest above, of equal ones the first.
 
-    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), equations 11 and 12.
+    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), section 3.
     """
     pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
     above = pre_acts - threshold.detach()
@@ -136,7 +136,8 @@ def l0_gradient(
     d L0 / d threshold = -near / (rows bandwidth);   L0 = sum fired / rows
 
     `near` and `fired` are counts of rows by latent, of which the first are those near the
-    threshold. Source: Rajamanoharan et al., equation 12; the penalty: their appendix on a target.
+    threshold. Source: Rajamanoharan et al., section 3; a penalty of this form is that of
+    dictionary_learning's trainer of such coders.
     """
     excess = fired.sum() / (rows * target) - 1
     return near * (-2 / (target * rows * bandwidth)) * excess

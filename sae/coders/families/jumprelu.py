@@ -23,12 +23,13 @@ class JumpReLU(WithThreshold):
 
     loss = FVU + (L0 / k - 1)^2,   L0 the mean number of active latents over all rows of a step
 
-    Thresholds get gradients of both by the slope of a ramp instead of the step (functional.
-    encode_jumping, l0_gradient), and of FVU alone get all other parameters. They start where L0
-    is about k, so the penalty needs no warm-up.
+    Thresholds get gradients of both by the slope of a ramp in place of the step: `encode_jumping`,
+    `l0_gradient`. All other parameters get those of FVU. Thresholds start where L0 is about k, so
+    the penalty needs no warm-up.
 
-    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), equations 3, 4, 11 and 12;
-    the bandwidth in units of norms: Lieberum et al., "Gemma Scope" (arXiv 2408.05147), section 3.2.
+    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), section 3; the bandwidth in
+    units of norms: Lieberum et al., "Gemma Scope" (arXiv 2408.05147), section 3.2; the penalty:
+    dictionary_learning's JumpReLU trainer, with a weight that fits FVU.
     """
 
     candidates = 8

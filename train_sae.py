@@ -55,7 +55,7 @@ from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
 from sae.training.losses import auxiliary_loss, divide_gradients_, wake_dead_
 from sae.training.optim import CoderOptimizer
-from sae.training.schedules import Schedule, steps_per_batch
+from sae.training.schedules import Schedule, dealing, sequences_per_batch
 from sae.training.start import first_moments
 from sae.training.state import TrainingState
 from sae.training.step_sums import StepSums
@@ -101,7 +101,7 @@ def train(
     ranks = launch.connect(accelerator, machine.timeout, machine.deterministic)
     kernels = Kernels(machine.kernels)
     kernels_description = kernels.describe(ranks.device)
-    per_batch = training.batch_size * training.grad_acc_steps * ranks.world  # sequences
+    per_batch = sequences_per_batch(cfg, ranks.world, given.block_len if given else data.ctx_len)
     flags = recorded_flags(cfg, given or lm, given or dataset, per_batch)
     resumes = open_run(folder, flags, cfg, ranks)
 
@@ -119,9 +119,8 @@ def train(
         capture, widths = given, given.widths
 
     # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
-    seeds, cost = training.init_seeds, costs(widths, cfg.coder, training.init_seeds)
-    by_hand = machine.layer_to_rank, machine.ranks_per_coder
-    exchange = Exchange(ranks, cost, machine.distribute_modules, *by_hand)
+    seeds, placed = training.init_seeds, (machine.layer_to_rank, machine.ranks_per_coder)
+    exchange = Exchange(ranks, costs(widths, cfg.coder, seeds), machine.distribute_modules, *placed)
     here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups)
     with ranks.together():
         bank = CoderBank(here, cfg.coder, seeds, ranks.device, *how)
@@ -130,10 +129,10 @@ def train(
     source = given or ranks.main_first(load)
     held_out, trained_on = split_blocks(source, data, per_batch)
     order = source.order(trained_on, data.shuffle_seed)
-    rows = per_batch * source.block_len
-    plan = BatchPlan(order, per_batch, steps_per_batch(cfg, rows), data.shuffle_seed)
+    dealt = dealing(cfg, per_batch, source.block_len)
+    plan = BatchPlan(order, per_batch, *dealt, data.shuffle_seed)
     total_steps = plan.total_steps
-    schedule = Schedule(training, total_steps, rows // plan.steps)
+    schedule = Schedule(training, total_steps, per_batch * source.block_len // plan.steps)
     if not resumes:
         schedule.check()
 
@@ -175,14 +174,14 @@ def train(
         if end_to_end is not None:  # the LM's own loss, with reconstructions spliced in
             for tokens in islice(forwards, training.grad_acc_steps):
                 end_to_end.backward(tokens, sums, dead, k)
-        for sequences, counted, pairs in dealer.rows(step) if end_to_end is None else ():
+        for groups, counted, pairs in dealer.rows(step) if end_to_end is None else ():
             sums.rows.update(counted)
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
             for hookpoint, (x, y) in each_once(pairs):  # what was used is freed
                 sums.add_rows(hookpoint, x, y)
                 for name, coder in bank.at(hookpoint):
-                    group = coder.family.group(training, len(y), sequences)
-                    for x_rows, y_rows in in_pieces(x, y, training.micro_acc_steps, group):
+                    pieces = in_pieces(x, y, training.micro_acc_steps, groups.get(hookpoint))
+                    for x_rows, y_rows, group in pieces:
                         errors = coder.errors(x_rows, y_rows, dead[name], k[name], group)
                         # EDIT: the loss, in units of squared error: FVU once all rows are in.
                         loss = errors.objective + auxiliary_loss(errors, training.auxk_alpha)
@@ -199,6 +198,7 @@ def train(
             metrics[training.loss_fn] = sums.mean_lm_loss()
             end_to_end.combine_gradients_(sums)
         for name, coder in bank.items():
+            sums.add_penalty_(name, coder, rows, k[name])
             metrics |= sums.losses(name)
             wake_dead_(coder, dead[name], sums.inputs(name), training.wake_alpha)
             metrics[f"grad_norm/{name}"] = divide_gradients_(coder, sums.variance(name))

@@ -37,7 +37,7 @@ from sae.training.optim import CoderOptimizer
 from sae.training.schedules import Schedule
 from sae.training.step_sums import StepSums
 
-ROWS, CTX = 4096, 256
+ROWS, CTX, GROUP = 4096, 256, 256
 Rows = tuple[Tensor, Tensor]
 
 
@@ -74,6 +74,7 @@ def trial(flags: dict[str, Any], train: Rows, held: Rows, rows: int = ROWS) -> d
     firing = FiringRecord(coder.num_latents, schedule.dead_threshold(coder))
     generator, steps = torch.Generator().manual_seed(0), cfg.steps_per_batch or 1
     batch, started = torch.empty(0, dtype=torch.int64), time.monotonic()
+    groups = [GROUP] * (rows // GROUP) if coder.family.in_groups else None
     for step in range(total):
         if step % steps == 0:
             there = torch.arange(step * rows, min(step + steps, total) * rows)
@@ -85,12 +86,16 @@ def trial(flags: dict[str, Any], train: Rows, held: Rows, rows: int = ROWS) -> d
         dead = dead_latents({"h": firing})["h"] if cfg.revives else None
         sums = StepSums(bank)
         sums.add_rows("h", x_rows, y_rows)
-        errors = coder.errors(x_rows, y_rows, dead, schedule.k(step, coder))
-        (errors.squared_error + auxiliary_loss(errors, cfg.auxk_alpha)).backward()
+        k = schedule.k(step, coder)
+        errors = coder.errors(x_rows, y_rows, dead, k, groups)
+        (errors.objective + auxiliary_loss(errors, cfg.auxk_alpha)).backward()
         sums.add("h", errors)
+        bank.gradients()
+        sums.add_penalty_("h", coder, {"h": rows}, k)
         wake_dead_(coder, dead, sums.inputs("h"), cfg.wake_alpha)
         divide_gradients_(coder, sums.variance("h"))
         optimizer.step(step)
+        coder.family.update_threshold_(coder, sums.levels.get("h"))
         firing.add_step_(sums.fired["h"], rows)
     seconds, sums = time.monotonic() - started, StepSums(bank)
     with torch.no_grad(), optimizer.trained():
@@ -100,7 +105,9 @@ def trial(flags: dict[str, Any], train: Rows, held: Rows, rows: int = ROWS) -> d
             sums.add("h", coder.errors(x_rows, y_rows))
     never = float((sums.fired["h"] == 0).double().mean())
     fvu = float(sums.losses("h")["fvu/h"])
-    return {"flags": flags, "rows": rows, "steps": total, "fvu": fvu, "never": never, "s": seconds}
+    l0 = float(sums.fired["h"].sum()) / len(held[1])
+    found = {"fvu": fvu, "never": never, "l0": l0, "s": seconds}
+    return {"flags": flags, "rows": rows, "steps": total, **found}
 
 
 def main() -> None:
@@ -117,9 +124,8 @@ def main() -> None:
     for flags in json.loads(args.trials.read_text()):
         flags = {"transcode": args.transcode, **flags}
         result = {"hookpoint": args.hookpoint, **trial(flags, train, held, args.rows)}
-        print(
-            f"{result['fvu']:.4f} {result['never']:7.2%} {result['s']:5.0f} s  {flags}", flush=True
-        )
+        figures = f"{result['fvu']:.4f} {result['never']:7.2%} {result['l0']:6.2f}"
+        print(f"{figures} {result['s']:5.0f} s  {flags}", flush=True)
         found.append(result)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -46,7 +46,7 @@ class SparseCoderConfig:
 
     activation: Activation = "topk"
     """topk: the k largest latents of a row; groupmax: the largest of each of k groups; batchtopk:
-    the k B largest of B rows; jumprelu: those above a threshold, of trained coders."""
+    the k B largest of B rows; jumprelu: those above a threshold, which learns to let k through."""
     expansion_factor: Annotated[int, AtLeast(1)] = 32
     """Number of latents as a multiple of the input width."""
     normalize_decoder: bool = True
@@ -54,7 +54,7 @@ class SparseCoderConfig:
     num_latents: Annotated[int, AtLeast(0)] = 0
     """Number of latents; 0: expansion_factor times the width."""
     k: Annotated[int, AtLeast(1)] = 32
-    """Active latents per token; with thresholds, their mean."""
+    """Active latents per token; with thresholds, their mean, which training aims at."""
     multi_topk: bool = False
     """Add the FVU of a reconstruction from 4k latents, weighted 1/8."""
     skip_connection: bool = False
@@ -246,8 +246,8 @@ class TrainingConfig:
     fewer, so that a step has 4,096 rows; 1 with --loss_fn ce or kl."""
     micro_acc_steps: Annotated[int, AtLeast(1), MAY_CHANGE] = 1
     """Pieces that a forward's rows are cut into, to save memory; the numbers stay the same."""
-    group_sequences: Annotated[int, AtLeast(1)] = 1
-    """Sequences whose rows share one selection (batchtopk); 1 goes with every number of ranks."""
+    group_sequences: Annotated[int | None, AtLeast(1)] = None
+    """Sequences whose rows in a step share a selection (batchtopk); default: to give 256 rows."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
     """Steps with NaN or Inf that are skipped before the run ends."""
 

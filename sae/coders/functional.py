@@ -89,6 +89,60 @@ def encode_above(
     return _in_rows(pre_acts, (pre_acts > threshold) & (pre_acts > 0), W_enc.dtype)
 
 
+def encode_jumping(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    threshold: Float[Tensor, " L"],
+    bandwidth: float,
+    most: int,
+    pre_bias: Float[Tensor, " D"] | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    dead: Int[Tensor, " M"] | None = None,
+    k_dead: int = 0,
+) -> tuple[Latents, Latents | None, Int[Tensor, " L"]]:
+    """`encode_above` with a gradient for thresholds; AuxK's as of `encode`; and counts.
+
+    acts = pre_acts 1[pre_acts > threshold];   near = 1[|pre_acts - threshold| < bandwidth / 2]
+    d acts / d threshold = -threshold / bandwidth near
+
+    The step function has the slope of a ramp as wide as the bandwidth, for thresholds alone. The
+    counts are of the rows near the threshold of each latent. What is near it and not above is among
+    the latents with an activation of 0. Of a row with more than `most` of them those stay that are
+    farthest above, of equal ones the first.
+
+    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), section 3.
+    """
+    pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
+    above = pre_acts - threshold.detach()
+    near = above.abs() < bandwidth / 2
+    active = (above > 0) & (pre_acts > 0)
+    ramp = ((pre_acts.detach() - threshold) / bandwidth + 0.5).clamp(0, 1)
+    acts = torch.where(active, pre_acts, 0) + threshold.detach() * (ramp - ramp.detach())
+    order = above.argsort(dim=1, descending=True, stable=True)[:, :most]
+    kept = torch.zeros_like(near).scatter(1, order, True) & (above > -bandwidth / 2)
+    latents, counts = _in_rows(acts, kept, W_enc.dtype), near.sum(0)
+    if dead is None:
+        return latents, None, counts
+    of_dead = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
+    return latents, Latents(of_dead.acts, dead[of_dead.indices]), counts
+
+
+def l0_gradient(
+    near: Int[Tensor, " L"], fired: Int[Tensor, " L"], rows: int, target: float, bandwidth: float
+) -> Float[Tensor, " L"]:
+    """The gradient by thresholds of (L0 / target - 1)^2, L0 being the mean over `rows` rows.
+
+    d L0 / d threshold = -near / (rows bandwidth);   L0 = sum fired / rows
+
+    `near` and `fired` are counts of rows by latent, of which the first are those near the
+    threshold. Source: Rajamanoharan et al., section 3; a penalty of this form is that of
+    dictionary_learning's trainer of such coders.
+    """
+    excess = fired.sum() / (rows * target) - 1
+    return near * (-2 / (target * rows * bandwidth)) * excess
+
+
 def _in_rows(
     pre_acts: Float[Tensor, "N L"], active: Bool[Tensor, "N L"], dtype: torch.dtype
 ) -> Latents:
@@ -104,24 +158,24 @@ def encode_in_groups(
     W_enc: Float[Tensor, "L D"],
     b_enc: Float[Tensor, " L"],
     k: int,
-    group: int,
+    groups: list[int],
     pre_bias: Float[Tensor, " D"] | None = None,
     matmul_dtype: torch.dtype | None = None,
     dead: Int[Tensor, " M"] | None = None,
     k_dead: int = 0,
 ) -> tuple[Latents, Latents | None]:
-    """The k B largest latents of every B = `group` neighbouring rows, and AuxK's as of `encode`.
+    """The k B largest latents of every group of B neighbouring rows, and AuxK's as of `encode`.
 
     pre_acts as of `encode`;  acts = relu(the k B largest of B x L)
 
-    The last group may have fewer rows. Of equal ones the first row's come first, then those of
+    `groups` are their rows B, N in all. Of equal ones the first row's come first, then those of
     lower number.
 
     Source: Bussmann et al., "BatchTopK Sparse Autoencoders" (arXiv 2412.06410), section 3.
     """
     pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
     active = torch.zeros_like(pre_acts, dtype=torch.bool)
-    for rows, chosen in zip(pre_acts.split(group), active.split(group), strict=True):
+    for rows, chosen in zip(pre_acts.split(groups), active.split(groups), strict=True):
         order = rows.flatten().argsort(dim=0, descending=True, stable=True)
         chosen.view(-1)[order[: k * len(rows)]] = True
     latents = _in_rows(pre_acts, active & (pre_acts > 0), W_enc.dtype)

@@ -59,8 +59,8 @@ class CoderErrors(NamedTuple):
     row_starts: Int[Tensor, " N+1"] | None = None
     """Where the latents of each row start, if they are [E]."""
 
-    levels: Float[Tensor, "2"] | None = None
-    """What a step adds up to learn a threshold from."""
+    levels: Tensor | None = None
+    """What a step adds up to learn thresholds from."""
 
     prefix_errors: Float[Tensor, " M"] | None = None
     """sum ||y - sae_out_m||^2 of every prefix, where the coder has some."""

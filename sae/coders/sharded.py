@@ -119,10 +119,10 @@ class ShardedCoder(SparseCoder):
         y: Tensor,
         dead: Tensor | None = None,
         k: int | None = None,
-        group: int | None = None,
+        groups: list[int] | None = None,
     ) -> CoderErrors:
         """As of the whole coder, but that `sae_out` has this rank's columns."""
-        return super().errors(x, y[:, self.columns], dead, k, group)
+        return super().errors(x, y[:, self.columns], dead, k, groups)
 
     def _offset(self, rows: Tensor) -> Tensor:
         rows, b_dec = copied(self.group, rows, self.b_dec)

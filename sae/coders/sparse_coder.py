@@ -41,7 +41,7 @@ class SparseCoder(nn.Module):
     threshold: Tensor
     """[L], above which latents are active, in families that have one."""
 
-    level: float = math.inf
+    level: Float[Tensor, ""]
     """The threshold of all latents in one, where training estimates it; infinite before."""
 
     piece: Piece | None = None
@@ -95,8 +95,12 @@ class SparseCoder(nn.Module):
         if cfg.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, device=device, dtype=dtype))
         if cfg.has_threshold:
-            threshold = torch.full((self.num_latents,), self.level, device=device)
-            self.register_buffer("threshold", threshold)
+            threshold = torch.full((self.num_latents,), math.inf, device=device)
+            self.level = threshold[0].double()
+            if self.family.trains_threshold:
+                self.threshold = nn.Parameter(threshold)
+            else:
+                self.register_buffer("threshold", threshold)
         self.normalize_decoder_()
 
     @staticmethod
@@ -137,8 +141,7 @@ class SparseCoder(nn.Module):
         K is k or, where latents have thresholds, the number that the row with the most has.
         """
         rows = x.reshape(-1, self.d_in).to(self.dtype)
-        latents, _ = self.family.encode(self, rows, k or self.cfg.k)
-        latents = self._kept(latents)
+        latents = self._kept(self.family.encode(self, rows, k or self.cfg.k))
         found = in_rows(latents.acts, latents.indices, _row_starts(latents))
         shape = (*x.shape[:-1], found[0].shape[1])
         return EncoderOutput(found[0].view(shape), found[1].view(shape))
@@ -198,14 +201,14 @@ class SparseCoder(nn.Module):
         y: Float[Tensor, "N D_out"],
         dead: Bool[Tensor, " L"] | Int[Tensor, " M"] | None = None,
         k: int | None = None,
-        group: int | None = None,
+        groups: list[int] | None = None,
     ) -> CoderErrors:
         """Reconstruct the rows of `y` from those of `x`; squared errors, divided by nothing.
 
         AuxK (Gao et al., appendix A.2): e = (y - sae_out).detach(), and e_hat is the
         reconstruction, without b_dec, from the k_aux largest of the `dead` latents. These are given
-        as a mask or, which does not make the host wait for the device, by number. `group`: in
-        training, how many rows share a selection, of the families where rows do.
+        as a mask or, which does not make the host wait for the device, by number. `groups`: in
+        training, how many neighbouring rows share a selection, of the families where rows do.
         """
         k = k or self.cfg.k
         y_rows = y.to(self.dtype)
@@ -216,7 +219,7 @@ class SparseCoder(nn.Module):
             dead = None
 
         wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
-        wide, dead_latents = self.family.encode(self, rows, wide_k, dead, group)
+        wide, dead_latents, levels = self.family.select(self, rows, wide_k, dead, groups)
         latents = self.family.narrow(self, rows, wide, k) if self.cfg.multi_topk else wide
         latents = self._kept(latents)
         offset = self._offset(rows)
@@ -233,7 +236,7 @@ class SparseCoder(nn.Module):
         return CoderErrors(
             *(sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error),
             row_starts=_row_starts(latents),
-            levels=self.family.levels(latents, len(rows), group),
+            levels=levels,
             prefix_errors=prefix_errors,
         )
 
@@ -253,6 +256,7 @@ class SparseCoder(nn.Module):
         if self.cfg.transcode:
             self.encoder.weight.mul_(self.unit("encoder.weight"))
             self.encoder.bias.copy_(-(self.encoder.weight @ x_mean.to(self.dtype)))
+        self.family.start_(self)
 
     def unit(self, parameter: str) -> float:
         """The unit of a parameter, so that its number is the same at every scale of the data.
@@ -290,14 +294,13 @@ class SparseCoder(nn.Module):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What resuming needs beside the weights: a threshold as far as it is known."""
-        level = torch.tensor(self.level, dtype=torch.float64)
-        return {"threshold.level": level} if self.cfg.has_threshold else {}
+        return {"threshold.level": self.level} if "threshold" in self._buffers else {}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_tensors` returned."""
-        if self.cfg.has_threshold:
-            self.level = float(tensors["threshold.level"])
-            self.threshold.fill_(self.level)
+        if "threshold" in self._buffers:
+            self.level.copy_(tensors["threshold.level"])
+            self.threshold.copy_(self.level)
 
     def save_to_disk(self, path: Path | str) -> None:
         """Write `cfg.json` and `sae.safetensors` into the folder `path`, or what is here of it."""

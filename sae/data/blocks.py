@@ -194,6 +194,8 @@ class BatchPlan:
     per_batch: int
     steps: int
     """Optimizer steps that the rows of a batch are dealt to."""
+    group: int | None = None
+    """Neighbouring sequences whose rows of a step share a selection; None: each row has its own."""
     seed: int = 0
     """Of the order in which they are dealt."""
 

@@ -136,6 +136,9 @@ def main(cfg: ThresholdConfig) -> None:
         raise UsageError(f"--out {out}: holds coders already; give another folder")
     check_target("--out", out / "cfg.json")
     trained = load_trained(cfg)
+    for name, coder in trained.state.bank.items():
+        if coder.cfg.activation == "jumprelu":
+            raise UsageError(f"{name} is a jumprelu coder: each latent has its threshold already")
     found = thresholds(trained)
     made = {n: with_thresholds(coder, found[n]) for n, coder in trained.state.bank.items()}
     before = evaluate_loaded(trained)

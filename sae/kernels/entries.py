@@ -1,10 +1,12 @@
 """Active latents where every row has a number of them of its own: entries, row after row."""
 
+from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .backend import Backend
@@ -29,7 +31,7 @@ class Entries(ByLatent):
     @cached_property
     def _sorted(self) -> Sorted:
         starts, order, _ = self._sorted_entries(self.indices.unsqueeze(1))
-        return Sorted(starts, order, self.rows()[order.long()])
+        return Sorted(starts, order, self.rows().index_select(0, order))
 
     @property
     def num_rows(self) -> int:
@@ -78,43 +80,143 @@ def entries_above(
 
     The dtype of `inputs` is the precision of the product. A GPU is asked how many they are.
     """
-    W, bias = W_enc.to(inputs.dtype), b_enc.to(inputs.dtype)
-    least = threshold.clamp(min=0)
     acts, indices, lengths = [W_enc.new_empty(0)], [], []
-    for rows in inputs.split(chunk_rows(inputs, len(W))):
-        pre_acts = torch.addmm(bias, rows, W.t())
-        active = pre_acts > least
-        lengths.append(active.sum(1))
-        found = active.flatten().nonzero().squeeze(1)
-        indices.append(found % len(W))
-        acts.append(pre_acts.flatten()[found].to(W_enc.dtype))
+    for found in _above(inputs, W_enc, b_enc, threshold.clamp(min=0)):
+        acts.append(found.values.to(W_enc.dtype))
+        indices.append(found.latents)
+        lengths.append(found.lengths)
     starts = F.pad(torch.cat(lengths).cumsum(0), (1, 0))
-    return torch.cat(acts), Entries(backend, torch.cat(indices), starts, len(W))
+    return torch.cat(acts), Entries(backend, torch.cat(indices), starts, len(W_enc))
+
+
+class _Chunk(NamedTuple):
+    """What is above its latent's level in some rows."""
+
+    values: Float[Tensor, " E"]
+    latents: Int[Tensor, " E"]
+    lengths: Int[Tensor, " N"]
+
+
+def _above(
+    inputs: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    least: Float[Tensor, " L"],
+) -> Iterator[_Chunk]:
+    """Pre-activations above `least`, of some rows after others; a GPU is asked how many."""
+    W, bias = W_enc.to(inputs.dtype), b_enc.to(inputs.dtype)
+    buffer = native.in_huge_pages(inputs.new_empty(chunk_rows(inputs, len(W)), len(W)))
+    for rows in inputs.split(len(buffer)):
+        pre_acts = torch.addmm(bias, rows, W.t(), out=buffer[: len(rows)]).flatten()
+        found = (pre_acts.view(-1, len(W)) > least).flatten().nonzero().squeeze(1)
+        ends = torch.arange(0, len(pre_acts) + 1, len(W), device=found.device)
+        yield _Chunk(pre_acts[found], found % len(W), torch.searchsorted(found, ends).diff())
+
+
+class Around(Entries):
+    """`Entries` of `entries_around`: active latents, and others that are near their thresholds."""
+
+    near: Bool[Tensor, " E"]
+    """Which are less than half the bandwidth from the threshold."""
+    counts: Int[Tensor, " L"]
+    """How many rows are near the threshold of each latent."""
+
+
+def entries_around(
+    backend: Backend,
+    inputs: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "L D"],
+    b_enc: Float[Tensor, " L"],
+    threshold: Float[Tensor, " L"],
+    bandwidth: float,
+    most: int,
+) -> tuple[Float[Tensor, " E"], Around]:
+    """The latents of `functional.encode_jumping`, in the dtype of W_enc.
+
+    The dtype of `inputs` is the precision of the product. A GPU is asked how many they are.
+    """
+    counts = torch.zeros_like(threshold, dtype=torch.int64)
+    acts, indices, nears, lengths = [W_enc.new_empty(0)], [], [], []
+    for found in _above(inputs, W_enc, b_enc, threshold - bandwidth / 2):
+        values, latents, length = found
+        above = values.to(W_enc.dtype) - threshold[latents]
+        near = above.abs() < bandwidth / 2
+        counts.scatter_add_(0, latents, near.long())
+        if len(values) > most and int(length.amax()) > most:
+            kept = _farthest(above, length, most)
+            values, latents, above, near = (t[kept] for t in (values, latents, above, near))
+            length = length.clamp(max=most)
+        active = (above > 0) & (values > 0)
+        acts.append(values.where(active, 0).to(W_enc.dtype))
+        indices.append(latents)
+        nears.append(near)
+        lengths.append(length)
+    starts = F.pad(torch.cat(lengths).cumsum(0), (1, 0))
+    entries = Around(backend, torch.cat(indices), starts, len(W_enc))
+    entries.near, entries.counts = torch.cat(nears), counts
+    return torch.cat(acts), entries
+
+
+def _farthest(
+    above: Float[Tensor, " E"], lengths: Int[Tensor, " N"], most: int
+) -> Int[Tensor, " K"]:
+    """Of each row's entries the `most` largest, of equal ones the first, in their order."""
+    rows = torch.arange(len(lengths), device=above.device).repeat_interleave(lengths)
+    by_size = above.argsort(descending=True, stable=True)
+    order = by_size[rows[by_size].argsort(stable=True)]  # row after row, the largest first
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(len(above), device=above.device) - starts[rows]
+    return order[place < most].sort().values
+
+
+def group_of_rows(groups: list[int], device: torch.device) -> Int[Tensor, " N"]:
+    """The number of each row's group, where they have so many rows."""
+    numbers = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups, dtype=torch.int64))
+    return numbers.to(device, non_blocking=True)
 
 
 def largest_in_groups(
-    top_acts: Float[Tensor, "N M"], top_indices: Int[Tensor, "N M"], k: int, group: int, whole: bool
+    top_acts: Float[Tensor, "N M"],
+    top_indices: Int[Tensor, "N M"],
+    k: int,
+    groups: list[int],
+    whole: bool,
 ) -> tuple[Float[Tensor, " E"], Int[Tensor, " E"], Int[Tensor, " N+1"]] | None:
     """Of the M largest latents of each row those that `functional.encode_in_groups` finds.
 
-    None where a row may have more of them than M; `whole`: M is all. A GPU is asked how many.
+    None where a row may have more of them than M; `whole`: M is all. A GPU is asked once whether
+    that is so, and how many they are.
     """
     top_indices, order = top_indices.sort(1)  # equal ones are taken in this order
-    top_acts = top_acts.gather(1, order)
-    kept = torch.zeros_like(top_acts, dtype=torch.bool)
-    for acts, chosen in zip(top_acts.split(group), kept.split(group), strict=True):
-        if not len(acts):
-            break
-        flat = acts.flatten()
-        wanted = min(k * len(acts), flat.numel())
-        level = flat.topk(wanted).values.amin()
-        if not whole and bool(((acts.amin(1) >= level) & (acts.amin(1) > 0)).any()):
-            return None
-        above, equal = flat > level, (flat == level) & (flat > 0)
-        first = equal.cumsum(0) <= wanted - above.sum()
-        chosen.copy_((above | (equal & first)).view_as(acts))
+    top_acts, device = top_acts.gather(1, order), top_acts.device
+    longest, of_row = max(groups, default=0), group_of_rows(groups, device)
+    if not longest:
+        return top_acts.flatten(), top_indices.flatten(), top_indices.new_zeros(1)
+    sizes = torch.tensor(groups).to(device, non_blocking=True)
+    first = (sizes.cumsum(0) - sizes)[of_row]  # row of the group of each row
+    padded = top_acts.new_zeros(len(groups), longest, top_acts.shape[1])
+    padded[of_row, torch.arange(len(of_row), device=device) - first] = top_acts
+    wanted = k * sizes
+    largest = padded.flatten(1).topk(k * longest).values
+    level = largest.gather(1, (wanted - 1).clamp(min=0).unsqueeze(1))[of_row]  # [N 1]
+    least = top_acts.amin(1, keepdim=True)
+    missed = ((least >= level) & (least > 0)).sum() * (not whole)
+
+    def before(counts: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """Of a count by row the sum over the rows before it in its group."""
+        sums = F.pad(counts.cumsum(0), (1, 0))
+        return sums[:-1] - sums[first]
+
+    above, equal = top_acts > level, (top_acts == level) & (top_acts > 0)
+    room = wanted.index_add(0, of_row, -above.sum(1))[of_row]
+    taken = before(equal.sum(1)).unsqueeze(1) + equal.cumsum(1)
+    kept = above | (equal & (taken <= room.unsqueeze(1)))
+    missing, size = torch.stack([missed, kept.sum()]).tolist()
+    if missing:
+        return None
+    found = kept.flatten().nonzero_static(size=size).squeeze(1)
     starts = F.pad(kept.sum(1).cumsum(0), (1, 0))
-    return top_acts[kept], top_indices[kept], starts
+    return top_acts.flatten()[found], top_indices.flatten()[found], starts
 
 
 def in_rows(

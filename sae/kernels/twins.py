@@ -25,25 +25,10 @@ from ..config import Activation, KernelChoice
 from . import updates
 from .backend import Backend
 from .dense_products import AllOf, Linear
-from .entries import Entries, entries_above, largest_in_groups
+from .entries import Around
+from .latents import Latents, above, around, in_groups, largest
 from .prefixes import ReconstructPrefixes
-from .selection import active_latents
 from .sparse_products import ByLatent, reconstruct, square_sum
-
-_CANDIDATES = 4  # per row, over k, of which most rows of a group have fewer active
-
-
-class Latents(NamedTuple):
-    """Twin of `functional.Latents`."""
-
-    acts: Float[Tensor, "N K"]
-    indices: Int[Tensor, "N K"]
-    by_latent: ByLatent | AllOf | None = None
-    """The entries sorted by latent, which the gradients of encoder and decoder share.
-
-    Of dead latents it may be `AllOf`: then `acts` are of all of them [N P], and `indices` [M].
-    Where each row has a number of entries of its own, it is `Entries`: both are [E].
-    """
 
 
 class Reconstruction(NamedTuple):
@@ -78,7 +63,7 @@ class Kernels:
         matmul_dtype: torch.dtype | None = None,
     ) -> Latents:
         """Twin of `functional.encode`."""
-        select = partial(_largest, self.backend, activation, (k,), None)
+        select = partial(largest, self.backend, activation, (k,), None)
         return Latents(*_apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype))
 
     def encode_with_dead(
@@ -94,7 +79,7 @@ class Kernels:
         k_dead: int,
     ) -> tuple[Latents, Latents]:
         """Twin of `functional.encode_with_dead`: of one product both selections."""
-        select = partial(_largest, self.backend, activation, (k, k_dead), dead)
+        select = partial(largest, self.backend, activation, (k, k_dead), dead)
         found = _apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype)
         return Latents(*found[:3]), Latents(*found[3:])
 
@@ -108,7 +93,7 @@ class Kernels:
         matmul_dtype: torch.dtype | None = None,
     ) -> Latents:
         """Twin of `functional.encode_above`, in `Entries`."""
-        select = partial(_above, self.backend, threshold)
+        select = partial(above, self.backend, threshold)
         return Latents(*_apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype))
 
     def encode_in_groups(
@@ -117,16 +102,39 @@ class Kernels:
         W_enc: Float[Tensor, "L D"],
         b_enc: Float[Tensor, " L"],
         k: int,
-        group: int,
+        groups: list[int],
         pre_bias: Float[Tensor, " D"] | None = None,
         matmul_dtype: torch.dtype | None = None,
         dead: Int[Tensor, " M"] | None = None,
         k_dead: int = 0,
     ) -> tuple[Latents, Latents | None]:
         """Twin of `functional.encode_in_groups`, in `Entries`; of one product both selections."""
-        select = partial(_in_groups, self.backend, k, group, dead, k_dead)
+        select = partial(in_groups, self.backend, k, groups, dead, k_dead)
         found = _apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype)
         return Latents(*found[:3]), None if dead is None else Latents(*found[3:])
+
+    def encode_jumping(
+        self,
+        x: Float[Tensor, "N D"],
+        W_enc: Float[Tensor, "L D"],
+        b_enc: Float[Tensor, " L"],
+        threshold: Float[Tensor, " L"],
+        bandwidth: float,
+        most: int,
+        pre_bias: Float[Tensor, " D"] | None = None,
+        matmul_dtype: torch.dtype | None = None,
+        dead: Int[Tensor, " M"] | None = None,
+        k_dead: int = 0,
+    ) -> tuple[Latents, Latents | None, Int[Tensor, " L"]]:
+        """Twin of `functional.encode_jumping`, in `Around`; those of the dead by their product."""
+        where = (threshold.detach(), bandwidth, most)
+        select = partial(around, self.backend, where, dead, k_dead)
+        acts, indices, order, *rest = _apply(
+            _Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype
+        )
+        acts = _apply(_Jump, acts, threshold, order, bandwidth)
+        of_dead = Latents(*rest) if rest else None
+        return Latents(acts, indices, order), of_dead, order.counts
 
     def decode(self, latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"]:
         """Twin of `functional.decode`."""
@@ -188,55 +196,6 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.apply(*arguments)  # untyped
 
 
-def _largest(
-    backend: Backend,
-    activation: Activation,
-    widths: tuple[int, ...],
-    dead: Tensor | None,
-    inputs: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-) -> list[Latents]:
-    """The active latents of rows that have equally many, and those among the dead."""
-    tops, indices = active_latents(backend, inputs, W_enc, b_enc, activation, widths, dead)
-    orders = [
-        ByLatent(backend, i, len(W_enc)) if i.ndim == 2 else AllOf(i, len(W_enc), inputs.dtype)
-        for i in indices
-    ]
-    return [Latents(*found) for found in zip(tops, indices, orders, strict=True)]
-
-
-def _above(
-    backend: Backend, threshold: Tensor, inputs: Tensor, W_enc: Tensor, b_enc: Tensor
-) -> list[Latents]:
-    acts, entries = entries_above(backend, inputs, W_enc, b_enc, threshold)
-    return [Latents(acts, entries.indices, entries)]
-
-
-def _in_groups(
-    backend: Backend,
-    k: int,
-    group: int,
-    dead: Tensor | None,
-    k_dead: int,
-    inputs: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-) -> list[Latents]:
-    """Rows propose candidates, twice as many again where a row has all of its own chosen."""
-    candidates = min(_CANDIDATES * k, len(W_enc))
-    while True:
-        widths = (candidates,) if dead is None else (candidates, k_dead)
-        found = _largest(backend, "topk", widths, dead, inputs, W_enc, b_enc)
-        whole = candidates == len(W_enc)
-        chosen = largest_in_groups(found[0].acts, found[0].indices, k, group, whole)
-        if chosen is not None:
-            acts, indices, starts = chosen
-            entries = Entries(backend, indices, starts, len(W_enc))
-            return [Latents(acts, indices, entries), *found[1:]]
-        candidates = min(2 * candidates, len(W_enc))
-
-
 class _Encode(torch.autograd.Function):
     """Rows to (top_acts, top_indices, their order by latent) of each of the selected latents."""
 
@@ -280,6 +239,26 @@ class _Encode(torch.autograd.Function):
         d_bias = -(d_latents @ W_enc) if d_latents is not None and grad_bias else None
         d_b = d_latents if grad_b else None
         return None, d_x, d_W, d_b, d_bias, None
+
+
+class _Jump(torch.autograd.Function):
+    """Activations as they are; their gradient goes on to the thresholds that they are near."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, acts: Tensor, threshold: Tensor, order: Around, bandwidth: float
+    ) -> Tensor:
+        ctx.save_for_backward(threshold)
+        ctx.order, ctx.bandwidth = order, bandwidth
+        return acts.view_as(acts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (threshold,) = ctx.saved_tensors
+        near = torch.where(ctx.order.near, grad, 0).to(grad.dtype)
+        total = ctx.order.sum(ctx.order.sort(near))
+        return grad, (threshold / -ctx.bandwidth * total).to(threshold.dtype), None, None
 
 
 def _add(total: Tensor | None, more: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -126,12 +127,20 @@ def each_once(pairs: Pairs) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
 
 
 def in_pieces(
-    x: Float[Tensor, "N D"], y: Float[Tensor, "N D_out"], count: int, group: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both cut into `count` pieces; where they are one tensor, so is each piece."""
-    size = -(-len(y) // (count * (group or 1))) * (group or 1)
-    for x_rows, y_rows in zip(x.split(max(1, size)), y.split(max(1, size)), strict=True):
-        yield (y_rows if x is y else x_rows), y_rows
+    x: Float[Tensor, "N D"], y: Float[Tensor, "N D_out"], count: int, groups: list[int] | None
+) -> Iterator[tuple[Tensor, Tensor, list[int] | None]]:
+    """Both cut into `count` pieces; where they are one tensor, so is each piece.
+
+    `groups`, how many neighbouring rows belong together, are not cut: each piece has its own.
+    """
+    each = max(1, -(-len(y if groups is None else groups) // count))
+    cut: Iterable[list[int] | None] = repeat(None)
+    sizes: int | list[int] = each
+    if groups is not None:
+        cut = [groups[start : start + each] for start in range(0, len(groups), each)]
+        sizes = [sum(piece) for piece in cut]
+    for piece, x_rows, y_rows in zip(cut, x.split(sizes), y.split(sizes), strict=False):
+        yield (y_rows if x is y else x_rows), y_rows, piece
 
 
 def measure_widths(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ from ..data.blocks import BatchPlan, dealt
 from ..lm.capture import Pairs, RowReader, count_rows
 from .exchange import Exchange
 
+Groups = dict[str, list[int]]
+"""Rows of each group at a hookpoint, in the order of the rows; none where rows share nothing."""
+
+
+class _Order(NamedTuple):
+    """Where the rows of a forward go."""
+
+    rows: Tensor
+    """Their numbers, those of each step together."""
+    groups: list[list[int]]
+    """By step how many of them each group has; all are one group where rows share nothing."""
+
 
 class Dealer:
     """Reads batches and deals the rows of each to several optimizer steps.
@@ -19,6 +32,9 @@ class Dealer:
     little to do with each other. So every sequence of a batch gives its share to each of the
     batch's steps, by `dealt`. Which rows a step sees depends neither on ranks nor on how many
     forwards read the batch, and a run that goes on within a batch deals it once more.
+
+    Rows of one sequence stay together. Where rows share a selection, a group is what
+    `plan.group` sequences give to one step, however many rows that is.
     """
 
     def __init__(
@@ -34,27 +50,27 @@ class Dealer:
         `on_host`: rows that wait for their step do so in pinned memory of the host.
         """
         self._reader, self._exchange, self._forwards = reader, exchange, forwards
-        self._steps, self._seed, self._on_host = plan.steps, plan.seed, on_host
+        self._steps, self._seed, self._group = plan.steps, plan.seed, plan.group
+        self._on_host = on_host
         self._sequences = plan.per_batch // exchange.ranks.world
         self._hands: list[_Hand] = []
 
-    def rows(self, step: int) -> Iterator[tuple[int, dict[str, int], Pairs]]:
-        """Of a step: sequences, this rank's rows by hookpoint, counted, and rows to train on here.
+    def rows(self, step: int) -> Iterator[tuple[Groups, dict[str, int], Pairs]]:
+        """Of a step: groups, this rank's rows by hookpoint, counted, and rows to train on here.
 
-        The sequences are those of which rows are trained on here. Steps are asked for in order.
-        Their rows come at once or, where a batch is one step, as each forward has read them.
+        The groups are those of the rows that are trained on here, by how many rows they have. Steps
+        are asked for in order. Their rows come at once or, where a batch is one step, as each
+        forward has read them.
         """
         if self._steps == 1:
             for tokens in self._batch():
-                pairs = self._reader(tokens)
-                sequences = len(tokens.ids) * self._exchange.readers
-                yield sequences, count_rows(pairs), self._exchange.to_owners([pairs])[0]
+                ((counts, groups, pairs),) = self._read(tokens)
+                yield groups, counts, pairs
             return
         if not self._hands:
             self._hands = self._deal()[step % self._steps :]
         hand = self._hands.pop(0)
-        sequences = self._sequences * self._exchange.readers
-        yield sequences, hand.rows, hand.joined(self._exchange.ranks.device)
+        yield hand.groups, hand.rows, hand.joined(self._exchange.ranks.device)
 
     def _batch(self) -> Iterator[TokenBatch]:
         """The forwards that read this rank's sequences of one batch."""
@@ -68,19 +84,38 @@ class Dealer:
         """Read a batch; the rows for each of its steps."""
         hands = [_Hand(self._on_host) for _ in range(self._steps)]
         for tokens in self._batch():
-            parts = self._parts(tokens)
-            counts = [count_rows(part) for part in parts]
-            for hand, rows, part in zip(
-                hands, counts, self._exchange.to_owners(parts), strict=True
-            ):
-                hand.add(rows, part)
+            for hand, read in zip(hands, self._read(tokens), strict=True):
+                hand.add(*read)
         return hands
 
-    def _parts(self, tokens: TokenBatch) -> list[Pairs]:
-        """The rows that one forward reads, by the step that they are for."""
+    def _read(self, tokens: TokenBatch) -> Iterator[tuple[dict[str, int], Groups, Pairs]]:
+        """For each step what one forward brings: counts, and groups and rows to train on here."""
+        if self._steps == 1 and self._group is None:
+            parts, groups = [self._reader(tokens)], list[Groups]()
+        else:
+            parts, groups = self._parts(tokens)
+        counts = [count_rows(part) for part in parts]
+        groups = [{} for _ in parts] if self._group is None else self._groups_here(groups)
+        yield from zip(counts, groups, self._exchange.to_owners(parts), strict=True)
+
+    def _groups_here(self, groups: list[Groups]) -> list[Groups]:
+        """The groups of this rank and of others whose rows are trained on here."""
+        number = len(next(iter(groups[0].values())))
+        found = self._exchange.of_readers(
+            [n for part in groups for ns in part.values() for n in ns]
+        )
+        of_all = [torch.tensor(values).view(len(groups), -1, number) for values in found]
+        return [
+            dict(zip(part, sizes.tolist(), strict=True))
+            for part, sizes in zip(groups, torch.cat(of_all, dim=2), strict=True)
+        ]
+
+    def _parts(self, tokens: TokenBatch) -> tuple[list[Pairs], list[Groups]]:
+        """The rows that one forward reads, by the step that they are for, and their groups."""
         rule, kept = self._reader.rule, self._reader.rule.kept(tokens.on_host)
         parts: list[Pairs] = [{} for _ in range(self._steps)]
-        orders: dict[tuple[bool, str, tuple[int, ...]], tuple[Tensor, list[int]]] = {}
+        groups: list[Groups] = [{} for _ in range(self._steps)]
+        orders: dict[tuple[bool, str, tuple[int, ...]], _Order] = {}
         for name, (x, y, mask) in self._reader.find(tokens).items():
             lengths, limited = tuple(tokens.lengths(name)), name in rule.norm_limits
             if not limited:  # known without asking a GPU
@@ -88,12 +123,13 @@ class Dealer:
             key = (limited, name if limited else "", lengths)
             if key not in orders:
                 orders[key] = self._order(tokens, lengths, mask, y.device)
-            order, sizes = orders[key]
+            order, by_group = orders[key]
+            sizes = [sum(found) for found in by_group]
             ys = y[order].split(sizes)
             xs = ys if x is y else x[order].split(sizes)
-            for part, x_rows, y_rows in zip(parts, xs, ys, strict=True):
-                part[name] = (x_rows, y_rows)
-        return parts
+            for step, pair in enumerate(zip(xs, ys, strict=True)):
+                parts[step][name], groups[step][name] = pair, by_group[step]
+        return parts, groups
 
     def _order(
         self,
@@ -101,15 +137,19 @@ class Dealer:
         lengths: tuple[int, ...],
         mask: Tensor | None,
         device: torch.device,
-    ) -> tuple[Tensor, list[int]]:
+    ) -> _Order:
         """An order that brings the rows of each step together, and how many they are."""
         assert tokens.numbers is not None, "a batch that is trained on knows its sequences"
         sequences = zip(tokens.numbers.tolist(), lengths, strict=True)
         step = torch.cat([dealt(n, rows, self._steps, self._seed) for n, rows in sequences])
+        each = self._group or len(lengths)
+        group = (torch.arange(len(lengths)) // each).repeat_interleave(torch.tensor(lengths))
         if mask is not None:
-            step = step[mask.cpu()]
-        sizes = step.bincount(minlength=self._steps).tolist()
-        return copied(step.argsort(stable=True), device), sizes
+            step, group = step[mask.cpu()], group[mask.cpu()]
+        number = -(-len(lengths) // each)
+        sizes = (step * number + group).bincount(minlength=self._steps * number)
+        order = copied(step.argsort(stable=True), device)
+        return _Order(order, sizes.view(self._steps, number).tolist())
 
 
 class _Hand:
@@ -117,12 +157,15 @@ class _Hand:
 
     def __init__(self, on_host: bool) -> None:
         self.rows: Counter[str] = Counter()
+        self.groups: Groups = {}
         self._on_host = on_host
         self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def add(self, rows: dict[str, int], pairs: Pairs) -> None:
+    def add(self, rows: dict[str, int], groups: Groups, pairs: Pairs) -> None:
         """Add what a forward brought: its rows on this rank, and those to be trained on here."""
         self.rows.update(rows)
+        for name, sizes in groups.items():
+            self.groups.setdefault(name, []).extend(sizes)
         for name, (x, y) in pairs.items():
             kept = self._waiting(y)
             pair = (kept if x is y else self._waiting(x), kept)

@@ -61,10 +61,9 @@ class Exchange:
         if not self.distributed:
             self.ranks.sum_(tensors)
 
-    @property
-    def readers(self) -> int:
-        """Ranks whose rows a coder is trained on here, at each forward."""
-        return self.ranks.world if self.distributed else 1
+    def of_readers(self, values: list[int]) -> list[list[int]]:
+        """As many values of each rank whose rows are trained on here, in rank order."""
+        return self.ranks.gather_all(values) if self.distributed else [values]
 
     def merge(self, by_coder: dict[str, T]) -> dict[str, T]:
         """What the ranks know of the coders they train, in one dictionary of all coders."""

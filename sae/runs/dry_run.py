@@ -24,10 +24,11 @@ from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
 from ..placement.owners import owned_by, plan_owners, read_owners
 from ..training.optim import state_bytes
-from ..training.schedules import Schedule, steps_per_batch
+from ..training.schedules import Schedule, dealing, sequences_per_batch
 
 _ENTRY = 32  # bytes of one active latent of one row
 _ENTRY_BY_PREFIX = 40  # more of it where entries are put in the order of prefixes too
+_LOOSE_ENTRY = 48  # where rows have numbers of them of their own
 _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
 
 _GIB = 2**30
@@ -216,9 +217,9 @@ def _rank_memory(
 
 def _batch(cfg: Any, world: int) -> tuple[int, int]:
     """Tokens of a batch on all ranks, and the steps that it is dealt to."""
-    training = cfg.training
-    rows = training.batch_size * training.grad_acc_steps * world * cfg.data.ctx_len
-    return rows, steps_per_batch(cfg, rows)
+    length = cfg.data.ctx_len
+    sequences = sequences_per_batch(cfg, world, length)
+    return sequences * length, dealing(cfg, sequences, length).steps
 
 
 def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
@@ -241,8 +242,9 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     of_dead = rows * _ENTRY * dead
     if dead and in_triton:  # activations and gradients of all dead latents, at worst of all
         of_dead = max(of_dead, 2 * item * min(rows * coder.num_latents, DENSE_WEIGHTS))
+    entry = _LOOSE_ENTRY if coder.cfg.has_threshold else _ENTRY
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
-    entry = _ENTRY + (_ENTRY_BY_PREFIX if coder.prefixes else 0)
+    entry += _ENTRY_BY_PREFIX if coder.prefixes else 0
     found = rows * (4 * floats + inputs + entry * active) + of_dead
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
         found += 4 * coder.num_latents * max(d_in, d_out)

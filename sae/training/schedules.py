@@ -2,25 +2,60 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..coders.families.family import family_of
 from ..coders.sparse_coder import SparseCoder
 from ..config import TrainingConfig
-from ..flag_checks import refuse
+from ..flag_checks import UsageError, refuse
 
 # What was measured is in docs/recipes.md; fewer rows are as good, and cost more on a GPU.
-_STEPS_PER_BATCH, _ROWS_PER_STEP = 16, 4096
+_STEPS_PER_BATCH, _ROWS_PER_STEP, _ROWS_PER_GROUP = 16, 4096, 256
 _SHORTEST_SILENCE, _LONGEST_SILENCE = 150, 10_000_000  # in L / k tokens, in tokens
 
 
-def steps_per_batch(cfg: Any, rows: int) -> int:
-    """Optimizer steps that a batch of `rows` rows is dealt to; `cfg` is the script's flags."""
-    if cfg.training.steps_per_batch is not None:
-        return cfg.training.steps_per_batch
-    if cfg.training.uses_lm_loss or family_of(cfg.coder).whole_sequences:
-        return 1
-    return min(_STEPS_PER_BATCH, max(1, rows // _ROWS_PER_STEP))
+class Dealing(NamedTuple):
+    """What becomes of the rows of a batch."""
+
+    steps: int
+    """Optimizer steps that they are dealt to."""
+    group: int | None
+    """Sequences whose rows of a step share a selection; None: each row has its own."""
+
+
+def sequences_per_batch(cfg: Any, world: int, length: int) -> int:
+    """Sequences of a batch on all ranks; `cfg` is the script's flags.
+
+    Raises UsageError where `dealing` would of sequences of this length.
+    """
+    sequences = cfg.training.batch_size * cfg.training.grad_acc_steps * world
+    dealing(cfg, sequences, length)
+    return sequences
+
+
+def dealing(cfg: Any, sequences: int, length: int) -> Dealing:
+    """How a batch of `sequences` of `length` tokens is dealt; `cfg` is the script's flags.
+
+    By default a group is the power of two of sequences that comes nearest to 256 rows. That depends
+    on how long they are and on how many steps they are dealt to, and on no placement. Raises
+    UsageError where a forward has no whole groups.
+    """
+    training, steps = cfg.training, cfg.training.steps_per_batch
+    if steps is None:
+        most = 1 if training.uses_lm_loss else _STEPS_PER_BATCH
+        steps = min(most, max(1, sequences * length // _ROWS_PER_STEP))
+    if not family_of(cfg.coder).in_groups:
+        return Dealing(steps, None)
+    group = training.group_sequences
+    if group is None:
+        group = 2 ** max(0, round(math.log2(_ROWS_PER_GROUP * steps / length)))
+    if training.batch_size % group:
+        whose = "" if training.group_sequences else ", the default for groups of 256 rows"
+        raise UsageError(
+            f"--group_sequences {group}{whose}: so many sequences share a selection, and "
+            f"--batch_size {training.batch_size} is no multiple: change one of the two"
+        )
+    return Dealing(steps, group)
 
 
 @dataclass(frozen=True)

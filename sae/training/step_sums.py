@@ -8,6 +8,7 @@ from torch import Tensor
 from ..coders.bank import CoderBank
 from ..coders.functional import Moments, accumulate
 from ..coders.outputs import CoderErrors
+from ..coders.sparse_coder import SparseCoder
 
 _LOSSES = ("fvu", "auxk", "multi_topk_fvu")
 
@@ -34,9 +35,9 @@ class StepSums:
         self.gradients_apart: dict[str, list[Tensor]] = {}
         """In end-to-end training the gradients that are divided by the variance, by coder."""
         self.levels = {
-            name: torch.zeros(2, dtype=torch.float64, device=device)
+            name: none
             for name, coder in coders.items()
-            if coder.cfg.has_threshold
+            if (none := coder.family.no_levels(coder)) is not None
         }
         """What coders learn their thresholds from."""
         self._hookpoint = bank.hookpoint
@@ -89,6 +90,15 @@ class StepSums:
         if hookpoint not in self._moments:
             return torch.ones((), dtype=torch.float64, device=self._errors[name].device)
         return self._moments[hookpoint].total_variance
+
+    def add_penalty_(self, name: str, coder: SparseCoder, rows: dict[str, int], k: int) -> None:
+        """Add what a coder's kind puts beside its FVU to its gradients, once all sums are in.
+
+        `rows` of each hookpoint are those of all ranks.
+        """
+        hookpoint = self._hookpoint[name]
+        seen = self.levels.get(name), self.fired[name], rows[hookpoint]
+        coder.family.add_penalty_(coder, *seen, k, self.variance(name))
 
     def losses(self, name: str) -> dict[str, Tensor | float]:
         """FVU, AuxK and the like of a coder, as metrics; none where its targets were not seen."""

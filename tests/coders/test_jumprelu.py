@@ -11,6 +11,7 @@ from torch import Tensor
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, UsageError, load_many
 from sae.coders import functional
 from sae.config import KernelChoice
+from sae.flag_checks import from_flags
 from sae.kernels import entries, selection
 from sae.kernels.twins import Kernels
 from train_sae import TrainConfig
@@ -22,7 +23,6 @@ def made(cfg: SparseCoderConfig, dtype: torch.dtype = torch.float32) -> SparseCo
     coder = SparseCoder(6, cfg, dtype=dtype, generator=generator)
     for parameter in coder.parameters():
         parameter.data.normal_(generator=generator)
-    coder.threshold.normal_(generator=generator)
     return coder
 
 
@@ -53,7 +53,8 @@ def test_a_coder_computes_the_equations(
     acts, expected = dense(coder, x.view(20, 6))
     lengths = (acts > 0).sum(1)
     assert len(lengths.unique()) > 3
-    found, out = coder.encode(x), coder(x)
+    with torch.no_grad():
+        found, out = coder.encode(x), coder(x)
     for top_acts, top_indices in (found, out[1:3]):
         assert top_acts.shape == (5, 4, int(lengths.max()))
         flat = top_acts.view(20, -1)
@@ -115,8 +116,9 @@ def test_files_hold_the_threshold(tmp_path: Path) -> None:
     assert cfg["activation"] == "jumprelu" and cfg["k"] == 3
     (read,) = load_many(tmp_path).values()
     x = torch.randn(9, 6)
-    for ours, theirs in zip(coder(x), read(x), strict=True):
-        assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        for ours, theirs in zip(coder(x), read(x), strict=True):
+            assert torch.equal(ours, theirs)
     without = {name: t for name, t in tensors.items() if name != "threshold"}
     save_file(without, file)
     with pytest.raises(UsageError, match="it is not a sparse coder of this kind"):
@@ -129,8 +131,14 @@ def test_files_hold_the_threshold(tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
-    """Training by this flag; Multi-TopK; a start from a coder of another kind."""
-    with pytest.raises(UsageError, match="^--activation jumprelu: such coders are not trained"):
-        TrainConfig(SaeConfig(activation="jumprelu"))
+    """Multi-TopK, losses of the LM, weights without units, a k that falls."""
+    for flags, message in (
+        ({"multi_topk": True}, "^--multi_topk True: --activation jumprelu has no 4k latents"),
+        ({"loss_fn": "kl"}, "^--loss_fn kl: --activation jumprelu"),
+        ({"rms_units": False}, "^--no-rms_units: --activation jumprelu"),
+        ({"k_decay_steps": 5}, "^--k_decay_steps 5: --activation jumprelu"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            from_flags(TrainConfig, {"activation": "jumprelu", **flags})
     with pytest.raises(UsageError, match="^--multi_topk True: --activation jumprelu"):
         SparseCoder(6, SaeConfig(num_latents=40, k=3, activation="jumprelu", multi_topk=True))

@@ -74,7 +74,14 @@ def test_every_latent_is_active_as_often_as_before(
     capsys.readouterr()
     assert call(monkeypatch, "threshold", str(folder)) == 2
     assert "holds coders already" in capsys.readouterr().err
+    assert call(monkeypatch, "threshold", thresholded) == 2
+    assert "is a jumprelu coder" in capsys.readouterr().err
     flags["finetune"] = thresholded
+    started = {**flags, "activation": "jumprelu", "run_name": "on", "lr": 1e-30, "save_every": 1}
+    train(from_flags(TrainConfig, {**started, "max_examples": 8}))
+    for name, coder in load_many(folder.parent / "on").items():
+        torch.testing.assert_close(coder.threshold.data, coders[name].threshold.data)
+        torch.testing.assert_close(coder.b_dec.data, coders[name].b_dec.data)
     for other in ("groupmax", "batchtopk"):
         with pytest.raises(UsageError, match="--finetune .*is a jumprelu coder there"):
             train(from_flags(TrainConfig, {**flags, "activation": other, "run_name": other}))

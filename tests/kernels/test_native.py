@@ -134,7 +134,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         for count in (1, 2):
             torch.set_num_threads(count)
             coder.zero_grad(set_to_none=True)
-            latents, of_dead = coder.family.encode(coder, x, 16, dead.nonzero().squeeze(1))
+            numbers = dead.nonzero().squeeze(1)
+            latents, of_dead, _ = coder.family.select(coder, x, 16, numbers, None)
             assert coder.W_dec is not None and of_dead is not None
             alone = coder.kernels.Latents(latents.acts.detach(), latents.indices)
             coder.kernels.decode(alone, coder.W_dec).square().sum().backward()

@@ -36,13 +36,14 @@ def items(kind: str, x_scale: float, y_scale: float) -> Any:
 
 
 def trained(
-    folder: Any, kind: str, optimizer: str, scales: tuple[float, float]
+    folder: Any, kind: str, optimizer: str, scales: tuple[float, float], **more: Any
 ) -> tuple[dict[str, float], SparseCoder]:
     flags: dict[str, Any] = {"save_dir": str(folder), "run_name": f"{scales}", "log_with": "none"}
     flags |= {"k": 3, "num_latents": 48, "batch_size": 4, "eval_tokens": 24, "steps_per_batch": 2}
     flags |= {"optimizer": optimizer, "dead_feature_threshold": 200, "multi_topk": True}
     if kind != "sae":
         flags |= {"transcode": True, "skip_connection": kind == "skip transcoder"}
+    flags |= more
     summary = train(from_flags(TrainConfig, flags), activations=items(kind, *scales))
     figures = summary["hookpoints"]["site"]
     return figures, SparseCoder.load_from_disk(figures["path"])
@@ -64,6 +65,29 @@ def test_scaled_activations_make_the_same_coder(tmp_path: Any, kind: str, optimi
         for name, tensor in coder.named_parameters():
             expected: Tensor = tensor.detach() * units[name]
             assert torch.equal(dict(other.named_parameters())[name].detach(), expected), name
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_thresholds_are_in_the_unit_of_the_targets(
+    tmp_path: Any, activation: str, kind: str
+) -> None:
+    """Learned or estimated: the same figures, and thresholds times what targets were multiplied by.
+
+    So it is where they start, how fast they move, and what is near them.
+    """
+    flags = {"activation": activation, "multi_topk": False, "group_sequences": 2}
+    plain, coder = trained(tmp_path, kind, "adam", (1.0, 1.0), **flags)
+    scale = (2.0**-13, 2.0**-13) if kind == "sae" else (2.0**-6, 2.0**5)
+    figures, other = trained(tmp_path, kind, "adam", scale, **flags)
+    for name in ("fvu", "l0", "dead_share"):
+        assert figures[name] == pytest.approx(plain[name], rel=1e-6), name
+    for ours, theirs, unit in (
+        (coder.threshold, other.threshold, scale[1]),
+        (coder.encoder.weight, other.encoder.weight, scale[1] / scale[0]),
+    ):
+        assert torch.equal(theirs.detach(), ours.detach() * unit)
+    assert coder.threshold.min() > 0 and figures["l0"] > 1
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])

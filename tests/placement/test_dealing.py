@@ -102,6 +102,31 @@ def test_rows_left_out_are_dealt_to_no_step() -> None:
     assert sum(len(pairs["b"][0]) for pairs in found) < sum(len(pairs["a"][0]) for pairs in found)
 
 
+@pytest.mark.parametrize("per_forward", [6, 2])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_groups_are_what_neighbouring_sequences_give_to_a_step(
+    steps: int, per_forward: int
+) -> None:
+    """Rows lie by sequence, two of them a group, however many a step gets, and some left out."""
+    reader = Written(RowRule((103,), 2, norm_limits={"b": 2 * 108.0}))
+    plan = BatchPlan(torch.arange(100, 106), 6, steps, 2, seed=3)
+    batches = plan.first.split(per_forward)
+    forwards = (TokenBatch(n.unsqueeze(1).expand(-1, S), numbers=n) for n in batches)
+    exchange = Exchange(ALONE, {"a": 1, "b": 1}, distributed=False)
+    dealer = Dealer(reader, exchange, plan, forwards)
+    for step in range(steps):
+        found: dict[str, tuple[list[int], list[int]]] = {"a": ([], []), "b": ([], [])}
+        for groups, _, pairs in dealer.rows(step):
+            for name, (x, _) in pairs.items():
+                found[name][0].extend(groups[name])
+                found[name][1].extend(x[:, 0].int().tolist())
+        for sizes, sequences in found.values():
+            assert sequences == sorted(sequences)
+            assert sizes == [
+                sum(n in pair for n in sequences) for pair in ((100, 101), (102, 103), (104, 105))
+            ]
+
+
 def test_a_batch_is_dealt_once_more_from_within() -> None:
     """A run that goes on at any step sees the rows that it would have seen."""
     whole = read(Written(), 2, 4)

@@ -18,18 +18,24 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_benchmarks_run(tmp_path: Path) -> None:
-    """Scaling, low precision and the table of targets print what they measured."""
+    """Scaling, low precision, families and the table of targets print what they measured."""
     small = ["--N", "64", "--D", "16", "--L", "128", "--k", "4", "--repeats", "1"]
     runs = ["--steps", "3", "--num_latents", "128"]
     for script, flags in {
         "low_precision.py": [*small, *runs],
         "scaling.py": ["--knobs", "N", "--repeats", "1"],
+        "families.py": [*runs, "--k", "4", "--eval_tokens", "512", "--kinds", "topk", "jumprelu"],
     }.items():
         out = tmp_path / script.replace(".py", ".json")
         command = [sys.executable, str(ROOT / "benchmarks" / script), *flags, "--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert json.loads(out.read_text())["machine"]["torch"] == torch.__version__
+    kinds = {
+        found["kind"] for found in json.loads((tmp_path / "families.json").read_text())["results"]
+    }
+    drawing = (tmp_path / "families.svg").read_text()
+    assert kinds == {"topk", "jumprelu"} and all(f">{kind}<" in drawing for kind in kinds)
     table = targets.table
     assert table({}).count("unmeasured") == len(targets.ROWS)
     lines = table({"step": {"float32": {"ratio": 1.2}, "bfloat16": {"ratio": 1.2}}}).splitlines()

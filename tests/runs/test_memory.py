@@ -87,6 +87,9 @@ def peak_bytes(call: Any) -> int:
         (SaeConfig(num_latents=512, k=16, matryoshka=(0.125, 0.125, 0.25, 0.5)), 0.0),
         (SaeConfig(num_latents=512, k=16, matryoshka=(0.25, 0.75)), 1 / 32),
         (TranscoderConfig(num_latents=512, k=16), 0.0),
+        (SaeConfig(num_latents=512, k=16, activation="jumprelu"), 0.0),
+        (SaeConfig(num_latents=512, k=16, activation="jumprelu"), 1 / 32),
+        (SaeConfig(num_latents=512, k=16, activation="batchtopk"), 0.0),
     ],
 )
 def test_the_dry_run_knows_what_a_step_holds(
@@ -96,12 +99,15 @@ def test_the_dry_run_knows_what_a_step_holds(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     coder, rows = SparseCoder(64, cfg), 8192
     coder.matmul_dtype = dtype
+    if cfg.has_threshold:
+        coder.threshold.data.zero_()  # as many latents are active as may be
     y = torch.randn(rows, 64, dtype=dtype)
     x = torch.randn(rows, 64, dtype=dtype) if cfg.transcode else y
     dead = torch.arange(0, 512, 2) if auxk_alpha else None
 
     def step() -> None:
-        errors = coder.errors(x, y, dead)
+        groups = [256] * 32 if coder.family.in_groups else None
+        errors = coder.errors(x, y, dead, groups=groups)
         (errors.objective + auxiliary_loss(errors, auxk_alpha)).backward()
 
     gradients = sum(p.nbytes for p in coder.parameters())

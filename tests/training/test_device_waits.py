@@ -85,6 +85,22 @@ def test_a_step_of_a_coder_never_asks_the_device(more: dict[str, Any]) -> None:
     assert ("mean_prefix_fvu/h" in losses) == bool(cfg.matryoshka)
 
 
+def test_groups_of_rows_are_one_question() -> None:
+    """However many groups share selections, a step asks once how many entries they have."""
+    cfg = SaeConfig(num_latents=64, k=4, activation="batchtopk")
+    bank = CoderBank({"h": Widths(12, 12)}, cfg, (0,), "cpu", kernels=Kernels("torch"))
+    coder, x = bank["h"], torch.randn(40, 12)
+    with Questions() as questions:
+        sums = StepSums(bank)
+        errors = coder.errors(x, x, torch.arange(0, 64, 3), groups=[8, 3, 0, 9, 20])
+        (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
+        sums.add("h", errors)
+        coder.family.update_threshold_(coder, sums.levels["h"])
+    # tolist() is not dispatched; where candidates run out, it is asked again
+    assert set(questions.asked) <= {"_local_scalar_dense"}
+    assert 0 < coder.level < 10
+
+
 def test_dead_latents_of_all_coders_are_one_transfer() -> None:
     """However many coders there are, which latents are dead is one transfer."""
     records = {f"layers.{i}": FiringRecord(32, 10) for i in range(5)}

@@ -3,16 +3,27 @@
 from abc import ABC, abstractmethod
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ...config import Activation, SparseCoderConfig, TrainingConfig, check_together
+from ...config import Activation, SparseCoderConfig, check_together
+from ...flag_checks import UsageError, refuse
 from ...kernels.twins import Latents
 from .. import prefixes
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
+
+
+class Selected(NamedTuple):
+    """What `select` finds."""
+
+    latents: Latents
+    of_dead: Latents | None = None
+    """Those that AuxK takes."""
+    levels: Tensor | None = None
+    """What a step adds up to learn thresholds from, in the shape that `no_levels` has."""
 
 
 class Family(ABC):
@@ -21,8 +32,11 @@ class Family(ABC):
     candidates = 1
     """Latents that a row proposes, over k, where more are looked at than are active."""
 
-    whole_sequences = False
-    """Whether a step needs all rows of its sequences."""
+    in_groups = False
+    """Whether rows share a selection in training."""
+
+    trains_threshold = False
+    """Whether latents have thresholds with gradients; others are estimated, one for all."""
 
     def check(self, cfg: SparseCoderConfig, d_in: int, where: str) -> None:
         """Raise UsageError for a coder `d_in` wide that cannot be; `where` says which it is."""
@@ -35,30 +49,50 @@ class Family(ABC):
         prefixes.check_flags(cfg)
 
     @abstractmethod
-    def encode(
+    def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:
+        """The active latents of `rows` [N D], in use."""
+
+    @abstractmethod
+    def select(
         self,
         coder: "SparseCoder",
         rows: Tensor,
         k: int,
-        dead: Tensor | None = None,
-        group: int | None = None,
-    ) -> tuple[Latents, Latents | None]:
-        """The active latents of `rows` [N D], and those that AuxK takes where any are `dead`.
+        dead: Tensor | None,
+        groups: list[int] | None,
+    ) -> Selected:
+        """Those that an error is taken of, and in training what else is learned from them.
 
-        `group`: in training, how many rows share a selection, in kinds where they do.
+        `groups`: in training, how many neighbouring rows share a selection, in kinds where they do.
         """
 
-    def group(self, cfg: TrainingConfig, rows: int, sequences: int) -> int | None:
-        """How many of the `rows` of whole sequences share a selection; None: each has its own."""
-        return None
+    def start_(self, coder: "SparseCoder") -> None:
+        """Set what starts from the scale of the data, in kinds that have such."""
+        return
 
-    def levels(self, latents: Latents, rows: int, group: int | None) -> Tensor | None:
-        """What a step must add up to learn the threshold, [2] in float64; None: it learns none."""
+    def no_levels(self, coder: "SparseCoder") -> Tensor | None:
+        """The `levels` of no rows, to which a step adds; None: thresholds are not learned."""
         return None
 
     def update_threshold_(self, coder: "SparseCoder", levels: Tensor | None) -> None:
-        """Learn the threshold from the `levels` of a step."""
-        assert levels is None or not levels.any(), "this kind learns none"
+        """Learn the threshold from the `levels` of a step, behind the step of the optimizer."""
+        assert levels is None, "this kind learns none"
+
+    def add_penalty_(
+        self,
+        coder: "SparseCoder",
+        levels: Tensor | None,
+        fired: Tensor,
+        rows: int,
+        k: int,
+        variance: Tensor,
+    ) -> None:
+        """Add what is beside the FVU of a step to the gradients, in units of squared error.
+
+        All are those of the whole step, on all ranks: `levels`, how many rows each latent fired on
+        [L], rows, and the `variance` that squared errors will be divided by.
+        """
+        return
 
     @abstractmethod
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
@@ -70,6 +104,42 @@ class Family(ABC):
 
         Raises UsageError for a kind that they cannot hold together.
         """
+
+
+class WithThreshold(Family):
+    """A kind whose latents in use are those above a threshold of their own."""
+
+    def check(self, cfg: SparseCoderConfig, d_in: int, where: str) -> None:
+        """Raise UsageError for a loss of 4k latents: no number of them is chosen."""
+        super().check(cfg, d_in, where)
+        if cfg.multi_topk:
+            refuse(cfg, "multi_topk", f"--activation {cfg.activation} has no 4k latents: drop it")
+
+    def check_flags(self, cfg: Any) -> None:
+        """Raise UsageError for losses that such coders do not go with."""
+        super().check_flags(cfg)
+        name = f"--activation {cfg.coder.activation}"
+        if cfg.coder.multi_topk:
+            refuse(cfg.coder, "multi_topk", f"{name} has no 4k latents: drop it")
+        if cfg.training.uses_lm_loss:
+            refuse(cfg.training, "loss_fn", f"{name} is trained on fvu")
+
+    def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:
+        """The latents above their thresholds, whatever k is."""
+        encoder = coder.encoder
+        arguments = (rows, encoder.weight, encoder.bias, coder.threshold)
+        return coder.kernels.encode_above(*arguments, coder.pre_bias, coder.matmul_dtype)
+
+    def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
+        """Not asked for: `check` refuses Multi-TopK."""
+        raise AssertionError("a coder with --multi_topk cannot be of this kind")
+
+    def shared_by_ranks(self, cfg: SparseCoderConfig, num_latents: int) -> tuple[int, str]:
+        """Raise UsageError: how many latents of a row each rank would send is not known."""
+        raise UsageError(
+            f"--ranks_per_coder or --layer_to_rank: ranks cannot share a coder of --activation "
+            f"{cfg.activation}: give it one rank"
+        )
 
 
 @cache

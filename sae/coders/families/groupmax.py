@@ -45,7 +45,7 @@ class GroupMax(TopK):
 
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
         """The largest of k groups, which those of 4k groups do not tell: a second product."""
-        return self.encode(coder, rows, k)[0]
+        return self.encode(coder, rows, k)
 
     def shared_by_ranks(self, cfg: SparseCoderConfig, num_latents: int) -> tuple[int, str]:
         """Whole groups of latents."""

@@ -1,13 +1,13 @@
 """TopK: the k largest latents of every row are active."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ...config import SparseCoderConfig
 from ...kernels.twins import Latents
 from ..functional import k_aux
-from .family import Family
+from .family import Family, Selected
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
@@ -20,22 +20,30 @@ class TopK(Family):
     2.3.
     """
 
-    def encode(
+    def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:
+        """The k active latents."""
+        return coder.kernels.encode(*self._arguments(coder, rows, k))
+
+    def select(
         self,
         coder: "SparseCoder",
         rows: Tensor,
         k: int,
-        dead: Tensor | None = None,
-        group: int | None = None,
-    ) -> tuple[Latents, Latents | None]:
+        dead: Tensor | None,
+        groups: list[int] | None,
+    ) -> Selected:
         """The k active latents, and the k_aux largest of the `dead` out of the same product."""
+        if dead is None:
+            return Selected(self.encode(coder, rows, k))
+        k_dead = min(k_aux(coder.d_out), len(dead))
+        arguments = self._arguments(coder, rows, k)
+        found = coder.kernels.encode_with_dead(*arguments, dead=dead, k_dead=k_dead)
+        return Selected(*found)
+
+    def _arguments(self, coder: "SparseCoder", rows: Tensor, k: int) -> tuple[Any, ...]:
         encoder, activation = coder.encoder, coder.cfg.activation
         arguments = (rows, encoder.weight, encoder.bias, k, activation)
-        arguments += (coder.pre_bias, coder.matmul_dtype)
-        if dead is None:
-            return coder.kernels.encode(*arguments), None
-        k_dead = min(k_aux(coder.d_out), len(dead))
-        return coder.kernels.encode_with_dead(*arguments, dead, k_dead)
+        return (*arguments, coder.pre_bias, coder.matmul_dtype)
 
     def narrow(self, coder: "SparseCoder", rows: Tensor, wide: Latents, k: int) -> Latents:
         """The k largest of the 4k."""

@@ -17,9 +17,9 @@ from tyro.conf import Positional, arg
 from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
 from ..runs.json_files import check_target, read_json, write_json
+from ..runs.provenance import flags_of_run
 from .evaluate import evaluate_loaded
 from .figures import CoderFigures
-from .provenance import flags_of_run
 from .trained import CodersConfig, load_trained
 from .twins import NEAR, nearest_twins
 

@@ -29,8 +29,8 @@ from ..placement.launch import check_device, on_cpu, working_dtype
 from ..placement.ranks import Ranks
 from ..runs.folder import checkpoints
 from ..runs.norm_limits import norm_limits_of
+from ..runs.provenance import data_of_run, flags_of_run, held_out_blocks, is_text_of_run
 from ..training.state import TrainingState
-from .provenance import data_of_run, flags_of_run, held_out_blocks, is_text_of_run
 
 
 @dataclass(frozen=True)

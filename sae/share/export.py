@@ -19,9 +19,9 @@ from ..formats.hub import coders_folder
 from ..formats.origin import Origin
 from ..judge.evaluate import evaluate_loaded, table
 from ..judge.figures import Evaluation
-from ..judge.provenance import flags_of_run
 from ..judge.threshold import of_coders, thresholds, with_thresholds
 from ..judge.trained import CodersConfig, load_trained
+from ..runs.provenance import flags_of_run
 from .origins import origin_of
 
 Program = Literal["sparsify", "sae_lens", "dictionary_learning", "circuit_tracer"]

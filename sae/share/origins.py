@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from ..data.tokenizing import leading_tokens
 from ..formats.hook_names import about_lm
 from ..formats.origin import Origin
-from ..judge.provenance import flags_of_run
 from ..runs.json_files import read_json
+from ..runs.provenance import flags_of_run
 
 
 def origin_of(run: Path, model: str | None = None) -> Origin:

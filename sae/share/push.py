@@ -33,8 +33,8 @@ from ..formats.hub import patiently, response_of
 from ..formats.pieces import Stored
 from ..formats.sparsify import newest_coders, read_config
 from ..judge.compare import figures_of, summary_of
-from ..judge.provenance import flags_of_run
 from ..runs.json_files import read_json, write_json
+from ..runs.provenance import flags_of_run
 from .card import card
 from .export import ExportConfig, Program, export_as_can_be
 

@@ -26,7 +26,10 @@ ALLOWED = {
         *("config", "flag_checks", "batch", "kernels", "kernels.cpu", "coders", "data", "lm"),
         "placement",
     },
-    "runs": {"config", "flag_checks", "batch", "formats", "coders", "lm", "placement", "training"},
+    "runs": {
+        *("config", "flag_checks", "batch", "formats", "coders", "data", "lm", "placement"),
+        "training",
+    },
     "judge": {
         *(
             "config",

@@ -7,8 +7,8 @@ from typing import Any
 from ..config import DataConfig, MachineConfig, ModelConfig
 from ..data.blocks import TokenSource, split_blocks
 from ..flag_checks import UsageError, flags_of, from_flags
-from ..runs.folder import checkpoints
-from ..runs.json_files import read_json
+from .folder import checkpoints
+from .json_files import read_json
 
 
 def is_text_of_run(given: dict[str, Any], before: dict[str, Any]) -> bool:

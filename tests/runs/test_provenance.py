@@ -7,8 +7,8 @@ import datasets
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae.flag_checks import from_flags
-from sae.judge.provenance import flags_of_run
 from sae.judge.trained import CodersConfig, load_trained
+from sae.runs.provenance import flags_of_run
 from train_sae import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]

@@ -136,8 +136,9 @@ def open_pt(path: Path, allow_pt: bool) -> Any:
     """What PyTorch's reader builds of a pickle. Raises UsageError without `allow_pt`."""
     if not allow_pt:
         raise UsageError(
-            f"{path} is a pickle, which can run code when it is opened: if you trust it, write "
-            f"safetensors of it by python -m sae export {path.parent} --allow_pt --out DIR"
+            f"{path} is a pickle, which can run code when it is opened: if you trust it, give "
+            f"--allow_pt, or write safetensors of it once and for all by "
+            f"python -m sae export {path.parent} --allow_pt --out DIR"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -148,5 +148,10 @@ def main(cfg: ExportConfig) -> None:
     written, notes = export_as_can_be(cfg)
     for folder in written:
         print(f"coder  {folder.resolve()}")
+    by_text: dict[str, list[str]] = {}
     for note in notes:
-        print(f"note   {note}")
+        name, _, text = note.partition(": ")
+        by_text.setdefault(text, []).append(name)
+    for text, names in by_text.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"note   {names[0]}{others}: {text}")

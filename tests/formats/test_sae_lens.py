@@ -106,8 +106,10 @@ def test_a_coder_with_free_norms_is_not_rescaled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows of other norms: rescaling would choose other latents, so it is off, and that is said."""
-    exported(tmp_path, monkeypatch, {"c": random_coder(KINDS["free norms"])})
-    assert "not of unit norm, which SAEDashboard cannot fold" in capsys.readouterr().out
+    exported(tmp_path, monkeypatch, dict.fromkeys("cde", random_coder(KINDS["free norms"])))
+    (note,) = (n for n in capsys.readouterr().out.splitlines() if "unit norm" in n)
+    assert note.startswith("note   c and 2 more: ")
+    assert note.endswith("not of unit norm, which SAEDashboard cannot fold")
 
 
 @pytest.mark.parametrize("d_out", [8, 5])
@@ -308,6 +310,7 @@ def test_the_hookpoint_comes_from_the_metadata(tmp_path: Path, kind: str) -> Non
     assert list(load_many(tmp_path / "coders")) == [name]
 
 
+@torch.no_grad()
 def test_an_sae_that_sae_lens_trained_gives_its_numbers() -> None:
     """On rows that SAELens itself encoded: its latents, its reconstruction, at its hookpoint."""
     ((name, coder),) = load_many(FIXTURES / "sae_lens").items()

@@ -1,6 +1,8 @@
 """Laws of comparing runs."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,7 +18,8 @@ from sae import SaeConfig, SparseCoder, UsageError
 from sae.judge.compare import comparison, differing_flags
 from sae.judge.twins import nearest_twins
 
-LM = str(Path(__file__).parents[2] / "demo/lm")
+ROOT = Path(__file__).parents[2]
+LM = str(ROOT / "demo/lm")
 
 
 def test_twins_are_found_by_direction() -> None:
@@ -100,3 +103,25 @@ def test_coders_of_several_programs_are_judged_on_one_text(
     texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert {"CE recovered", "FVU", "L0", "1: narrow layers.1", "2: theirs layers.1"} <= {*texts}
     assert call(monkeypatch, "compare", "narrow", *where) == 2
+
+
+def test_the_example_in_the_documentation_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of ours beside the checked-in SAE that SAELens trained, whose figures are good."""
+    page = (ROOT / "docs/judging.md").read_text()
+    line = next(line for line in page.splitlines() if "compare" in line and "fixtures" in line)
+    ours = random_coder(SaeConfig(num_latents=24, k=3), 192)
+    ours.save_to_disk(tmp_path / "run/step_5/layers.3")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(file.read_text() for file in sorted(ROOT.glob("sae/formats/*.py"))[:4]))
+    flags = {"model": LM, "dataset": "other.txt", "ctx_len": 64}
+    (tmp_path / "run/run.json").write_text(json.dumps(flags))
+    words = [*shlex.split(line)[3:], "--tokens", "1024", "--out", str(tmp_path / "c.json")]
+    here = {"checkpoints/RUN": str(tmp_path / "run"), "demo/text/heldout.jsonl": str(text)}
+    monkeypatch.chdir(ROOT)
+    assert call(monkeypatch, *(here.get(word, word) for word in words)) == 0
+    assert "sae_lens  layers.3  128" in re.sub(" +", "  ", capsys.readouterr().out)
+    ours_found, theirs = json.loads((tmp_path / "c.json").read_text())["coders"]
+    assert ours_found["fvu"] > 1 > 0.5 > theirs["fvu"]
+    assert theirs["predictions"]["ce_recovered"] > 0.8 and theirs["l0"] == 16

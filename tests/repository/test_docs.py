@@ -251,6 +251,22 @@ def test_evaluation_is_the_checked_in_one() -> None:
         assert re.search(said, losses), figure
 
 
+def test_comparison_is_the_checked_in_one() -> None:
+    """The table beside the SAE that SAELens trained is what the command wrote."""
+    found = json.loads((ROOT / "benchmarks/results/compare.json").read_text())
+    page = PAGES["docs/judging.md"]
+    for i, coder in enumerate(found["coders"], 1):
+        predicted = coder["predictions"]
+        cells = [f"{coder['fvu']:.4f}", f"{coder['l0']:.1f}", f"{coder['dead_share']:.2%}"]
+        cells += [f"{predicted['ce_recovered']:.4f}", f"{predicted['kl']:.4f}"]
+        names = [str(i), Path(coder["source"]).name, coder["name"], str(coder["latents"])]
+        said = rf"^{' +'.join([*names, *cells])} "
+        assert re.search(said, page, flags=re.M), said
+    (twins,) = found["twins"]
+    shares = f"{twins['of_a']:.1%} of 1 in 2, {twins['of_b']:.1%} of 2 in 1"
+    assert f"latents with a twin: {shares}" in page
+
+
 def test_faults_are_the_checked_in_ones() -> None:
     """The table of faults is the result file, and every safeguard has a red test."""
     page = PAGES["docs/robustness.md"]

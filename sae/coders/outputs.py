@@ -34,9 +34,6 @@ class CoderOutput(NamedTuple):
     multi_topk_fvu: Float[Tensor, ""]
     """FVU of the reconstruction from 4k latents; 0 unless `multi_topk`."""
 
-    prefix_fvu: Float[Tensor, " M"] | None = None
-    """FVU of the reconstruction from each prefix, where the coder has some."""
-
 
 class CoderErrors(NamedTuple):
     """What training needs of a forward: errors that add up over rows, and are divided once."""

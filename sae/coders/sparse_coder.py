@@ -155,8 +155,8 @@ class SparseCoder(nn.Module):
         self, top_acts: Float[Tensor, "*rows K"], top_indices: Int[Tensor, "*rows K"]
     ) -> Float[Tensor, "*rows D"]:
         """top W_dec + b_dec, without the skip connection."""
-        k = top_acts.shape[-1]
-        acts, indices = top_acts.reshape(-1, k).to(self.dtype), top_indices.reshape(-1, k)
+        shape = math.prod(top_acts.shape[:-1]), top_acts.shape[-1]  # K may be 0
+        acts, indices = top_acts.reshape(shape).to(self.dtype), top_indices.reshape(shape)
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
         out = self.kernels.decode(self.kernels.Latents(acts, indices), self.W_dec).add_(self.b_dec)
         return out.view(*top_acts.shape[:-1], self.d_out)
@@ -172,7 +172,7 @@ class SparseCoder(nn.Module):
     ) -> CoderOutput:
         """Reconstruct `y` (default: `x`) and measure the error.
 
-        fvu            = sum ||y - sae_out||^2 / total_variance, prefix_fvu from each prefix
+        fvu            = sum ||y - sae_out||^2 / total_variance
         auxk_loss      = min(n_dead / k_aux, 1) sum ||e - e_hat||^2 / total_variance
         multi_topk_fvu = sum ||y - sae_out_4k||^2 / total_variance
 
@@ -192,7 +192,6 @@ class SparseCoder(nn.Module):
             found.squared_error / total_variance,
             found.auxk_error / total_variance,
             found.multi_topk_error / total_variance,
-            None if found.prefix_errors is None else found.prefix_errors / total_variance,
         )
 
     def errors(

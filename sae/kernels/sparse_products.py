@@ -66,9 +66,11 @@ def weighted_rows(backend: Backend, weights: Tensor, indices: Tensor, table: Ten
         return triton.weighted_rows(weights, indices, table)
     if backend.in_c(weights, table):
         n, k = indices.shape
-        starts = torch.arange(0, n * k + 1, k, dtype=torch.int32)
+        starts = torch.arange(n + 1, dtype=torch.int32) * k
         columns = indices.flatten().int()
         return native.sum_rows(starts, columns, weights.contiguous(), table.contiguous())
+    if not indices.shape[1]:  # which PyTorch does not take
+        return table.new_zeros(len(indices), table.shape[1])
     return F.embedding_bag(indices.int(), table, per_sample_weights=weights, mode="sum")
 
 
@@ -79,7 +81,7 @@ def sampled_product(backend: Backend, rows: Tensor, table: Tensor, indices: Tens
     if backend.in_c(rows, table):
         return native.sampled_product(rows.contiguous(), indices, table.contiguous())
     n, k = indices.shape
-    starts = torch.arange(0, n * k + 1, k, device=rows.device)
+    starts = torch.arange(n + 1, device=rows.device) * k
     return sampled_product_by_rows(rows, table, indices.flatten(), starts).view(n, k)
 
 

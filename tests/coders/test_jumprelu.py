@@ -142,3 +142,15 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
             from_flags(TrainConfig, {"activation": "jumprelu", **flags})
     with pytest.raises(UsageError, match="^--multi_topk True: --activation jumprelu"):
         SparseCoder(6, SaeConfig(num_latents=40, k=3, activation="jumprelu", multi_topk=True))
+
+
+@pytest.mark.parametrize("choice", ["torch", "auto"])
+def test_rows_without_active_latents_are_the_bias(choice: KernelChoice) -> None:
+    """Where no row of a batch has any, K is 0, and what is decoded is b_dec."""
+    coder = SparseCoder(6, SaeConfig(num_latents=20, k=2, activation="jumprelu"))
+    coder.use(Kernels(choice))
+    coder.b_dec.data.copy_(torch.arange(6.0))
+    found = coder.encode(torch.randn(2, 5, 6))  # thresholds are infinite
+    assert found.top_acts.shape == (2, 5, 0)
+    out = coder.decode(*found)
+    assert torch.equal(out, coder.b_dec.expand(2, 5, 6))

@@ -153,16 +153,17 @@ def test_ten_steps_equal_the_equation(kind: str) -> None:
 
 
 def test_a_prefix_alone_is_the_coder_without_the_rest() -> None:
-    """`first` keeps of the latents that are active among all the first; forward gives each FVU."""
+    """`first` keeps of the latents that are active among all the first."""
     coder = made(KINDS["topk"], torch.float64, "torch")
     x, _ = rows_of(coder.cfg, 0)
     errors, _, _ = right_losses(dict(coder.named_parameters()), coder.cfg, x, x)
     whole = coder(x)
     variance = (x - x.mean(0)).square().sum()
-    torch.testing.assert_close(whole.prefix_fvu, errors / variance)
+    torch.testing.assert_close(coder.errors(x, x).prefix_errors, errors)
     for i, latents in enumerate((12, 24, 48)):
         alone = coder.first(latents)
-        assert alone.encoder.weight is coder.encoder.weight and alone(x).prefix_fvu is None
+        assert alone.encoder.weight is coder.encoder.weight
+        assert alone.errors(x, x).prefix_errors is None
         torch.testing.assert_close(alone(x).fvu, errors[i] / variance)
         kept = whole.top_acts * (whole.top_indices < latents)
         torch.testing.assert_close(alone.encode(x).top_acts, kept)

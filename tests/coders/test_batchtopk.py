@@ -35,7 +35,7 @@ from train_sae import TrainConfig
 SHAPES = [(9, 70, 3, [8, 8, 8, 8]), (9, 70, 3, [5, 0, 17, 8, 7]), (9, 70, 3, [37])]
 SHAPES += [(5, 12, 12, [2, 2, 2]), (4, 40, 2, [12]), (4, 40, 2, [])]
 FLAGS = {"activation": "batchtopk", "optimizer": "adam", "lr": 0.01, "layers": (0, 2)}
-FLAGS |= {"auxk_alpha": 1 / 32, "dead_feature_threshold": 300}
+FLAGS |= {"auxk_alpha": 1 / 32, "wake_alpha": 0.0, "dead_feature_threshold": 300}
 
 
 def selected(pre_acts: Tensor, k: int, groups: list[int]) -> Tensor:

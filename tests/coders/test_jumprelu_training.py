@@ -131,7 +131,7 @@ def test_ten_steps_equal_the_equations(made: Any, monkeypatch: pytest.MonkeyPatc
         variance = (x - x.mean(0)).square().sum()
         ours.zero_grad()
         sums = StepSums(bank)
-        sums.add_targets("h", x)
+        sums.add_rows("h", x, x)
         for rows in x.split(11):
             found = coder.errors(rows, rows, dead)
             (found.squared_error + found.auxk_error / 32).backward()

@@ -45,6 +45,11 @@ FLAGS: dict[str, Any] = {"matryoshka": SHARES, "optimizer": "adam", "lr": 0.01, 
 FLAGS |= {"auxk_alpha": 1 / 32, "dead_feature_threshold": 300}
 
 
+def groups_of(rows: Tensor) -> list[int]:
+    """How many rows each group has; the last has the rest."""
+    return [len(group) for group in rows.split(GROUP)]
+
+
 def active(pre_acts: Tensor, cfg: SparseCoderConfig) -> Tensor:
     """relu of what each kind selects, [N L]; there are no ties."""
     if cfg.activation == "batchtopk":
@@ -104,7 +109,7 @@ def test_losses_and_gradients_equal_the_equation(
     theirs = {n: p.detach().double().requires_grad_() for n, p in coder.named_parameters()}
     errors, aux, out = right_losses(theirs, cfg, x, y)
     (errors.mean() + ALPHA * aux).backward()
-    found = coder.errors(x.to(dtype), y.to(dtype), DEAD, group=GROUP)
+    found = coder.errors(x.to(dtype), y.to(dtype), DEAD, groups=groups_of(x))
     (found.objective + auxiliary_loss(found, ALPHA)).backward()
     assert found.prefix_errors is not None
     pairs: list[Any] = [
@@ -132,7 +137,7 @@ def test_ten_steps_equal_the_equation(kind: str) -> None:
         x, y = rows_of(cfg, step)
         variance = (y - y.mean(0)).square().sum()
         ours.zero_grad()
-        found = coder.errors(x, y, DEAD, group=GROUP)
+        found = coder.errors(x, y, DEAD, groups=groups_of(x))
         (found.objective + auxiliary_loss(found, ALPHA)).backward()
         divide_gradients_(coder, variance)
         ours.step()
@@ -183,6 +188,7 @@ def test_runs_in_pieces_and_resumed_ones_are_the_same(
     The metric of the loss is logged, and is above FVU, that of all latents.
     """
     flags = {**FLAGS, "activation": activation, "log_with": "tensorboard"}
+    flags |= {"group_sequences": 2} if activation == "batchtopk" else {}
     straight = run(lm, tokens, settings, run_name="a", save_every=5, **flags)
     for name, shape in {
         "accumulated": {"batch_size": 2, "grad_acc_steps": 4},

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import train_sae
-from benchmarks import removals, run, targets
+from benchmarks import quality, removals, run, targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,3 +146,19 @@ def test_safeguards_that_are_taken_out_are_in_the_source(removal: removals.Remov
     text = (ROOT / removal.file).read_text()
     compile(removals.without(removal, text), removal.file, "exec")
     assert all((ROOT / path).exists() for path in removal.tests.split())
+
+
+def test_quality_in_the_documentation_is_what_was_measured() -> None:
+    """The table of docs/recipes.md is of the results checked in, which meet the goals."""
+    found = quality.rows(json.loads((ROOT / "benchmarks/results/quality.json").read_text()))
+    text = (ROOT / "docs/recipes.md").read_text()
+    for row in found:
+        theirs = f"{row['theirs']:.4f} | {row['their_dead']:.2%} | {row['their_ce']:.4f}"
+        ours = f"{row['fvu']:.4f} | {row['dead']:.2%} | {row['ce']:.4f}"
+        ratios = f"{row['ratio']:.2f} | {row['third']:.2f}"
+        assert f"| {row['hookpoint']} {row['kind']} | {theirs} | {ours} | {ratios} |" in text
+        assert row["ratio"] <= quality.GOALS["fvu"] and row["dead"] <= quality.GOALS["dead_share"]
+        assert row["ce"] > row["their_ce"]
+    mean = sum(row["ratio"] for row in found) / len(found)
+    assert len(found) == 4 and f"The mean ratio is {mean:.2f}." in text
+    assert mean <= quality.GOALS["mean fvu"]

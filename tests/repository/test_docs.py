@@ -244,7 +244,7 @@ def test_evaluation_is_the_checked_in_one() -> None:
             said = rf"^{name} +{figures['fvu']:.4f} "
             assert re.search(said, judging, flags=re.M), name
             assert re.search(said, PAGES["README.md"], flags=re.M), name
-    before, after = (result[run]["layers.3"]["predictions"] for run in ("quickstart", "kl"))
+    before, after = (result[run]["layers.3"]["predictions"] for run in ("kl_start", "kl"))
     assert after["ce_recovered"] > before["ce_recovered"] and after["kl"] < before["kl"]
     for figure in ("ce_recovered", "kl"):
         said = rf"from\s{before[figure]:.4f}\sto\s{after[figure]:.4f}"

@@ -10,8 +10,8 @@ the tokens as well, which tells how many it needs. Held-out FVU, the share of la
 fire and CE recovered are then taken of the coders on disk by one command, `python -m sae
 evaluate`, on 131,072 tokens that none has seen. Before that, decoder rows of the reference's
 SAEs by signum get unit norm, as they have it in training: it saves averages over steps, which are
-shorter. As saved their FVU is higher (.0615 instead of .0387 at layers.1). Every run is written down
-when it is done, and what is there is not done again.
+shorter. As saved their FVU is higher (.0615 instead of .0387 at layers.1). Every run is written
+down when it is done, and what is there is not done again.
 
 The text is the demo's. Recipes were chosen on layers.1 and layers.3; the other hookpoints were not
 looked at before. Seconds are those of training alone, on as many threads as OMP_NUM_THREADS says.

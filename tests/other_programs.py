@@ -35,7 +35,7 @@ def random_coder(cfg: SparseCoderConfig, d_in: int = 8, d_out: int | None = None
     for parameter in coder.parameters():
         parameter.data.normal_()
     if cfg.has_threshold:
-        coder.threshold.uniform_(0.5, 3)
+        coder.threshold.data.uniform_(0.5, 3)
     coder.normalize_decoder_()
     return coder
 

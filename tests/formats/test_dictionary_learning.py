@@ -61,7 +61,7 @@ def test_thresholds_are_the_same_function_there(
     """One threshold for all fits BatchTopKSAE exactly; several fit JumpReluAutoEncoder."""
     coder = random_coder(JUMPRELU["transcoder" if kind == "transcoder" else "sae"])
     if kind == "one threshold":
-        coder.threshold.fill_(1.5)
+        coder.threshold.data.fill_(1.5)
     run, out = save_run(tmp_path / "run", {"layers.3": coder}), tmp_path / "out"
     flags = ("--to", "dictionary_learning", "--out", str(out))
     assert call(monkeypatch, "export", str(run), *flags) == 0

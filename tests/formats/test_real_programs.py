@@ -81,7 +81,7 @@ def test_dictionary_learning_computes_the_same_with_thresholds(tmp_path: Path, k
 
     coder = random_coder(JUMPRELU["transcoder" if kind == "transcoder" else "sae"], 32)
     if kind == "one threshold":
-        coder.threshold.fill_(1.5)
+        coder.threshold.data.fill_(1.5)
     theirs, _ = load_dictionary(str(exported(tmp_path, coder, "dictionary_learning")), "cpu")
     acts = theirs.encode(ROWS)
     assert_same(coder, acts, theirs.decode(acts))

@@ -183,7 +183,8 @@ class SparseCoder(nn.Module):
         y_rows = rows.to(self.dtype) if y is None else y.reshape(-1, self.d_out).to(self.dtype)
         if total_variance is None:
             total_variance = functional.Moments.of(y_rows).total_variance.to(self.dtype)
-        found = self.errors(rows, y_rows, dead_mask, k)
+        most = self.num_latents if self.family.trains_threshold else k  # no bound in use
+        found = self.errors(rows, y_rows, dead_mask, most)
         latents = in_rows(found.top_acts, found.top_indices, found.row_starts)
         return CoderOutput(
             found.sae_out.view(*x.shape[:-1], self.d_out),

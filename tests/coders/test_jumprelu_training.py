@@ -198,6 +198,7 @@ def test_a_row_has_no_more_than_eight_k_in_training() -> None:
         lengths = errors.row_starts.diff()
         assert lengths.max() == most if most == 16 else lengths.max() > 50
     assert found.levels is not None and found.levels.sum() > 0
+    assert ((coder(x).top_acts > 0).sum(1) == whole.row_starts.diff()).all()
 
 
 def test_steps_in_pieces_equal_whole_ones(

@@ -67,7 +67,7 @@ def test_a_set_is_the_same_function_there(
 def test_negative_thresholds_let_nothing_negative_through(tmp_path: Path) -> None:
     """circuit-tracer has no ReLU beside its thresholds: what is written is never below 0."""
     coders = {f"layers.{i}.mlp": random_coder(JUMPRELU["transcoder"]) for i in range(6)}
-    coders["layers.2.mlp"].threshold[:12] = -0.5
+    coders["layers.2.mlp"].threshold.data[:12] = -0.5
     run, out = run_with(tmp_path / "run", coders), tmp_path / "out"
     export(ExportConfig(str(run), out=str(out), to="circuit_tracer"))
     written = load_file(out / "layer_2.safetensors")

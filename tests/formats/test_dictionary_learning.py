@@ -63,7 +63,7 @@ def test_thresholds_are_the_same_function_there(
     if kind == "batchtopk":
         coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"))
     if kind in ("one threshold", "batchtopk"):
-        coder.threshold.fill_(1.5)
+        coder.threshold.data.fill_(1.5)
     run, out = save_run(tmp_path / "run", {"layers.3": coder}), tmp_path / "out"
     flags = ("--to", "dictionary_learning", "--out", str(out))
     assert call(monkeypatch, "export", str(run), *flags) == 0

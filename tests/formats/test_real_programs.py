@@ -88,7 +88,7 @@ def test_dictionary_learning_computes_the_same_with_thresholds(tmp_path: Path, k
     if kind == "batchtopk":
         coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"), 32)
     if kind in ("one threshold", "batchtopk"):
-        coder.threshold.fill_(1.5)
+        coder.threshold.data.fill_(1.5)
     theirs, _ = load_dictionary(str(exported(tmp_path, coder, "dictionary_learning")), "cpu")
     acts = theirs.encode(ROWS)
     assert_same(coder, acts, theirs.decode(acts))

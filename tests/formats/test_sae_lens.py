@@ -139,7 +139,7 @@ def test_thresholds_are_the_same_function_there(
 def test_batchtopk_is_exact_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In use it is a JumpReLU of one threshold; what it was trained as stands in the metadata."""
     coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"))
-    coder.threshold.fill_(0.7)
+    coder.threshold.data.fill_(0.7)
     out = exported(tmp_path, monkeypatch, {"layers.3": coder})
     cfg, tensors = parts(out / "layers.3")
     assert cfg["architecture"] == "jumprelu"

@@ -126,7 +126,7 @@ def coder_of_row(row: str) -> SparseCoder:
     )
     coder = random_coder(cfg, d_out=5 if "≠" in row else None)
     if kind == "batchtopk":
-        coder.threshold.fill_(1.5)
+        coder.threshold.data.fill_(1.5)
     return coder
 
 

@@ -25,7 +25,8 @@ def found(
     x, W_enc, b_enc, W_dec, bias = moved = [t.detach().clone().requires_grad_() for t in tensors]
     dead = torch.arange(0, len(W_enc), 2)
     if uneven:
-        latents, of_dead = ops.encode_in_groups(x, W_enc, b_enc, k, 4, bias, None, dead, 1)
+        groups = [len(rows) for rows in x.split(4) if len(rows)]
+        latents, of_dead = ops.encode_in_groups(x, W_enc, b_enc, k, groups, bias, None, dead, 1)
     else:
         arguments = (x, W_enc, b_enc, k, activation, bias, None, dead, 1)
         latents, of_dead = ops.encode_with_dead(*arguments)

@@ -19,8 +19,9 @@ from typing import Any, get_args
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
+from make_text import write_text
 from sae.config import Activation
 from sae.flag_checks import from_flags
 from train_sae import TrainConfig, train
@@ -32,9 +33,10 @@ PANELS = {"ce_recovered": "CE recovered", "fvu": "FVU"}
 def trained(kind: str, k: int, hookpoint: str, flags: dict[str, Any]) -> dict[str, Any]:
     """The held-out figures of a coder of this kind."""
     with tempfile.TemporaryDirectory() as folder:
+        write_text(Path(folder) / "text")
         given = {
             "model": str(ROOT / "demo/lm"),
-            "dataset": str(ROOT / "demo/text/train.jsonl"),
+            "dataset": f"{folder}/text/train.jsonl",
             "hookpoints": (hookpoint,),
             "activation": kind,
             "k": k,

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from make_text import write_text
+
 from sae.config import Activation
 from sae.flag_checks import from_flags
 from train_sae import TrainConfig, train

@@ -142,8 +142,7 @@ def train(
 
     # For each coder an optimizer and a record of what fires.
     optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}
-    silence = schedule.dead_threshold
-    firing = {n: FiringRecord(c.num_latents, silence(c), c.device) for n, c in bank.items()}
+    firing = {n: FiringRecord.of(c, schedule.dead_threshold(c)) for n, c in bank.items()}
     state = TrainingState(exchange, bank, optimizers, firing)
     evaluate = partial(held_out_figures, capture, state, source, held_out)
     rehearse_end(folder, capture, state, source, held_out)
@@ -171,9 +170,10 @@ def train(
         ranks.clear_traffic()
         k = {name: schedule.k(step, coder) for name, coder in bank.items()}
         dead = dead_latents(firing) if training.revives else dict.fromkeys(firing)
+        of_auxk = dead if training.auxk_alpha > 0 else dict.fromkeys(firing)
         if end_to_end is not None:  # the LM's own loss, with reconstructions spliced in
             for tokens in islice(forwards, training.grad_acc_steps):
-                end_to_end.backward(tokens, sums, dead, k)
+                end_to_end.backward(tokens, sums, of_auxk, k)
         for groups, counted, pairs in dealer.rows(step) if end_to_end is None else ():
             sums.rows.update(counted)
             # EDIT: what goes in and what should come out, {hookpoint: (x, y)}.
@@ -182,7 +182,7 @@ def train(
                 for name, coder in bank.at(hookpoint):
                     pieces = in_pieces(x, y, training.micro_acc_steps, groups.get(hookpoint))
                     for x_rows, y_rows, group in pieces:
-                        errors = coder.errors(x_rows, y_rows, dead[name], k[name], group)
+                        errors = coder.errors(x_rows, y_rows, of_auxk[name], k[name], group)
                         # EDIT: the loss, in units of squared error: FVU once all rows are in.
                         loss = errors.objective + auxiliary_loss(errors, training.auxk_alpha)
                         loss.backward()

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.step import machine
 from sae import SaeConfig
 from sae.coders.bank import CoderBank, costs
-from sae.coders.functional import Moments, accumulate
+from sae.coders.moments import Moments, accumulate
 from sae.config import TrainingConfig, Widths
 from sae.lm.capture import Pairs
 from sae.placement.exchange import Exchange

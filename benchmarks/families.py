@@ -31,13 +31,12 @@ COLOURS = ("#1b6ca8", "#d1495b", "#3a9d5d", "#8e5ea2", "#e08e29", "#555555")
 PANELS = {"ce_recovered": "CE recovered", "fvu": "FVU"}
 
 
-def trained(kind: str, k: int, hookpoint: str, flags: dict[str, Any]) -> dict[str, Any]:
+def trained(kind: str, k: int, hookpoint: str, text: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The held-out figures of a coder of this kind."""
     with tempfile.TemporaryDirectory() as folder:
-        write_text(Path(folder) / "text")
         given = {
             "model": str(ROOT / "demo/lm"),
-            "dataset": f"{folder}/text/train.jsonl",
+            "dataset": str(text / "train.jsonl"),
             "hookpoints": (hookpoint,),
             "activation": kind,
             "k": k,
@@ -119,16 +118,18 @@ def main() -> None:
     found = json.loads(args.out.read_text()) if args.out.exists() else {"results": []}
     if found["results"] and found["flags"] != asked["flags"]:
         sys.exit(f"{args.out} has results of other flags: {found['flags']}; give another --out")
-    for k in args.k:
-        for kind in args.kinds:
-            if any((r["kind"], r["k"]) == (kind, k) for r in found["results"]):
-                continue
-            result = trained(kind, k, args.hookpoint, flags)
-            print(json.dumps(result), flush=True)
-            results = [*found["results"], result]
-            found = {**asked, "date": str(datetime.date.today()), "results": results}
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
-            args.out.with_suffix(".svg").write_text(plot(results), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as text:
+        write_text(Path(text))
+        for k in args.k:
+            for kind in args.kinds:
+                if any((r["kind"], r["k"]) == (kind, k) for r in found["results"]):
+                    continue
+                result = trained(kind, k, args.hookpoint, Path(text), flags)
+                print(json.dumps(result), flush=True)
+                results = [*found["results"], result]
+                found = {**asked, "date": str(datetime.date.today()), "results": results}
+                args.out.write_text(json.dumps(found, indent=1) + "\n")
+                args.out.with_suffix(".svg").write_text(plot(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ def main() -> None:
         started = time.perf_counter()
         try:
             result[name] = sections[name](report)
-        except Exception as error:  # the rest is wanted all the same
+        except Exception as error:  # is reported, and the other sections still run
             report.line(name, f"{type(error).__name__}: {error}", False)
         report.line(f"{name}: time", f"{time.perf_counter() - started:.0f} s")
         result |= {"checks": report.lines, "failures": report.failures}

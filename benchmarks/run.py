@@ -202,7 +202,7 @@ def write_data(folder: Path, flags: dict[str, Any]) -> Tensor:
 def write_start(folder: Path, lm: Any, flags: dict[str, Any]) -> None:
     """Write the coder that both sides start from, its biases from the first rows."""
     from sae import SaeConfig, SparseCoder
-    from sae.coders.functional import Moments
+    from sae.coders.moments import Moments
     from sae.lm.capture import Capture
 
     hookpoint = flags["hookpoint"]
@@ -219,7 +219,8 @@ def write_start(folder: Path, lm: Any, flags: dict[str, Any]) -> None:
 def held_out_fvu(coder_folder: str, lm: Any, hookpoint: str, held: Tensor) -> float:
     """FVU, over all held-out rows, of a coder on disk."""
     from sae import SparseCoder
-    from sae.coders.functional import Moments, accumulate, squared_error
+    from sae.coders.functional import squared_error
+    from sae.coders.moments import Moments, accumulate
     from sae.lm.capture import Capture
 
     coder, moments, error = SparseCoder.load_from_disk(coder_folder), {}, 0.0

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from sae import SaeConfig
 from sae.coders.bank import CoderBank
 from sae.coders.firing import FiringRecord
-from sae.coders.functional import Moments
+from sae.coders.moments import Moments
 from sae.config import KernelChoice, TrainingConfig, Widths
 from sae.kernels.sparse_products import ByLatent, sampled_product
 from sae.kernels.twins import Kernels

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from sae.coders.bank import CoderBank
 from sae.coders.firing import FiringRecord, dead_latents
-from sae.coders.functional import Moments
+from sae.coders.moments import Moments
 from sae.config import DataConfig, ModelConfig, SparseCoderConfig, TrainingConfig, Widths
 from sae.data.blocks import split_blocks
 from sae.data.text import load_tokens

@@ -80,7 +80,7 @@ def flags_marked(cfg: Any, mark: str) -> set[str]:
 def from_flags(cls: type[T], flags: dict[str, Any]) -> T:
     """A config, and the groups in it, from flags by their names; the rest have their defaults."""
     values = {}
-    for f in fields(cls):  # type: ignore[arg-type]  # a dataclass
+    for f in fields(cls):  # type: ignore[arg-type]  # cls and its groups are dataclasses
         if is_dataclass(f.default):
             values[f.name] = from_flags(type(f.default), flags)
         elif f.name in flags:

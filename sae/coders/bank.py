@@ -15,7 +15,7 @@ from ..formats.hub import HubName, coders_folder
 from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
 from .families.family import family_of
-from .functional import Moments, Scale
+from .moments import Moments, Scale
 from .sharded import Group, ShardedCoder
 from .sparse_coder import SparseCoder
 

@@ -1,8 +1,13 @@
 """How often each latent fires, and how many tokens ago it last did."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .sparse_coder import SparseCoder
 
 
 class FiringRecord:
@@ -25,6 +30,11 @@ class FiringRecord:
         self.recent_rows = 0
         self.dead_count: int | None = None
         """How many latents are dead, where that has been asked of the device."""
+
+    @classmethod
+    def of(cls, coder: "SparseCoder", threshold: int) -> "FiringRecord":
+        """A record of a coder's latents, on its device."""
+        return cls(coder.num_latents, threshold, coder.device)
 
     def add_step_(self, counts: Int[Tensor, " L"], rows: int, dead: int | None = None) -> None:
         """Count an optimizer step of `rows` rows, of which `counts` activated each latent.

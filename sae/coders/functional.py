@@ -111,7 +111,7 @@ def encode_jumping(
     the latents with an activation of 0. Of a row with more than `most` of them those stay that are
     farthest above, of equal ones the first.
 
-    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), section 3.
+    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435).
     """
     pre_acts = _pre_acts(x, W_enc, b_enc, pre_bias, matmul_dtype)
     above = pre_acts - threshold.detach()
@@ -124,8 +124,8 @@ def encode_jumping(
     latents, counts = _in_rows(acts, kept, W_enc.dtype), near.sum(0)
     if dead is None:
         return latents, None, counts
-    of_dead = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
-    return latents, Latents(of_dead.acts, dead[of_dead.indices]), counts
+    of_dead = _largest_dead(x, W_enc, b_enc, pre_bias, matmul_dtype, dead, k_dead)
+    return latents, of_dead, counts
 
 
 def l0_gradient(
@@ -136,7 +136,7 @@ def l0_gradient(
     d L0 / d threshold = -near / (rows bandwidth);   L0 = sum fired / rows
 
     `near` and `fired` are counts of rows by latent, of which the first are those near the
-    threshold. Source: Rajamanoharan et al., section 3; a penalty of this form is that of
+    threshold. Source: Rajamanoharan et al.; a penalty of this form is that of
     dictionary_learning's trainer of such coders.
     """
     excess = fired.sum() / (rows * target) - 1
@@ -181,8 +181,7 @@ def encode_in_groups(
     latents = _in_rows(pre_acts, active & (pre_acts > 0), W_enc.dtype)
     if dead is None:
         return latents, None
-    of_dead = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
-    return latents, Latents(of_dead.acts, dead[of_dead.indices])
+    return latents, _largest_dead(x, W_enc, b_enc, pre_bias, matmul_dtype, dead, k_dead)
 
 
 def encode_with_dead(
@@ -201,8 +200,20 @@ def encode_with_dead(
     Source: Gao et al., appendix A.2 (AuxK).
     """
     latents = encode(x, W_enc, b_enc, k, activation, pre_bias, matmul_dtype)
-    among_dead = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
-    return latents, Latents(among_dead.acts, dead[among_dead.indices])
+    return latents, _largest_dead(x, W_enc, b_enc, pre_bias, matmul_dtype, dead, k_dead)
+
+
+def _largest_dead(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    pre_bias: Tensor | None,
+    matmul_dtype: torch.dtype | None,
+    dead: Tensor,
+    k_dead: int,
+) -> Latents:
+    found = encode(x, W_enc[dead], b_enc[dead], k_dead, "topk", pre_bias, matmul_dtype)
+    return Latents(found.acts, dead[found.indices])
 
 
 def encode_in_int8(
@@ -272,7 +283,7 @@ def reconstruct(
     `prefixes`, sae_out_m is the reconstruction from the active ones of the first m latents.
 
     Source: Gao et al., appendix A.2 (AuxK); Bussmann et al., "Learning Multi-Level Features with
-    Matryoshka Sparse Autoencoders" (arXiv 2503.17547), section 3 (prefixes).
+    Matryoshka Sparse Autoencoders" (arXiv 2503.17547; prefixes).
     """
     sae_out = decode(latents, W_dec) + offset
     error, dead_error, prefix_errors = squared_error(y, sae_out), None, None
@@ -294,6 +305,11 @@ def linear(
 ) -> Float[Tensor, "N D_out"]:
     """x W^T; `matmul_dtype` may be the precision of the factors, sums are of x's."""
     return x @ W.mT
+
+
+def k_dead(d_out: int, dead: Int[Tensor, " M"] | None) -> int:
+    """How many of the `dead` latents AuxK takes of a row: k_aux, or all where they are fewer."""
+    return 0 if dead is None else min(k_aux(d_out), len(dead))
 
 
 def k_aux(d_out: int) -> int:
@@ -332,57 +348,3 @@ def normalize_rows_(rows: Float[Tensor, "R D"]) -> None:
     """Scale every row to unit norm; rows of zeros stay."""
     norm = rows.norm(dim=1, keepdim=True)
     rows.div_(norm.where(norm > 0, 1))
-
-
-class Moments(NamedTuple):
-    """Count, sum and sum of squares of rows, in float64; they add over forwards and ranks."""
-
-    count: Tensor
-    total: Float[Tensor, " D"]
-    total_sq: Tensor
-
-    @classmethod
-    def of(cls, rows: Float[Tensor, "N D"]) -> "Moments":
-        """The moments of one set of rows."""
-        count = torch.full((), len(rows), dtype=torch.float64, device=rows.device)
-        if rows.is_cuda:  # one launch each, no copy in float64
-            total_sq = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
-            return cls(count, rows.sum(0, dtype=torch.float64), total_sq)
-        total, total_sq = count.new_zeros(rows.shape[1]), count.new_zeros(())
-        for block in rows.split(1024):  # the float64 copy stays small
-            wide = block.double()
-            total += wide.sum(0)
-            total_sq += torch.dot(wide.flatten(), wide.flatten())
-        return cls(count, total, total_sq)
-
-    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]  # no tuple
-        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
-
-    @property
-    def mean(self) -> Float[Tensor, " D"]:
-        """sum / count."""
-        return self.total / self.count
-
-    @property
-    def total_variance(self) -> Tensor:
-        """sum ||y - y_mean||^2 = sum ||y||^2 - ||sum y||^2 / count, the denominator of FVU."""
-        return self.total_sq - self.total.square().sum() / self.count
-
-
-class Scale(NamedTuple):
-    """The rms of what a coder reads and of what it predicts, each about its mean."""
-
-    x: float = 1.0
-    y: float = 1.0
-
-    @classmethod
-    def of(cls, x: Moments, y: Moments) -> "Scale":
-        """The scale of rows with these moments; 1 where all rows are equal."""
-        found = [float((m.total_variance / (m.count * len(m.total))).sqrt()) for m in (x, y)]
-        return cls(*(rms if rms > 0 else 1.0 for rms in found))
-
-
-def accumulate(moments: dict[str, Moments], key: str, rows: Float[Tensor, "N D"]) -> None:
-    """Add the moments of `rows` to `moments[key]`."""
-    seen = Moments.of(rows)
-    moments[key] = moments[key] + seen if key in moments else seen

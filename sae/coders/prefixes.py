@@ -13,7 +13,7 @@ def prefixes_of(cfg: SparseCoderConfig, d_in: int) -> tuple[int, ...]:
     """Latents of each prefix of a coder `d_in` wide, the last has all; none without --matryoshka.
 
     Source: Bussmann et al., "Learning Multi-Level Features with Matryoshka Sparse Autoencoders"
-    (arXiv 2503.17547), section 3.
+    (arXiv 2503.17547).
     """
     latents = cfg.latents(d_in)
     return tuple(round(latents * share) for share in accumulate(cfg.matryoshka))

@@ -16,6 +16,7 @@ from ..kernels.entries import Entries, in_rows
 from ..kernels.twins import Kernels, Latents
 from . import functional
 from .families.family import family_of
+from .moments import Moments, Scale
 from .outputs import CoderErrors, CoderOutput, EncoderOutput
 from .prefixes import prefixes_of
 
@@ -35,7 +36,7 @@ class SparseCoder(nn.Module):
     kernels: Kernels = Kernels()
     """What computes: the kernels of the run, or `functional`, the specification."""
 
-    scale: functional.Scale = functional.Scale()
+    scale: Scale = Scale()
     """What learning rates are in units of; none, unless training has set it."""
 
     threshold: Tensor
@@ -182,7 +183,7 @@ class SparseCoder(nn.Module):
         rows = x.reshape(-1, self.d_in)
         y_rows = rows.to(self.dtype) if y is None else y.reshape(-1, self.d_out).to(self.dtype)
         if total_variance is None:
-            total_variance = functional.Moments.of(y_rows).total_variance.to(self.dtype)
+            total_variance = Moments.of(y_rows).total_variance.to(self.dtype)
         most = self.num_latents if self.family.trains_threshold else k  # no bound in use
         found = self.errors(rows, y_rows, dead_mask, most)
         latents = in_rows(found.top_acts, found.top_indices, found.row_starts)

@@ -73,7 +73,7 @@ def about_lm(model: str | None) -> tuple[str | None, int | None]:
         return None, None
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except Exception:  # a config's checks raise errors of many kinds
+    except Exception:  # not at hand, or this transformers cannot read it
         return None, None
     return config.model_type, getattr(config, "num_hidden_layers", None)
 

@@ -53,11 +53,11 @@ def table(evaluation: Evaluation) -> str:
 
 def mixing_table(evaluation: Evaluation) -> str:
     """How far latents are mixed, a line for each coder; see docs/metrics.md."""
-    head = ["coder", "nearest", "twins", "aligned", "misaligned", "entropy", "dense", "explain"]
+    head = ["coder", "nearest", "copies", "aligned", "misaligned", "entropy", "dense", "explain"]
     rows = [head]
     for name, figures in evaluation.coders.items():
         if (m := figures.mixing) is not None:
-            cells = [_cell(m.nearest_cosine), _cell(m.twins, "%"), _cell(m.alignment)]
+            cells = [_cell(m.nearest_cosine), _cell(m.copies, "%"), _cell(m.alignment)]
             cells += [_cell(m.misaligned, "%"), _cell(m.firing_entropy)]
             rows.append([name, *cells, _cell(m.dense_share, "%"), _cell(m.dense_explains, "%")])
     return _in_columns(rows)

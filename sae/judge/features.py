@@ -16,9 +16,10 @@ from jaxtyping import Int
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..coders.sparse_coder import SparseCoder
+from ..data.tokenizing import load_tokenizer
 from ..flag_checks import UsageError
 from ..runs.json_files import check_target
 from .compare import figures_of, summary_of
@@ -174,12 +175,9 @@ def of_prefix(trained: TrainedCoders, latents: int) -> TrainedCoders:
 
 
 def _tokenizer(trained: TrainedCoders) -> Any:
-    model = trained.model
     try:
-        return AutoTokenizer.from_pretrained(
-            model.model, revision=model.revision, token=model.hf_token, trust_remote_code=False
-        )
-    except Exception:  # an LM that was trained on token ids may have none, or a part of one
+        return load_tokenizer(trained.model.model, trained.model)
+    except UsageError:  # an LM that was trained on token ids may have none, or a part of one
         return None
 
 

@@ -15,7 +15,7 @@ from natsort import natsorted
 from torch import Tensor
 
 from ..coders.bank import CoderBank
-from ..coders.functional import Moments, accumulate
+from ..coders.moments import Moments, accumulate
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
 from ..lm.capture import Pairs, RowReader

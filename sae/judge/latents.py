@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,20 +76,38 @@ def _final_norm(lm: PreTrainedModel) -> Any:
     return None
 
 
+class Nearest(NamedTuple):
+    """Of C rows the K largest cosines with other rows, and the numbers of these."""
+
+    values: Float[Tensor, "C K"]
+    indices: Int[Tensor, "C K"]
+
+
 @torch.no_grad()
 def neighbours(
     coder: SparseCoder, latents: Int[Tensor, " C"], count: int = 8
 ) -> list[list[tuple[int, float]]]:
     """For each latent the others with the largest cosine between decoder rows; of its prefix."""
     assert coder.W_dec is not None
-    rows = F.normalize(coder.W_dec[: coder.prefix], dim=1)
-    found = []
-    for part in latents.split(256):
+    best = nearest_rows(coder.W_dec[: coder.prefix], latents, count)
+    return [_pairs(best, i) for i in range(len(latents))]
+
+
+@torch.no_grad()
+def nearest_rows(
+    rows: Float[Tensor, "L D"], chosen: Int[Tensor, " C"], count: int, block: int = 256
+) -> Nearest:
+    """Of each chosen row the `count` others with the largest cosine, or all others.
+
+    `block` rows at a time meet all others.
+    """
+    rows, count = F.normalize(rows, dim=1), min(count, max(0, len(rows) - 1))
+    found = [Nearest(rows.new_empty(0, count), chosen.new_empty(0, count))]
+    for part in chosen.split(block) if count else ():
         cosines = rows[part] @ rows.T
-        cosines.scatter_(1, part[:, None], -2.0)
-        best = cosines.topk(min(count, len(rows) - 1), dim=1)
-        found += [_pairs(best, i) for i in range(len(part))]
-    return found
+        cosines.scatter_(1, part[:, None], -torch.inf)
+        found.append(Nearest(*cosines.topk(count, dim=1)))
+    return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 class Words:

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..coders.bank import CoderBank
 from ..coders.sparse_coder import SparseCoder
 from ..lm.capture import Pairs
+from .latents import nearest_rows
 
 DENSE = 0.1
 """Share of rows above which a latent that is active on them is called dense."""
-_TWIN, _ALIGNED = 0.9, 0.5  # cosines
+_COPY, _ALIGNED = 0.9, 0.5  # cosines
 _BLOCK, _SAMPLE = 1024, 4096
 _BINS = torch.linspace(0, 1, 21, dtype=torch.float64)
 
@@ -30,7 +31,7 @@ class Mixing:
     nearest_cosine_histogram: list[int]
     """Latents by it: 20 bins from 0 to 1, what is below 0 in the first."""
 
-    twins: float | None
+    copies: float | None
     """Share of latents of which it is above .9."""
 
     alignment: float | None
@@ -56,16 +57,10 @@ def nearest_cosines(
 
     `block` rows at a time meet all others.
     """
-    rows = F.normalize(W_dec, dim=1)
-    chosen = torch.arange(len(rows))
-    if len(rows) > sample:
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:sample]
-    found = [rows.new_empty(0)]
-    for part in chosen.to(rows.device).split(block) if len(rows) > 1 else ():
-        cosines = rows[part] @ rows.T
-        cosines.scatter_(1, part[:, None], -torch.inf)
-        found.append(cosines.amax(1))
-    return torch.cat(found)
+    chosen = torch.arange(len(W_dec))
+    if len(W_dec) > sample:
+        chosen = torch.randperm(len(W_dec), generator=torch.Generator().manual_seed(0))[:sample]
+    return nearest_rows(W_dec, chosen.to(W_dec.device), 1, block).values.flatten()
 
 
 def firing_entropy(fired: Float[Tensor, " L"]) -> float:
@@ -88,10 +83,10 @@ def dense_errors(
         for name, (x, y) in ((name, pairs[bank.hookpoint[name]]) for name in dense):
             coder = bank[name]
             source, target = x if coder.cfg.transcode else y, y.to(coder.dtype)
-            acts, indices = coder.encode(source)
-            of_dense = coder.decode(acts * dense[name][indices], indices) - coder.b_dec
-            sae_out = coder.errors(source, target).sae_out
-            sums[name] += (target - sae_out + of_dense).double().square().sum().cpu()
+            found = coder(source, target, total_variance=1.0)
+            acts = found.top_acts * dense[name][found.top_indices]
+            of_dense = coder.decode(acts, found.top_indices) - coder.b_dec
+            sums[name] += (target - found.sae_out + of_dense).double().square().sum().cpu()
     return {name: float(total) for name, total in sums.items()}
 
 
@@ -109,7 +104,7 @@ def mixing(coder: SparseCoder, fired: Float[Tensor, " L"], rows: float) -> Mixin
     return Mixing(
         nearest_cosine=_mean(nearest),
         nearest_cosine_histogram=_histogram(nearest),
-        twins=_mean(nearest > _TWIN),
+        copies=_mean(nearest > _COPY),
         alignment=None if aligned is None else _mean(aligned),
         misaligned=None if aligned is None else _mean(aligned < _ALIGNED),
         firing_entropy=firing_entropy(fired),

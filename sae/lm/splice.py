@@ -106,7 +106,7 @@ def _replaced(
 def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, the module computes `forward`."""
     before = vars(module).get("forward")  # compiled, or replaced at another hookpoint of it
-    module.forward = forward  # type: ignore[method-assign]  # for one call
+    module.forward = forward
     try:
         yield
     finally:

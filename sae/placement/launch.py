@@ -198,7 +198,7 @@ def shard(
         if compiled:
             compile_blocks(lm, hookpoints)
         same = lm.device.type == accelerator.device.type
-        return lm if same else lm.to(accelerator.device)  # type: ignore[arg-type]  # stubs lack it
+        return lm if same else lm.to(accelerator.device)
     if compiled:
         raise UsageError("--compile: does not work on a sharded LM; leave it out")
     engine = accelerator.prepare(lm)

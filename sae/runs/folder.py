@@ -106,8 +106,7 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
     A flag that run.json does not name is newer than the run, which had its default, or did what
     was done then.
     """
-    recorded = read_json(folder / "run.json")
-    before = {**flags_of(type(cfg)()), **_before(recorded), **recorded}
+    before = {**flags_of(type(cfg)()), **_as_done_then(read_json(folder / "run.json"))}
     if flags["sequences_per_batch"] != _sequences_per_batch(before):
         raise UsageError(
             f"--resume: --batch_size times --grad_acc_steps times the number of ranks is "
@@ -129,18 +128,23 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
             )
 
 
-def _before(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What flags mean that are newer than a run, where it was not their default that was done."""
-    found: dict[str, Any] = {"wake_alpha": 0.0}
+def _as_done_then(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A run's flags, with what was done where a flag is newer, or had another default then."""
+    if "wake_alpha" in recorded:
+        return recorded
+    done: dict[str, Any] = {**recorded, "wake_alpha": 0.0}
+    if recorded.get("activation") == "batchtopk" and recorded.get("steps_per_batch") is None:
+        done["steps_per_batch"] = 1  # its rows were not dealt
     if "lr_warmup_steps" not in recorded:
-        return found
-    found |= {"lr_warmup": recorded.pop("lr_warmup_steps"), "lr_decay": 1.0}
-    found |= {"steps_per_batch": 1, "encoder_lr": 1.0, "rms_units": False}
-    found |= {"adam_beta1": 0.9, "adam_beta2": 0.999}
+        return done
+    del done["lr_warmup_steps"]
+    done |= {"lr_warmup": recorded["lr_warmup_steps"], "lr_decay": 1.0}
+    done |= {"steps_per_batch": 1, "encoder_lr": 1.0, "rms_units": False}
+    done |= {"adam_beta1": 0.9, "adam_beta2": 0.999}
     by_rule = {"adam": "2e-4 / sqrt(latents / 2^14)", "muon": 2e-3}
     if recorded.get("lr") is None and recorded.get("optimizer") in by_rule:
-        recorded["lr"] = by_rule[recorded["optimizer"]]
-    return found
+        done["lr"] = by_rule[recorded["optimizer"]]
+    return done
 
 
 def _sequences_per_batch(flags: dict[str, Any]) -> Any:

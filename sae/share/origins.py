@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from ..data.tokenizing import leading_tokens
+from ..config import ModelConfig
+from ..data.tokenizing import leading_tokens, load_tokenizer
+from ..flag_checks import UsageError
 from ..formats.hook_names import about_lm
 from ..formats.origin import Origin
 from ..runs.json_files import read_json
@@ -37,8 +37,8 @@ def _begins_with_bos(flags: dict[str, Any], model: str | None) -> bool | None:
     if model is None or are_ids or flags.get("text_column") == "input_ids":
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception:  # a tokenizer's files may be wrong in many ways
+        tokenizer = load_tokenizer(model, ModelConfig(model))
+    except UsageError:  # an LM that was trained on token ids may have none
         return None
     return bool(leading_tokens(tokenizer)) and not flags.get("bos_per_document")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..coders.functional import Moments
+from ..coders.moments import Moments
 from ..coders.outputs import CoderErrors
 from ..coders.sparse_coder import SparseCoder
 
@@ -29,7 +29,8 @@ def wake_dead_(
     term is as large as what a latent gets that fires on k / L of the rows. It is linear, so its
     gradient needs the sum of the rows alone: `x` are their moments, over all ranks.
 
-    After: Anthropic, "Circuits Updates - January 2025", a loss on pre-activations of dead latents.
+    After the pre-activation loss of Anthropic, "Circuits Updates - January 2025"
+    (transformer-circuits.pub/2025/january-update), on what a latent lacks to its threshold.
     """
     encoder = coder.encoder
     if dead is None or x is None or wake_alpha == 0 or encoder.weight.grad is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coders.functional import Scale
+from ..coders.moments import Scale
 from ..coders.sharded import ShardedCoder
 from ..coders.sharded_kernels import share
 from ..coders.sparse_coder import SparseCoder
@@ -51,7 +51,7 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
         self._kernels = kernels or Kernels()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # of one use
+    def step(self, closure: None = None) -> None:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             lr, beta = group["lr"], group["beta"]
@@ -91,7 +91,7 @@ class ShardedMuon(torch.optim.Muon):
         self._layout = {p: coder.cuts[name] for name, p in matrices.items()}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # of one use
+    def step(self, closure: None = None) -> None:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..batch import TokenBatch
-from ..coders.functional import Moments, accumulate
+from ..coders.moments import Moments, accumulate
 from ..flag_checks import UsageError
 from ..lm.capture import RowReader
 from ..placement.ranks import Ranks

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..coders.bank import CoderBank
-from ..coders.functional import Moments, accumulate
+from ..coders.moments import Moments, accumulate
 from ..coders.outputs import CoderErrors
 from ..coders.sparse_coder import SparseCoder
 

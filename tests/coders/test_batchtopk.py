@@ -3,7 +3,9 @@
 The right values are computed from the paper's equations in float64.
 """
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +250,20 @@ def test_flags_that_do_not_go_with_it_are_refused(flags: dict[str, Any], message
     """Losses of 4k latents and of the LM, before anything is loaded."""
     with pytest.raises(UsageError, match=message):
         from_flags(TrainConfig, {"activation": "batchtopk", **flags})
+
+
+def test_a_run_whose_rows_were_not_dealt_goes_on_so(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """Rows of this kind were not dealt once: to resume such a run --steps_per_batch must say so."""
+    undealt = {**FLAGS, "group_sequences": 1, "steps_per_batch": 1}
+    straight = run(lm, tokens, settings, run_name="r", save_every=10, **undealt)
+    record = Path(settings["save_dir"]) / "r" / "run.json"
+    flags = {n: v for n, v in json.loads(record.read_text()).items() if n != "wake_alpha"}
+    record.write_text(json.dumps({**flags, "steps_per_batch": None}))
+    shutil.rmtree(record.parent / f"step_{straight['step']}")
+    given = {n: value for n, value in undealt.items() if n != "steps_per_batch"}
+    with pytest.raises(UsageError, match="--steps_per_batch is None now and was 1 when"):
+        run(lm, tokens, settings, run_name="r", resume=True, **given)
+    resumed = run(lm, tokens, settings, run_name="r", save_every=10, resume=True, **undealt)
+    assert_identical(weights(resumed), weights(straight))

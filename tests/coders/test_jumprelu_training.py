@@ -26,7 +26,7 @@ from sae import SaeConfig, SparseCoder, TranscoderConfig
 from sae.coders import functional
 from sae.coders.bank import CoderBank
 from sae.coders.families import jumprelu
-from sae.coders.functional import Moments, Scale
+from sae.coders.moments import Moments, Scale
 from sae.config import KernelChoice, Widths
 from sae.kernels import selection
 from sae.kernels.twins import Kernels

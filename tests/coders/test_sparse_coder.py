@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, UsageError
-from sae.coders import functional
+from sae.coders.moments import Moments
 
 
 def test_sae_starts_as_its_unit_normed_encoder() -> None:
@@ -24,7 +24,7 @@ def test_transcoder_starts_at_zero_and_centered() -> None:
     assert coder.W_dec.shape == (30, 5) and coder.W_skip.shape == (5, 12)
     assert coder.W_dec.count_nonzero() == coder.W_skip.count_nonzero() == 0
     x, y = torch.randn(50, 12) + 3, torch.randn(50, 5) - 2
-    coder.center_(functional.Moments.of(x).mean, functional.Moments.of(y).mean)
+    coder.center_(Moments.of(x).mean, Moments.of(y).mean)
     pre_acts = coder.encoder(x.mean(0))
     torch.testing.assert_close(pre_acts, torch.zeros(30), atol=1e-5, rtol=0)
     torch.testing.assert_close(coder.b_dec.data, y.mean(0))
@@ -67,7 +67,7 @@ def test_fvu_of_parts_over_the_whole_variance_adds_up() -> None:
     coder = SparseCoder(10, SaeConfig(num_latents=64, k=3, multi_topk=True))
     x, dead = torch.randn(24, 10) + 5, torch.arange(64) < 9
     whole = coder(x, dead_mask=dead)
-    variance = functional.Moments.of(x).total_variance
+    variance = Moments.of(x).total_variance
     torch.testing.assert_close(variance, (x - x.mean(0)).double().pow(2).sum(), rtol=1e-6, atol=0)
     parts = [coder(piece, dead_mask=dead, total_variance=variance) for piece in x.split(7)]
     for i in (3, 4, 5):
@@ -80,7 +80,7 @@ def test_errors_are_fvu_before_it_is_divided() -> None:
     coder.W_dec.data.normal_()  # type: ignore[union-attr]  # it has a decoder
     x, y, dead = torch.randn(24, 10), torch.randn(24, 6), torch.arange(0, 64, 3)
     out, errors = coder(x, y, dead), coder.errors(x, y, dead)
-    variance = functional.Moments.of(y).total_variance
+    variance = Moments.of(y).total_variance
     for loss, error in zip(out[3:], errors[3:6], strict=True):
         assert error > 0
         torch.testing.assert_close(loss, (error / variance).float())

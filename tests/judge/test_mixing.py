@@ -62,7 +62,7 @@ def test_entropy_is_1_where_all_fire_alike() -> None:
 
 
 def test_only_latents_that_fire_count() -> None:
-    """Dead rows are no twins; a transcoder's rows are of two spaces, so no cosine is taken."""
+    """Dead rows are no copies; a transcoder's rows are of two spaces, so no cosine is taken."""
     coder = SparseCoder(6, SaeConfig(num_latents=20, k=2))
     assert coder.W_dec is not None
     coder.W_dec.data[3] = coder.W_dec.data[11]
@@ -70,7 +70,7 @@ def test_only_latents_that_fire_count() -> None:
     found, alive = mixing(coder, fired, 60.0), (fired > 0)
     right = largest_of_others(coder.W_dec.detach()[alive])
     assert found.nearest_cosine == pytest.approx(float(right.mean()), rel=1e-5)
-    assert found.twins == pytest.approx(float((right > 0.9).double().mean()))
+    assert found.copies == pytest.approx(float((right > 0.9).double().mean()))
     assert sum(found.nearest_cosine_histogram) == 18
     assert found.dense_share == pytest.approx(12 / 20)  # more than 6 of 60 rows, and not 11
     of_transcoder = mixing(SparseCoder(6, TranscoderConfig(num_latents=20, k=2)), fired, 60.0)
@@ -117,7 +117,7 @@ def test_evaluate_says_how_latents_are_mixed(
     )
     expected = {
         "nearest_cosine": float(nearest.mean()),
-        "twins": float((nearest > 0.9).double().mean()),
+        "copies": float((nearest > 0.9).double().mean()),
         "alignment": float(aligned.double().mean()),
         "misaligned": float((aligned < 0.5).double().mean()),
         "firing_entropy": float(-(p * p.log()).sum() / math.log(128)),
@@ -130,7 +130,7 @@ def test_evaluate_says_how_latents_are_mixed(
     assert found.pop("nearest_cosine_histogram") == bins
     assert found == pytest.approx(expected, rel=1e-4)
     shown = [
-        f"{v:.2%}" if n in ("twins", "misaligned") or "dense" in n else f"{v:.4f}"
+        f"{v:.2%}" if n in ("copies", "misaligned") or "dense" in n else f"{v:.4f}"
         for n, v in found.items()
     ]
     assert line == ["layers.1", *shown]

@@ -14,7 +14,7 @@ from training_runs import LOSSES, Settings, first_batches, run, scalars, weights
 from transformers import PreTrainedModel
 
 from sae.coders.bank import CoderBank
-from sae.coders.functional import Moments
+from sae.coders.moments import Moments
 from sae.coders.sparse_coder import SparseCoder
 from sae.flag_checks import from_flags
 from sae.lm.capture import Capture, measure_widths

@@ -8,7 +8,7 @@ import torch
 from training_runs import coder_optimizer
 
 from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
-from sae.coders.functional import Moments, Scale
+from sae.coders.moments import Moments, Scale
 from sae.training.losses import divide_gradients_, wake_dead_
 from sae.training.optim import CoderOptimizer, ScheduleFreeSignum
 from sae.training.schedules import Schedule

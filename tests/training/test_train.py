@@ -320,3 +320,26 @@ def test_kernels_torch_leaves_linear_layers_to_pytorch(
         used.clear()
         run(lm, tokens, settings, run_name=choice, kernels=choice, layers=(0,), max_examples=16)
         assert used == {expected}
+
+
+def test_auxk_of_weight_0_is_not_computed(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where dead latents are woken alone, no forward is told of them."""
+    told, woken = [], []
+    errors, wake = SparseCoder.errors, train_sae.wake_dead_
+
+    def noted(coder: SparseCoder, *args: Any, **kwargs: Any) -> Any:
+        told.extend(args[2:3])
+        return errors(coder, *args, **kwargs)
+
+    def noted_too(coder: SparseCoder, dead: Tensor | None, *args: Any) -> None:
+        woken.append(dead)
+        wake(coder, dead, *args)
+
+    monkeypatch.setattr(SparseCoder, "errors", noted)
+    monkeypatch.setattr(train_sae, "wake_dead_", noted_too)
+    flags = {"layers": (1,), "dead_feature_threshold": 50, "auxk_alpha": 0.0}
+    run(lm, tokens, settings, run_name="a", **flags)
+    assert told and all(dead is None for dead in told)
+    assert any(dead is not None for dead in woken)

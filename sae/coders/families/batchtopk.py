@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.entries import Entries, group_of_rows
 from ...kernels.twins import Latents
-from ..functional import k_aux
+from ..functional import k_dead
 from .family import Selected, WithThreshold
 
 if TYPE_CHECKING:
@@ -40,11 +40,10 @@ class BatchTopK(WithThreshold):
         """The k B largest of groups of rows, and AuxK's; without groups those above threshold."""
         if groups is None:
             return Selected(self.encode(coder, rows, k))
-        encoder, k_dead = coder.encoder, 0
-        if dead is not None:
-            k_dead = min(k_aux(coder.d_out), len(dead))
+        encoder = coder.encoder
         arguments = (rows, encoder.weight, encoder.bias, k, groups, coder.pre_bias)
-        found = coder.kernels.encode_in_groups(*arguments, coder.matmul_dtype, dead, k_dead)
+        of_dead = (dead, k_dead(coder.d_out, dead))
+        found = coder.kernels.encode_in_groups(*arguments, coder.matmul_dtype, *of_dead)
         return Selected(*found, levels=_levels(found[0], groups))
 
     def no_levels(self, coder: "SparseCoder") -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...flag_checks import UsageError, refuse
-from ..functional import k_aux, l0_gradient
+from ..functional import k_dead, l0_gradient
 from .family import Selected, WithThreshold
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class JumpReLU(WithThreshold):
     `l0_gradient`. All other parameters get those of FVU. Thresholds start where L0 is about k, so
     the penalty needs no warm-up.
 
-    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435), section 3; the bandwidth in
+    Source: Rajamanoharan et al., "Jumping Ahead" (arXiv 2407.14435); the bandwidth in
     units of norms: Lieberum et al., "Gemma Scope" (arXiv 2408.05147), section 3.2; the penalty:
     dictionary_learning's JumpReLU trainer, with a weight that fits FVU.
     """
@@ -56,12 +56,10 @@ class JumpReLU(WithThreshold):
         """Without gradients those in use; in training at most 8 k of a row, and AuxK's."""
         if dead is None and not torch.is_grad_enabled():
             return Selected(self.encode(coder, rows, k))
-        encoder, k_dead = coder.encoder, 0
-        if dead is not None:
-            k_dead = min(k_aux(coder.d_out), len(dead))
+        encoder = coder.encoder
         arguments = (rows, encoder.weight, encoder.bias, coder.threshold, bandwidth(coder))
         most = min(self.candidates * k, coder.num_latents)
-        others = (coder.pre_bias, coder.matmul_dtype, dead, k_dead)
+        others = (coder.pre_bias, coder.matmul_dtype, dead, k_dead(coder.d_out, dead))
         return Selected(*coder.kernels.encode_jumping(*arguments, most, *others))
 
     @torch.no_grad()

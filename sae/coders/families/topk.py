@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...config import SparseCoderConfig
 from ...kernels.twins import Latents
-from ..functional import k_aux
+from ..functional import k_dead
 from .family import Family, Selected
 
 if TYPE_CHECKING:
@@ -35,10 +35,8 @@ class TopK(Family):
         """The k active latents, and the k_aux largest of the `dead` out of the same product."""
         if dead is None:
             return Selected(self.encode(coder, rows, k))
-        k_dead = min(k_aux(coder.d_out), len(dead))
-        arguments = self._arguments(coder, rows, k)
-        found = coder.kernels.encode_with_dead(*arguments, dead=dead, k_dead=k_dead)
-        return Selected(*found)
+        arguments, of_dead = self._arguments(coder, rows, k), k_dead(coder.d_out, dead)
+        return Selected(*coder.kernels.encode_with_dead(*arguments, dead=dead, k_dead=of_dead))
 
     def _arguments(self, coder: "SparseCoder", rows: Tensor, k: int) -> tuple[Any, ...]:
         encoder, activation = coder.encoder, coder.cfg.activation

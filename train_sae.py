@@ -35,6 +35,7 @@ from sae.data.text import load_tokens
 from sae.judge.figures import held_out_figures, rehearse_end
 from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture, each_once, in_pieces, measure_widths
+from sae.lm.joined import join
 from sae.lm.loading import fetch_weights, find_hookpoints, load_lm, token_limits
 from sae.lm.probe import checked
 from sae.lm.rows import RowRule
@@ -49,6 +50,7 @@ from sae.runs.folder import open_run, recorded_flags, run_folder
 from sae.runs.lock import unlock
 from sae.runs.norm_limits import limit_norms
 from sae.runs.outcome import keep_best, summarize
+from sae.runs.part_scales import coder_config, scale_parts
 from sae.training.bad_steps import BadSteps, Metrics, ask, bad_number
 from sae.training.end_to_end import EndToEnd
 from sae.training.given_rows import Activations, GivenRows
@@ -117,30 +119,29 @@ def train(
         load = partial(load_tokens, data, cfg.model, token_limits(lm), lm.name_or_path, dataset)
     else:
         capture, widths = given, given.widths
+    capture, widths = join(capture, widths, cfg.coder.crosscoder)
 
-    # Coders, one per hookpoint and seed: all of them, or those that live on this rank.
+    # Which ranks train the coders of which hookpoint.
     seeds, placed = training.init_seeds, (machine.layer_to_rank, machine.ranks_per_coder)
     exchange = Exchange(ranks, costs(widths, cfg.coder, seeds), machine.distribute_modules, *placed)
-    here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups)
-    with ranks.together():
-        bank = CoderBank(here, cfg.coder, seeds, ranks.device, *how)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     source = given or ranks.main_first(load)
     held_out, trained_on = split_blocks(source, data, per_batch)
-    order = source.order(trained_on, data.shuffle_seed)
-    dealt = dealing(cfg, per_batch, source.block_len)
-    plan = BatchPlan(order, per_batch, *dealt, data.shuffle_seed)
+    seed, dealt = data.shuffle_seed, dealing(cfg, per_batch, source.block_len)
+    plan = BatchPlan(source.order(trained_on, seed), per_batch, *dealt, seed)
     total_steps = plan.total_steps
     schedule = Schedule(training, total_steps, per_batch * source.block_len // plan.steps)
-    if not resumes:
-        schedule.check()
 
     # Rows too long to be trained on, by those of the first batch.
     first_batches = partial(ranks.batches, source, plan.first, training.batch_size)
     capture = limit_norms(capture, cfg.model.exclude_norm, first_batches(), folder, resumes, ranks)
+    capture = scale_parts(capture, first_batches(), folder, resumes, ranks)
 
-    # For each coder an optimizer and a record of what fires.
+    # Coders of this rank, by hookpoint and seed, each with an optimizer and a record of what fires.
+    here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups)
+    with ranks.together():
+        bank = CoderBank(here, coder_config(cfg.coder, capture), seeds, ranks.device, *how)
     optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}
     firing = {n: FiringRecord.of(c, schedule.dead_threshold(c)) for n, c in bank.items()}
     state = TrainingState(exchange, bank, optimizers, firing)
@@ -150,15 +151,15 @@ def train(
     # The start: the last checkpoint, trained coders, or the means of the first batch's rows.
     first_step, seconds = 0, 0.0
     if resumes:
-        first_step, seconds = checkpoint.restore(folder, source.fingerprint, state)
+        first_step, seconds = checkpoint.restore(folder, source, state)
     else:
+        schedule.check()
         bank.center_(*first_moments(capture, first_batches(), ranks), training.rms_units)
     if not resumes and training.finetune is not None:
         ranks.main_first(bank.load_pretrained, training.finetune)
         bank.normalize_decoders_()
     end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None
     bad_steps = BadSteps(training.max_bad_steps, ranks)
-
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
     log.start(len(held_out) * source.block_len, kernels_description)
     forwards = ranks.batches(source, plan.from_step(first_step), training.batch_size)
@@ -230,8 +231,7 @@ def train(
         if stop or step + 1 == total_steps or (step + 1) % cfg.run.save_every == 0:
             if cfg.run.save_best:
                 keep_best(folder, step + 1, evaluate().fvu(), state)
-            fingerprint, keep_last = source.fingerprint, cfg.run.keep_last
-            checkpoint.save(folder, step + 1, log.seconds, fingerprint, state, keep_last)
+            checkpoint.save(folder, step + 1, log.seconds, source, state, cfg.run.keep_last)
         if stop:
             log.close()
             unlock(folder)

@@ -2,8 +2,8 @@
 
     python benchmarks/families.py --out benchmarks/results/families.json
 
-Every kind that --activation names is trained on the demo LM with each --k, by the script itself and
-its default recipe. A plot of the same name ends in .svg. Results are added to the file as they
+Every kind that --activation names, and topk with the prefixes of --matryoshka, is trained on the demo
+LM with each --k, by the script itself and its default recipe. A plot of the same name ends in .svg. Results are added to the file as they
 come, and what is there already is not trained again.
 """
 
@@ -28,6 +28,9 @@ from sae.flag_checks import from_flags
 from train_sae import TrainConfig, train
 
 COLOURS = ("#1b6ca8", "#d1495b", "#3a9d5d", "#8e5ea2", "#e08e29", "#555555")
+MATRYOSHKA = (0.0625, 0.0625, 0.125, 0.25, 0.5)
+KINDS: dict[str, dict[str, Any]] = {kind: {"activation": kind} for kind in get_args(Activation)}
+KINDS["matryoshka"] = {"matryoshka": MATRYOSHKA}
 PANELS = {"ce_recovered": "CE recovered", "fvu": "FVU"}
 
 
@@ -38,7 +41,7 @@ def trained(kind: str, k: int, hookpoint: str, text: Path, flags: dict[str, Any]
             "model": str(ROOT / "demo/lm"),
             "dataset": str(text / "train.jsonl"),
             "hookpoints": (hookpoint,),
-            "activation": kind,
+            **KINDS[kind],
             "k": k,
             "save_dir": folder,
             "log_with": "none",
@@ -101,7 +104,7 @@ def room(values: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kinds", nargs="+", default=list(get_args(Activation)))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--hookpoint", default="layers.3")
     parser.add_argument("--steps", type=int, default=304, help="of 4,096 rows")

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from .flag_checks import (
     MAY_CHANGE,
+    NO_FLAG,
     OF_ONE_DATA_SET,
     SECRET,
     AtLeast,
@@ -40,6 +41,15 @@ class Widths(NamedTuple):
     d_out: int
 
 
+class Columns(NamedTuple):
+    """The columns of a crosscoder that are those of one hookpoint."""
+
+    hookpoint: str
+    width: int
+    rms: float = 1.0
+    """Of the hookpoint's rows about their mean, which training divides them by."""
+
+
 @dataclass(frozen=True)
 class SparseCoderConfig:
     """What a coder is; written to its cfg.json."""
@@ -64,6 +74,10 @@ class SparseCoderConfig:
     matryoshka: Annotated[tuple[float, ...], AtLeast(0)] = ()
     """Shares of the latents, in order, that sum to 1: prefixes, each of which reconstructs alone
     too. The loss is the mean of their FVU."""
+    crosscoder: bool = False
+    """One coder over all hookpoints: each latent reads and writes at every one of them."""
+    parts: Annotated[tuple[Columns, ...], NO_FLAG, Suppress] = ()
+    """The columns of a crosscoder by hookpoint, which a run finds."""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -28,6 +28,7 @@ class AtLeast(NamedTuple):
 
 MAY_CHANGE = "may change when a run is resumed: it moves no number but for rounding"
 OF_ONE_DATA_SET = "says how to read one data set, and nothing of another"
+NO_FLAG = "is found by the run, and not given"
 SECRET = "is never written down"
 
 
@@ -68,8 +69,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def flags_of(cfg: Any) -> dict[str, Any]:
-    """Flag -> value of a config and the groups in it, without what is secret."""
-    return {f.name: getattr(group, f.name) for group, f in _flags(cfg) if SECRET not in _marks(f)}
+    """Flag -> value of a config and the groups in it, without what is secret or no flag."""
+    hidden = {SECRET, NO_FLAG}
+    shown = ((group, f) for group, f in _flags(cfg) if not hidden.intersection(_marks(f)))
+    return {f.name: getattr(group, f.name) for group, f in shown}
 
 
 def flags_marked(cfg: Any, mark: str) -> set[str]:

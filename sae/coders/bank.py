@@ -14,6 +14,7 @@ from ..formats import kinds
 from ..formats.hub import HubName, coders_folder
 from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
+from .crosscoder import unfolded
 from .families.family import family_of
 from .moments import Moments, Scale
 from .sharded import Group, ShardedCoder
@@ -63,7 +64,7 @@ class CoderBank(nn.Module):
                     d_out=width.d_out,
                     generator=torch.Generator().manual_seed(own),
                 )
-                coder.matmul_dtype = matmul_dtype
+                coder.matmul_dtype, coder.on_scaled_rows = matmul_dtype, bool(cfg.parts)
                 if kernels is not None:
                     coder.use(kernels)
                 self.hookpoint[name] = hookpoint
@@ -127,6 +128,8 @@ class CoderBank(nn.Module):
                 tensors = _weights_for(coder, name, source)
             except UsageError as error:
                 raise UsageError(f"--finetune {source}: {error}") from None
+            if coder.cfg.parts:
+                tensors = unfolded(tensors, coder.cfg.parts)
             coder.load_state_dict(tensors)
 
     def normalize_decoders_(self) -> None:
@@ -182,6 +185,10 @@ def _check_kind(
     if theirs.transcode != ours.transcode:
         kind = "a transcoder" if theirs.transcode else "an SAE"
         raise UsageError(f"{name} there is {kind}: see --transcode")
+    mine, others = ([part.hookpoint for part in cfg.parts] for cfg in (ours, theirs))
+    if mine != others:
+        where = f"is a crosscoder over {', '.join(others)}" if others else "is no crosscoder"
+        raise UsageError(f"{name} {where} there: see --crosscoder and --hookpoints")
     thresholds = theirs.has_threshold or ours.has_threshold
     if thresholds and theirs.activation != ours.activation:
         raise UsageError(

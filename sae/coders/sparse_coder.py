@@ -15,6 +15,7 @@ from ..formats.pieces import Piece
 from ..kernels.entries import Entries, in_rows
 from ..kernels.twins import Kernels, Latents
 from . import functional
+from .crosscoder import folded, normalize_parts_, normals, unfolded
 from .families.family import family_of
 from .moments import Moments, Scale
 from .outputs import CoderErrors, CoderOutput, EncoderOutput
@@ -47,6 +48,9 @@ class SparseCoder(nn.Module):
 
     piece: Piece | None = None
     """What is here of a coder that several ranks hold; None: all."""
+
+    on_scaled_rows: bool = False
+    """Whether the rows of a crosscoder come divided by their rms, as in training."""
 
     prefix: int | None = None
     """How many latents may be active, the first ones, of a coder that `first` returned."""
@@ -270,10 +274,27 @@ class SparseCoder(nn.Module):
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
-        """Scale every row of W_dec to unit norm; rows of zeros (a fresh transcoder's) stay."""
+        """Scale rows of W_dec to unit norm, a crosscoder's as `crosscoder` says; zeros stay."""
         if self.W_dec is None or self.W_dec.is_meta or not self.cfg.normalize_decoder:
             return
-        self.kernels.normalize_rows_(self.W_dec)
+        if self.cfg.parts:
+            normalize_parts_(self.W_dec, self.cfg.parts)
+        else:
+            self.kernels.normalize_rows_(self.W_dec)
+
+    @torch.no_grad()
+    def fixed_directions(self) -> Float[Tensor, "L D"] | None:
+        """Of every row of W_dec the unit direction that normalizing undoes steps along, if any."""
+        if self.W_dec is None or not self.cfg.normalize_decoder:
+            return None
+        return normals(self.W_dec, self.cfg.parts) if self.cfg.parts else self.W_dec
+
+    @torch.no_grad()
+    def use_scaled_rows_(self) -> None:
+        """Make a crosscoder from disk one for rows that are divided by their rms."""
+        if self.cfg.parts and not self.on_scaled_rows:
+            self.load_state_dict(unfolded(self.state_dict(), self.cfg.parts))
+            self.on_scaled_rows = True
 
     def held_latents(self, numbers: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
         """Of the latents with these numbers those whose encoder rows are here, as rows of them."""
@@ -304,8 +325,13 @@ class SparseCoder(nn.Module):
             self.threshold.copy_(self.level)
 
     def save_to_disk(self, path: Path | str) -> None:
-        """Write `cfg.json` and `sae.safetensors` into the folder `path`, or what is here of it."""
+        """Write `cfg.json` and `sae.safetensors` into the folder `path`, or what is here of it.
+
+        The weights of a crosscoder are those for plain rows.
+        """
         tensors = self.state_dict()
+        if self.cfg.parts and self.on_scaled_rows:
+            tensors = folded(tensors, self.cfg.parts)
         sparsify.write(Path(path), self.cfg, self.d_in, self.d_out, tensors, self.piece)
 
     @staticmethod

@@ -21,7 +21,7 @@ from natsort import natsorted
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import SparseCoderConfig
+from ..config import Columns, SparseCoderConfig
 from ..flag_checks import UsageError
 from .pieces import Part, Piece, Stored, file_name, is_first, write_index
 
@@ -70,7 +70,7 @@ def read_config(path: Path) -> tuple[SparseCoderConfig, dict[str, Any]]:
         raise UsageError(f"{path} has no integer d_in: it does not describe a sparse coder")
     known = {f.name: values.pop(f.name) for f in fields(SparseCoderConfig) if f.name in values}
     for name in [name for name, value in known.items() if isinstance(value, list)]:
-        known[name] = tuple(known[name])
+        known[name] = tuple(Columns(*v) if name == "parts" else v for v in known[name])
     for name, value in values.items():
         if name not in ("d_in", "d_out") and value not in (None, False):
             raise UsageError(
@@ -87,6 +87,8 @@ def write_config(path: Path, cfg: SparseCoderConfig, d_in: int, d_out: int) -> N
     """Write `cfg.json`: the config, with the number of latents itself, and the widths."""
     sizes = {"num_latents": cfg.latents(d_in), "d_in": d_in, "d_out": d_out}
     said = {name: value for name, value in asdict(cfg).items() if value != ()}
+    if not cfg.crosscoder:
+        del said["crosscoder"]
     text = json.dumps({**said, **sizes}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 

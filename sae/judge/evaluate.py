@@ -63,6 +63,15 @@ def mixing_table(evaluation: Evaluation) -> str:
     return _in_columns(rows)
 
 
+def crosscoder_table(evaluation: Evaluation) -> str:
+    """How crosscoders do at each hookpoint, a line for each; nothing where there are none."""
+    rows = [["coder", "hookpoint", "FVU", "decoder share"]]
+    for name, figures in evaluation.coders.items():
+        for part in figures.hookpoints or ():
+            rows.append([name, part.hookpoint, _cell(part.fvu), _cell(part.decoder_share, "%")])
+    return _in_columns(rows) if len(rows) > 1 else ""
+
+
 def _cell(value: float | None, kind: Literal["f", "%"] = "f") -> str:
     return "" if value is None else f"{value:.2%}" if kind == "%" else f"{value:.4f}"
 
@@ -100,11 +109,12 @@ def main(cfg: EvaluateConfig) -> None:
     check_target("--out", out)
     some = trained.blocks[: max(1, _LOOKED_AT // trained.source.block_len)]
     batches = trained.source.batches(some, 1)
-    device = trained.capture.lm.device
+    device = trained.lm.device
     for line in sinks(trained.capture, (batch.to(device) for batch in batches)):
         print(line)
     found = evaluate_loaded(trained)
     print(table(found))
-    print(f"\n{mixing_table(found)}")
+    for other in (crosscoder_table(found), mixing_table(found)):
+        print(f"\n{other}" if other else "", end="\n" if other else "")
     write_json(out, as_json(trained, found))
     print(f"figures  {out.resolve()}")

@@ -65,7 +65,7 @@ def find_contexts(
     capture, bank = trained.capture, trained.state.bank
     found = {n: Contexts(c.num_latents, candidates[n].to(c.device)) for n, c in bank.items()}
     for tokens in trained.source.batches(trained.blocks, 1):
-        tokens = tokens.to(capture.lm.device)
+        tokens = tokens.to(trained.lm.device)
         ids, rows = tokens.ids[0], capture.find(tokens)
         if tokens.attended is not None:  # padding is not shown as context either
             ids = ids.masked_fill(~tokens.attended[0], -1)
@@ -107,7 +107,7 @@ def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
         slots = [i for i, n in enumerate(candidates[name].tolist()) if fired[n] > 0]
         shown = slots[: None if cfg.ids else cfg.latents]
         hookpoint = bank.hookpoint[name]
-        lm = trained.capture.lm
+        lm = trained.lm
         described = describe(lm, hookpoint, coder, seen[name], shown, words)
         shared = None
         if other := beside.get(name):

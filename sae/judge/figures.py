@@ -15,11 +15,14 @@ from natsort import natsorted
 from torch import Tensor
 
 from ..coders.bank import CoderBank
+from ..coders.crosscoder import part_norms
 from ..coders.moments import Moments, accumulate
+from ..coders.sparse_coder import SparseCoder
 from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
 from ..lm.capture import Pairs, RowReader
 from ..lm.head import has_head, unusable_head
+from ..lm.joined import Joined
 from ..placement.exchange import no_rows
 from ..runs.checkpoint import check_room
 from ..training.state import TrainingState
@@ -50,6 +53,20 @@ class PrefixFigures:
 
 
 @dataclass(frozen=True)
+class HookpointFigures:
+    """Figures of a crosscoder at one of its hookpoints."""
+
+    hookpoint: str
+    """Where."""
+
+    fvu: float
+    """sum ||y - sae_out||^2 / sum ||y - y_mean||^2 of its columns, over all held-out rows."""
+
+    decoder_share: float
+    """Mean over latents of the part that its norm has in the sum of decoder norms."""
+
+
+@dataclass(frozen=True)
 class CoderFigures:
     """Figures of one coder on held-out rows; those of predictions where the LM has its head.
 
@@ -77,6 +94,9 @@ class CoderFigures:
     predictions: Predictions | None = None
     """What the LM predicts with this reconstruction in place of the activations."""
 
+    hookpoints: tuple[HookpointFigures, ...] | None = None
+    """Of a crosscoder, how well it does at each of its hookpoints."""
+
     prefixes: tuple[PrefixFigures, ...] | None = None
     """The same of every prefix, of a coder that has some (--matryoshka)."""
 
@@ -96,6 +116,8 @@ class Evaluation(NamedTuple):
         for name, figures in self.by_coder().items():
             values = {**figures, **(figures["predictions"] or {})}
             found |= {f"{n}/{name}": v for n, v in values.items() if isinstance(v, float)}
+            for part in figures["hookpoints"] or ():
+                found[f"fvu_of_{part['hookpoint']}/{name}"] = part["fvu"]
             for prefix in figures["prefixes"] or ():
                 found[f"fvu_of_first_{prefix['latents']}/{name}"] = prefix["fvu"]
         return found | {f"{n}/all": v for n, v in (self.all_at_once() or {}).items()}
@@ -136,6 +158,7 @@ def held_out_figures(
     sums = {name: zero.clone() for name in bank.hookpoint}  # squared error, cosine, active
     fired = {n: zero.new_zeros(c.num_latents) for n, c in bank.items()}
     of_prefixes = {n: zero.new_zeros(len(c.prefixes)) for n, c in bank.items() if c.prefixes}
+    of_columns = {n: zero.new_zeros(2, c.d_out) for n, c in bank.items() if c.cfg.parts}
     moments: dict[str, Moments] = {}
     with ExitStack() as stack:
         for optimizer in state.optimizers.values():
@@ -154,15 +177,22 @@ def held_out_figures(
                     cosine = F.cosine_similarity(sae_out, y.float(), dim=1).sum()
                     sums[name] += torch.stack([errors.squared_error, cosine, active.sum()])
                     fired[name].index_add_(0, errors.top_indices[active], active[active].double())
+                    if name in of_columns:
+                        squares = torch.stack([(sae_out - y).square().sum(0), y.square().sum(0)])
+                        of_columns[name] += squares
                     if errors.prefix_errors is not None:
                         of_prefixes[name] += errors.prefix_errors
         totals = [t for seen in moments.values() for t in seen]
-        exchange.sum_replicas_(*totals, *sums.values(), *fired.values(), *of_prefixes.values())
+        by_coder = [*sums.values(), *fired.values(), *of_prefixes.values(), *of_columns.values()]
+        exchange.sum_replicas_(*totals, *by_coder)
         figures: dict[str, CoderFigures] = {}
         with ranks.together():
             for name, hookpoint in bank.hookpoint.items():
                 found = (moments[hookpoint], sums[name], fired[name])
                 figures[name] = _figures(hookpoint, *found)
+                if name in of_columns:
+                    parts = _of_hookpoints(bank[name], of_columns[name], moments[hookpoint])
+                    figures[name] = dataclasses.replace(figures[name], hookpoints=parts)
                 if name in of_prefixes:
                     prefixes = _of_prefixes(bank[name].prefixes, of_prefixes[name], *found)
                     figures[name] = dataclasses.replace(figures[name], prefixes=prefixes)
@@ -193,7 +223,8 @@ def _predictions(
     `predict_prefixes`: with each prefix too.
     """
     lm, bank, exchange = capture.lm, state.bank, state.exchange
-    if lm is None or exchange.distributed or not has_head(lm):
+    # A crosscoder needs all hookpoints before it can replace one.
+    if lm is None or exchange.distributed or not has_head(lm) or isinstance(capture, Joined):
         return {}
     replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
     if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
@@ -287,6 +318,24 @@ def _figures(hookpoint: str, seen: Moments, sums: Tensor, fired: Tensor) -> Code
         l0=active / rows,
         dead_share=float((fired == 0).double().mean()),
         frequency_histogram=frequency_histogram(fired, rows),
+    )
+
+
+def _of_hookpoints(
+    coder: SparseCoder, squares: Float[Tensor, "2 D"], seen: Moments
+) -> tuple[HookpointFigures, ...]:
+    """`squares` are sums over rows, by column, of the error and of the target."""
+    assert coder.W_dec is not None
+    parts = coder.cfg.parts
+    norms = part_norms(coder.W_dec.double(), parts)
+    shares = (norms / norms.sum(1, keepdim=True)).nanmean(0)
+    variance = squares[1] - seen.total.square() / seen.count
+    sums = torch.stack([squares[0], variance]).split([part.width for part in parts], dim=1)
+    return tuple(
+        HookpointFigures(part.hookpoint, float(error / of_all), float(share))
+        for part, (error, of_all), share in zip(
+            parts, (s.sum(1) for s in sums), shares, strict=True
+        )
     )
 
 

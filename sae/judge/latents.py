@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..coders.crosscoder import part_norms
 from ..coders.sparse_coder import SparseCoder
 from ..lm.capture import some_tokens
 from ..lm.head import has_head, logits
@@ -146,7 +147,8 @@ def describe(
     """All that there is to show of the latents in `slots`, as JSON; texts by their number."""
     latents = seen.latents[slots]
     assert coder.W_dec is not None
-    effects = logit_effects(lm, hookpoint, coder.W_dec[latents])
+    effects = logit_effects(lm, *_written(coder, hookpoint, latents))
+    shares = _shares(coder, latents)
     near = neighbours(coder, latents)
     described = []
     for i, slot in enumerate(slots):
@@ -166,9 +168,33 @@ def describe(
                 "promoted": [(words(token), effect) for token, effect in promoted],
                 "suppressed": [(words(token), effect) for token, effect in suppressed],
                 "neighbours": near[i],
+                "hookpoints": shares[i],
             }
         )
     return described
+
+
+def _written(
+    coder: SparseCoder, hookpoint: str, latents: Tensor
+) -> tuple[str, Float[Tensor, "C D"]]:
+    """Where latents write, and what; of a crosscoder at its last hookpoint."""
+    assert coder.W_dec is not None
+    rows = coder.W_dec[latents]
+    if not coder.cfg.parts:
+        return hookpoint, rows
+    last = coder.cfg.parts[-1]
+    return last.hookpoint, rows[:, -last.width :] * last.rms
+
+
+def _shares(coder: SparseCoder, latents: Tensor) -> list[list[tuple[str, float]]]:
+    """Of each latent of a crosscoder its hookpoints, with their share in its decoder norms."""
+    assert coder.W_dec is not None
+    if not (parts := coder.cfg.parts):
+        return [[] for _ in latents]
+    norms = part_norms(coder.W_dec[latents], parts)
+    shares = norms / norms.sum(1, keepdim=True).clamp(min=1e-30)
+    names = [part.hookpoint for part in parts]
+    return [[*zip(names, map(_short, row), strict=True)] for row in shares.tolist()]
 
 
 def _example(example: Example, words: Words) -> dict[str, Any]:

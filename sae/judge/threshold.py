@@ -72,7 +72,7 @@ def _rows(trained: TrainedCoders) -> Iterator[tuple[str, SparseCoder, Tensor]]:
     """Of all coders what they read of the text, a few rows at a time."""
     bank = trained.state.bank
     for batch in trained.source.batches(trained.blocks, 1):
-        pairs = trained.capture(batch.to(trained.capture.lm.device))
+        pairs = trained.capture(batch.to(trained.lm.device))
         for name, coder in bank.items():
             x, y = pairs[bank.hookpoint[name]]
             inputs = (x if coder.cfg.transcode else y).to(coder.dtype)
@@ -117,7 +117,7 @@ def with_thresholds(coder: SparseCoder, levels: Float[Tensor, " L"]) -> SparseCo
     cfg = replace(coder.cfg, activation="jumprelu", multi_topk=False, num_latents=coder.num_latents)
     made = SparseCoder(coder.d_in, cfg, "meta", d_out=coder.d_out)
     made.load_state_dict({**coder.state_dict(), "threshold": levels.float()}, assign=True)
-    made.matmul_dtype = coder.matmul_dtype
+    made.matmul_dtype, made.on_scaled_rows = coder.matmul_dtype, coder.on_scaled_rows
     return made
 
 

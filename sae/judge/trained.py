@@ -8,19 +8,21 @@ from typing import Annotated, Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from tyro.conf import Positional, arg
 
 from ..coders.bank import CoderBank
 from ..coders.sparse_coder import SparseCoder
-from ..config import DataConfig, MachineConfig, ModelConfig, Widths
+from ..config import Columns, DataConfig, MachineConfig, ModelConfig, Widths
 from ..data.blocks import TokenSource
 from ..data.text import load_tokens
 from ..flag_checks import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
 from ..formats import kinds
 from ..formats.hub import coders_folder
-from ..lm.capture import Capture, measure_widths
+from ..lm.capture import Capture, RowReader, measure_widths
 from ..lm.head import unusable_head
+from ..lm.joined import CROSSCODER, Joined, joined_widths
 from ..lm.loading import find_hookpoints, load_lm, token_limits
 from ..lm.probe import checked
 from ..lm.rows import RowRule
@@ -74,7 +76,8 @@ class CodersConfig:
 class TrainedCoders:
     """Coders, the LM with its head, and the token blocks to read; all in one process."""
 
-    capture: Capture
+    lm: PreTrainedModel
+    capture: RowReader
     state: TrainingState
     source: TokenSource
     blocks: Int[Tensor, " n"]
@@ -91,6 +94,9 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     """Load what `cfg` names. Raises UsageError for what cannot be found or does not fit."""
     coders, run = named_coders(cfg), Path(cfg.coders)
     hookpoint = {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
+    parts = _parts(coders, cfg.coders)
+    for coder in coders.values():
+        coder.use_scaled_rows_()
     before, given = flags_of_run(run), {n: v for n, v in vars(cfg).items() if v is not None}
     held_out = bool(before) and is_text_of_run(given, before)
     flags: dict[str, Any] = {n: v for n, v in {**before, **given}.items() if v is not None}
@@ -103,7 +109,7 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
         data = replace(data, **other)
     model = replace(
         from_flags(ModelConfig, flags),
-        **{"hookpoints": tuple(dict.fromkeys(hookpoint.values())), "layers": (), "layer_stride": 1}
+        **{"hookpoints": _read_at(hookpoint, parts), "layers": (), "layer_stride": 1}
         | {"per_head": False},
     )
     dtype = working_dtype(from_flags(MachineConfig, flags).mixed_precision)
@@ -115,21 +121,40 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     lm = load_lm(model, skeleton, names, dtype, ranks.device)
     if note := unusable_head(lm):
         print(note)
-    _check_widths(coders, hookpoint, measure_widths(lm, names), model.model)
+    widths = measure_widths(lm, names)
+    _check_widths(coders, hookpoint, joined_widths(widths) if parts else widths, model.model)
     bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
     rule = RowRule(
         model.exclude_tokens, model.exclude_positions, norm_limits_of(run, model.exclude_norm)
     )
     capture = checked(Capture(lm, names, rule, inputs=bank.transcode), data.ctx_len)
+    reader = Joined(capture, parts) if parts else capture
     source = load_tokens(data, model, token_limits(lm))
     saved, blocks = data_of_run(run), torch.arange(len(source))
     if before and (held_out or saved == source.fingerprint):  # the rest was trained on
         held_out, blocks = True, blocks[: held_out_blocks(source, data, before, saved)]
     blocks = _leading_blocks(blocks, cfg.tokens, data.eval_tokens, source.block_len, held_out)
-    state = TrainingState(Exchange(ranks, dict.fromkeys(names, 1), distributed=False), bank)
+    owned = dict.fromkeys(reader.hookpoints, 1)
+    state = TrainingState(Exchange(ranks, owned, distributed=False), bank)
     newest = checkpoints(run)
     step = newest[-1].name if newest else None
-    return TrainedCoders(capture, state, source, blocks, model, data, held_out, step)
+    return TrainedCoders(lm, reader, state, source, blocks, model, data, held_out, step)
+
+
+def _parts(coders: dict[str, SparseCoder], where: str) -> tuple[Columns, ...]:
+    """The parts of crosscoders; none of other coders. Raises UsageError for several readings."""
+    found = {coder.cfg.parts for coder in coders.values()}
+    if len(found) > 1:
+        raise UsageError(
+            f"{where}: its crosscoders read different hookpoints, or are beside other coders: give "
+            f"the folder of one, and --hookpoint {CROSSCODER}"
+        )
+    return found.pop()
+
+
+def _read_at(hookpoint: dict[str, str], parts: tuple[Columns, ...]) -> tuple[str, ...]:
+    """The hookpoints of the LM that coders read."""
+    return tuple(part.hookpoint for part in parts) or tuple(dict.fromkeys(hookpoint.values()))
 
 
 def named_coders(cfg: CodersConfig) -> dict[str, SparseCoder]:

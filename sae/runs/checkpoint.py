@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..coders.sparse_coder import SparseCoder
+from ..data.blocks import TokenSource
 from ..flag_checks import UsageError
 from ..formats.pieces import Piece, Stored, file_name, own_files, write_index
 from ..placement.ranks import Ranks
@@ -40,14 +41,14 @@ def save(
     run: Path,
     step: int,
     seconds: float,
-    data: dict[str, int],
+    source: TokenSource,
     state: TrainingState,
     keep_last: int = 2,
 ) -> None:
     """Write one checkpoint aside, rename it into place when whole, then drop all but the last few.
 
-    Every rank writes the coders it owns; the first one begins and ends. `data` is the fingerprint
-    of what the run trains on. Raises UsageError, on all ranks, if the disk does not take it or if
+    Every rank writes the coders it owns; the first one begins and ends. `source` is what the run
+    trains on. Raises UsageError, on all ranks, if the disk does not take it or if
     replicas of a coder differ; the checkpoints before stay.
     """
     exchange, bank, optimizers, firing = state.exchange, state.bank, state.optimizers, state.firing
@@ -84,7 +85,8 @@ def save(
     digests = ranks.merge(digests)
     with ranks.together(), disk_errors(run, step):
         if ranks.main:
-            manifest = {"format": FORMAT, "step": step, "wall_seconds": seconds, "data": data}
+            manifest = {"format": FORMAT, "step": step, "wall_seconds": seconds}
+            manifest["data"] = source.fingerprint
             manifest["sha256"] = dict(sorted(digests.items()))
             manifest["manifest_sha256"] = _digest_of(manifest)
             write_json(aside / "manifest.json", manifest)
@@ -131,7 +133,7 @@ def _sum(coder: SparseCoder) -> float:
     return sum(float(p.detach().sum(dtype=torch.float64)) for p in coder.parameters())
 
 
-def restore(run: Path, data: dict[str, int], state: TrainingState) -> tuple[int, float]:
+def restore(run: Path, source: TokenSource, state: TrainingState) -> tuple[int, float]:
     """Restore what `save` wrote last; return its step and the wall seconds until then.
 
     Every rank reads the coders that it trains, whoever wrote them. Raises UsageError for files
@@ -139,10 +141,10 @@ def restore(run: Path, data: dict[str, int], state: TrainingState) -> tuple[int,
     """
     ranks = state.exchange.ranks
     folder, manifest = newest_checkpoint(run, ranks)
-    if manifest["data"] != data:
+    if manifest["data"] != source.fingerprint:
         raise UsageError(
-            f"--resume: the data are {data} now and were {manifest['data']} when {folder} was "
-            f"saved; give the same data, or start a new run with --finetune"
+            f"--resume: the data are {source.fingerprint} now and were {manifest['data']} when "
+            f"{folder} was saved; give the same data, or start a new run with --finetune"
         )
     with ranks.together():
         for name, coder in state.bank.items():

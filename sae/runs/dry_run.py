@@ -19,6 +19,7 @@ from ..config import DENSE_WEIGHTS, Widths
 from ..flag_checks import UsageError
 from ..lm.capture import measure_widths
 from ..lm.hookpoints import text_config, text_layers
+from ..lm.joined import joined_widths, parts_of
 from ..lm.loading import find_hookpoints
 from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
@@ -61,6 +62,9 @@ def show_plan(cfg: Any) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     lm, hookpoints = find_hookpoints(cfg.model)
     parameters, widths = sum(p.numel() for p in lm.parameters()), _widths(lm, hookpoints)
+    if cfg.coder.crosscoder:
+        parts_of(widths)
+        widths = joined_widths(widths)
     owner = _owners(cfg, world, widths)
     replicas = world == 1 or not cfg.machine.distribute_modules
     plan = memory_by_rank(cfg, world, parameters, widths, owner)

@@ -86,6 +86,12 @@ def write(
     Raises UsageError where one cannot be held there; then none of them is left.
     """
     out, notes = Path(cfg.out), []
+    for name, coder in coders.items():
+        if coder.cfg.crosscoder:
+            raise UsageError(
+                f"--to {cfg.to}: {name} is a crosscoder, which its files cannot hold: keep it as "
+                f"it is, or --to sparsify"
+            )
     if cfg.to == "circuit_tracer":
         if (out / "config.yaml").exists():
             raise UsageError(f"--out {out}: already holds a set; give another folder")

@@ -45,8 +45,8 @@ class GivenBatch(TokenBatch):
     """Rows of each item by hookpoint."""
 
     def lengths(self, hookpoint: str) -> list[int]:
-        """Rows of each item at a hookpoint."""
-        return self.sizes[hookpoint]
+        """Rows of each item at a hookpoint, or at each of several that are joined."""
+        return self.sizes.get(hookpoint, next(iter(self.sizes.values())))
 
     def to(self, device: torch.device) -> "GivenBatch":
         """The batch on a device."""

@@ -55,8 +55,7 @@ def divide_gradients_(coder: SparseCoder, total_variance: Tensor) -> Tensor:
     squares: dict[str, Tensor] = {}
     for name, parameter in coder.named_parameters():
         if parameter.grad is not None:
-            unit_norm = name == "W_dec" and coder.cfg.normalize_decoder
-            unit_rows = parameter if unit_norm else None
+            unit_rows = coder.fixed_directions() if name == "W_dec" else None
             scale = (coder.unit(name) / total_variance).to(coder.dtype)
             square = coder.kernels.scale_and_project_(parameter.grad, scale, unit_rows)
             squares[name] = square

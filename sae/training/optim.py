@@ -160,7 +160,8 @@ class CoderOptimizer:
         if matrices:
             self._add(_muon(coder, matrices, self.peak_lr), matrices)
         if self.name == "signum":
-            unit_norm = coder.W_dec if coder.cfg.normalize_decoder else None
+            in_one_pass = coder.cfg.normalize_decoder and not coder.cfg.parts
+            unit_norm = coder.W_dec if in_one_pass else None
             self._add(
                 ScheduleFreeSignum(_groups(rest), peak_lr, 0.95, unit_norm, coder.kernels), rest
             )
@@ -189,7 +190,7 @@ class CoderOptimizer:
                     group["lr"] = self.lr * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.name != "signum":  # which has done it in its one pass
+        if self.name != "signum" or self.coder.cfg.parts:  # else done in its one pass
             self.coder.normalize_decoder_()
 
     @contextmanager

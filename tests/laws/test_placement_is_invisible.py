@@ -67,6 +67,18 @@ def test_coders_that_ranks_share_are_the_same_of_every_kind(runs: Runs, kind: st
         runs.assert_same(one, shared)
 
 
+@pytest.mark.parametrize("name", ["crossed replicas", "sharded and crossed"])
+def test_crosscoders_are_the_same_in_replicas(runs: Runs, name: str) -> None:
+    """Accumulated, dealt, in pieces, beside a sharded LM, all is as in one process."""
+    runs.assert_same("crossed one", name)
+    scales = [
+        json.loads((runs.folder / f"runs/{run}/crosscoder.json").read_text())["parts"]
+        for run in ("crossed one", name)
+    ]
+    for ours, theirs in zip(*scales, strict=True):
+        assert ours[:2] == theirs[:2] and ours[2] == pytest.approx(theirs[2], rel=1e-6)
+
+
 def test_end_to_end_training_is_the_same_in_replicas(runs: Runs) -> None:
     """On two ranks, accumulated, training on KL is that of one process."""
     runs.assert_same_end_to_end("kl one", "kl replicas")

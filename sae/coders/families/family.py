@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import Activation, SparseCoderConfig, check_together
 from ...flag_checks import UsageError, refuse
 from ...kernels.twins import Latents
-from .. import prefixes
+from .. import crosscoder, prefixes
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
@@ -47,6 +47,7 @@ class Family(ABC):
         """Raise UsageError for flags of the script's `TrainConfig` that exclude each other."""
         check_together(cfg)
         prefixes.check_flags(cfg)
+        crosscoder.check_flags(cfg)
 
     @abstractmethod
     def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:

@@ -1,0 +1,362 @@
+"""Crosscoders: one space of latents over several hookpoints.
+
+The right values are computed from the equations in float64, hookpoint by hookpoint.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_runs import call
+from conftest import tiny_lm
+from torch import Tensor
+from training_runs import (
+    Killed,
+    Settings,
+    assert_identical,
+    die_in_forward,
+    run,
+    training_state,
+    weights,
+)
+from transformers import PreTrainedModel
+
+from sae import SaeConfig, SparseCoder, UsageError
+from sae.coders.bank import CoderBank
+from sae.coders.crosscoder import part_norms
+from sae.config import Columns, KernelChoice, Widths
+from sae.flag_checks import from_flags
+from sae.kernels.twins import Kernels
+from sae.training.losses import auxiliary_loss, divide_gradients_
+from train_sae import TrainConfig, train
+
+PARTS = (Columns("a", 5, 0.3), Columns("b", 3, 20.0), Columns("c", 4, 1.5))
+CFG = SaeConfig(num_latents=40, k=3, crosscoder=True, parts=PARTS)
+DEAD = torch.arange(0, 40, 3)
+ALPHA = 0.3
+FLAGS: dict[str, Any] = {"crosscoder": True, "layers": (0, 1, 2), "multi_topk": False}
+FLAGS |= {"optimizer": "adam", "lr": 0.01, "auxk_alpha": 1 / 32, "dead_feature_threshold": 300}
+
+
+def rows_of(seed: int) -> list[Tensor]:
+    """24 rows of each hookpoint at its own scale, off the origin."""
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.randn(24, 6, dtype=torch.float64, generator=g)
+    maps = [torch.randn(6, part.width, dtype=torch.float64, generator=g) for part in PARTS]
+    return [part.rms * (shared @ m + 1) for part, m in zip(PARTS, maps, strict=True)]
+
+
+def in_training(rows: list[Tensor]) -> Tensor:
+    """What the coder is given in training."""
+    return torch.cat([x / part.rms for x, part in zip(rows, PARTS, strict=True)], dim=1)
+
+
+def made(dtype: torch.dtype, choice: KernelChoice) -> SparseCoder:
+    """A coder in training with numbers in all parameters."""
+    widths = {"crosscoder": Widths(12, 12)}
+    coder = CoderBank(widths, CFG, (0,), "cpu", torch.float32)["crosscoder"].to(dtype)
+    g = torch.Generator().manual_seed(2)
+    for name, parameter in coder.named_parameters():
+        if name != "encoder.weight":
+            parameter.data += torch.randn(parameter.shape, generator=g).to(dtype) / 4
+    coder.normalize_decoder_()
+    coder.matmul_dtype = None
+    coder.use(Kernels(choice))
+    return coder
+
+
+Weights = dict[str, list[Tensor]]
+"""By parameter, of each hookpoint its own; b_enc is shared by all."""
+
+
+def apart(tensors: dict[str, Tensor]) -> Weights:
+    widths = [part.width for part in PARTS]
+    found = {
+        n: list(tensors[n].split(widths, dim=-1)) for n in ("encoder.weight", "W_dec", "b_dec")
+    }
+    return found | {"encoder.bias": [tensors["encoder.bias"]]}
+
+
+def right_losses(p: Weights, rows: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Squared error, AuxK's, and y_hat of each hookpoint, of rows that are of rms 1.
+
+    f = relu(sum_h W_enc^h (x^h - b_dec^h) + b_enc); the k largest f sum_h ||W_dec^h|| stay.
+    """
+    inputs = zip(rows, p["b_dec"], p["encoder.weight"], strict=True)
+    f = sum((x - b) @ W.T for x, b, W in inputs) + p["encoder.bias"][0]
+    assert isinstance(f, Tensor)
+    norms = sum(W.detach().norm(dim=1) for W in p["W_dec"])
+    ranked = f.detach() * norms
+    acts = (f * (ranked >= ranked.topk(CFG.k).values[:, -1:])).relu()
+    outs = [acts @ W + b for W, b in zip(p["W_dec"], p["b_dec"], strict=True)]
+    errors = [(y - out) for y, out in zip(rows, outs, strict=True)]
+    of_dead = f[:, DEAD].relu()
+    most = of_dead.topk(sum(part.width for part in PARTS) // 2).values[:, -1:]
+    of_dead = of_dead * (of_dead >= most)
+    left = zip(errors, p["W_dec"], strict=True)
+    aux = torch.stack([(e.detach() - of_dead @ W[DEAD]).square().sum() for e, W in left]).sum()
+    return torch.stack([e.square().sum() for e in errors]).sum(), aux, outs
+
+
+@pytest.mark.parametrize(("dtype", "choice"), [(torch.float64, "torch"), (torch.float32, "auto")])
+def test_losses_and_gradients_equal_the_equations(dtype: torch.dtype, choice: KernelChoice) -> None:
+    """Outputs at every hookpoint, AuxK, and the gradient of every parameter."""
+    coder = made(dtype, choice)
+    leaves = {n: p.detach().double().requires_grad_() for n, p in coder.named_parameters()}
+    scaled = in_training(rows_of(0)).to(dtype)
+    error, aux, outs = right_losses(apart(leaves), list(scaled.double().split([5, 3, 4], dim=1)))
+    (error + ALPHA * aux).backward()
+    found = coder.errors(scaled, scaled, DEAD)
+    (found.objective + auxiliary_loss(found, ALPHA)).backward()
+    pairs: list[Any] = [(found.sae_out, torch.cat(outs, dim=1)), (found.squared_error, error)]
+    pairs += [(found.auxk_error, aux)]
+    pairs += [(p.grad, leaves[n].grad) for n, p in coder.named_parameters()]
+    close = 1e-9 if dtype == torch.float64 else 2e-4
+    for ours, right in pairs:
+        scale = float(right.detach().abs().max())
+        torch.testing.assert_close(ours.double(), right, rtol=close, atol=close * scale)
+
+
+def test_ten_steps_equal_the_equations() -> None:
+    """Adam on FVU with AuxK; steps keep the sum of decoder norms, so none is spent on it."""
+    coder = made(torch.float64, "torch")
+    theirs = {n: p.detach().clone().requires_grad_() for n, p in coder.named_parameters()}
+    ours = torch.optim.Adam(coder.parameters(), lr=0.01)
+    right = torch.optim.Adam(theirs.values(), lr=0.01)
+    widths = [part.width for part in PARTS]
+    for step in range(10):
+        y = in_training(rows_of(step))
+        variance = (y - y.mean(0)).square().sum()
+        ours.zero_grad()
+        found = coder.errors(y, y, DEAD)
+        (found.objective + auxiliary_loss(found, ALPHA)).backward()
+        divide_gradients_(coder, variance)
+        ours.step()
+        coder.normalize_decoder_()
+
+        right.zero_grad()
+        error, aux, _ = right_losses(apart(theirs), list(y.split(widths, dim=1)))
+        ((error + ALPHA * aux) / variance).backward()
+        W_dec = theirs["W_dec"]
+        assert W_dec.grad is not None
+        # The gradient of the sum of norms, by autograd, is the direction that is projected out.
+        again = W_dec.detach().clone().requires_grad_()
+        torch.stack([W.norm(dim=1) for W in again.split(widths, dim=1)]).sum().backward()
+        assert again.grad is not None
+        normal = again.grad / again.grad.norm(dim=1, keepdim=True)
+        W_dec.grad -= (W_dec.grad * normal).sum(1, keepdim=True) * normal
+        right.step()
+        with torch.no_grad():
+            total = torch.stack([W.norm(dim=1) for W in W_dec.split(widths, dim=1)]).sum(0)
+            W_dec *= 3**0.5 / total[:, None]
+    for name, parameter in coder.named_parameters():
+        torch.testing.assert_close(parameter, theirs[name])
+    total = part_norms(coder.W_dec, PARTS).sum(1)  # type: ignore[arg-type]  # it has a decoder
+    torch.testing.assert_close(total, torch.full_like(total, 3**0.5))
+
+
+def test_files_hold_weights_for_plain_rows(tmp_path: Path) -> None:
+    """A coder from disk does with rows as the LM has them what training did with divided ones."""
+    coder = made(torch.float64, "torch")
+    coder.save_to_disk(tmp_path / "crosscoder")
+    back = SparseCoder.load_from_disk(tmp_path / "crosscoder")
+    assert back.cfg.parts == PARTS and not back.on_scaled_rows
+    plain, rms = (
+        torch.cat(rows_of(0), dim=1),
+        torch.cat([torch.full((p.width,), p.rms) for p in PARTS]),
+    )
+    expected = coder(in_training(rows_of(0)))
+    found = back(plain)
+    torch.testing.assert_close(found.sae_out, expected.sae_out * rms)
+    assert torch.equal(found.top_indices.sort().values, expected.top_indices.sort().values)
+    back.use_scaled_rows_()
+    torch.testing.assert_close(back(in_training(rows_of(0))).sae_out, expected.sae_out)
+    back.save_to_disk(tmp_path / "again")
+    again = SparseCoder.load_from_disk(tmp_path / "again")
+    torch.testing.assert_close(again(plain).sae_out, found.sae_out)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_runs_in_pieces_and_resumed_ones_are_the_same(
+    lm: PreTrainedModel,
+    tokens: Tensor,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    activation: str,
+) -> None:
+    """Accumulated = whole; killed and resumed = straight, bit for bit, with its scales."""
+    flags = {**FLAGS, "activation": activation}
+    flags |= {"group_sequences": 2} if activation == "batchtopk" else {}
+    straight = run(lm, tokens, settings, run_name="a", save_every=5, **flags)
+    shape = {"batch_size": 2, "grad_acc_steps": 4}
+    accumulated = weights(run(lm, tokens, settings, run_name="accumulated", **flags, **shape))
+    for key, tensor in accumulated.items():
+        torch.testing.assert_close(tensor, weights(straight)[key], rtol=2e-3, atol=2e-4)
+    die_in_forward(monkeypatch, 13)
+    with pytest.raises(Killed):
+        run(lm, tokens, settings, run_name="b", save_every=5, **flags)
+    monkeypatch.undo()
+    resumed = run(lm, tokens, settings, run_name="b", save_every=5, resume=True, **flags)
+    assert_identical(weights(resumed), weights(straight))
+    assert_identical(training_state(resumed), training_state(straight))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
+def test_rms_of_hookpoints_is_that_of_the_first_batch(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, optimizer: str
+) -> None:
+    """About their mean; with every optimizer decoder norms on such rows sum to sqrt(H).
+
+    Figures by hookpoint are those of a plain forward with the files.
+    """
+    flags = {**FLAGS, "optimizer": optimizer, "run_name": "a"}
+    summary = run(lm, tokens, settings, **flags)
+    figures = summary["hookpoints"]["crosscoder"]
+    coder = SparseCoder.load_from_disk(figures["path"])
+    names = [part.hookpoint for part in coder.cfg.parts]
+    assert names == ["layers.0", "layers.1", "layers.2"]
+    seen: dict[str, Tensor] = {}
+    handles = [
+        lm.get_submodule(n).register_forward_hook(
+            lambda m, a, y, n=n: seen.__setitem__(n, y if isinstance(y, Tensor) else y[0])
+        )
+        for n in names
+    ]
+    order = 16 + torch.randperm(160, generator=torch.Generator().manual_seed(42))
+    with torch.no_grad():
+        lm(input_ids=tokens[order[: settings["batch_size"]]])
+        for part in coder.cfg.parts:
+            rms = seen[part.hookpoint].flatten(0, 1).double().var(0, unbiased=False).mean().sqrt()
+            assert part.rms == pytest.approx(float(rms), rel=1e-5)
+        lm(input_ids=tokens[:16])
+    for handle in handles:
+        handle.remove()
+    rows = torch.cat([seen[n].flatten(0, 1) for n in names], dim=1)
+    out = coder(rows).sae_out
+    for name, y, y_hat in zip(names, rows.split(32, 1), out.split(32, 1), strict=True):
+        expected = (y - y_hat).square().sum() / (y - y.mean(0)).square().sum()
+        (found,) = [f for f in figures["hookpoints"] if f["hookpoint"] == name]
+        assert found["fvu"] == pytest.approx(float(expected.detach()), rel=1e-4)
+    fvus = [found["fvu"] for found in figures["hookpoints"]]
+    assert min(fvus) < figures["fvu"] < max(fvus) < 1
+    coder.use_scaled_rows_()
+    norms = part_norms(coder.W_dec, coder.cfg.parts)  # type: ignore[arg-type]  # it has a decoder
+    torch.testing.assert_close(norms.sum(1), torch.full((len(norms),), 3**0.5), rtol=1e-4, atol=0)
+    assert sum(f["decoder_share"] for f in figures["hookpoints"]) == pytest.approx(1)
+
+
+class Rows(list):
+    """Items that say what they are."""
+
+    fingerprint = "rows"
+
+
+def test_rows_of_two_models_can_be_joined(tmp_path: Path) -> None:
+    """Activations made elsewhere, of two LMs on the same tokens, are trained on as one.
+
+    Times a power of two at one of them nothing changes but the unit there.
+    """
+    g = torch.Generator().manual_seed(0)
+    items = [{"base": torch.randn(16, 8, generator=g), "chat": torch.randn(16, 6, generator=g)}]
+    items = [{n: x + i / 9 for n, x in items[0].items()} for i in range(40)]
+    found = []
+    for name, scale in (("a", 1.0), ("b", 2.0**-9)):
+        flags = {"save_dir": str(tmp_path), "run_name": name, "log_with": "none", "k": 3}
+        flags |= {"num_latents": 32, "batch_size": 4, "eval_tokens": 16, "crosscoder": True}
+        rows = Rows([{**item, "chat": item["chat"] * scale} for item in items])
+        summary = train(from_flags(TrainConfig, flags), activations=rows)
+        found.append(SparseCoder.load_from_disk(summary["hookpoints"]["crosscoder"]["path"]))
+    plain, scaled = found
+    assert torch.equal(scaled.b_dec[8:], plain.b_dec[8:] * 2.0**-9)
+    assert torch.equal(scaled.encoder.weight[:, 8:], plain.encoder.weight[:, 8:] * 2.0**9)
+    assert torch.equal(scaled.encoder.weight[:, :8], plain.encoder.weight[:, :8])
+    uneven = Rows([{"base": torch.randn(16, 8), "chat": torch.randn(15, 6)} for _ in range(40)])
+    flags |= {"run_name": "uneven"}
+    with pytest.raises(
+        UsageError, match="same rows at every hookpoint, not 64 at base, 60 at chat"
+    ):
+        train(from_flags(TrainConfig, flags), activations=uneven)
+
+
+def test_commands_read_crosscoders(
+    tokens: Tensor,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """evaluate's figures are the run's; features, compare, threshold and --finetune take them.
+
+    A plain coder is no start for one, nor the other way; no other program's files hold one.
+    """
+    tiny_lm().save_pretrained(tmp_path / "lm")
+    tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
+    at = {"model": str(tmp_path / "lm"), "dataset": str(tmp_path / "ids.bin")}
+    flags: dict[str, Any] = {**settings, **FLAGS, **at}
+    summary = train(from_flags(TrainConfig, {**flags, "run_name": "a"}))
+    folder = str(Path(settings["save_dir"]) / "a")
+    assert call(monkeypatch, "evaluate", folder, "--out", str(tmp_path / "e.json")) == 0
+    assert "decoder share" in capsys.readouterr().out
+    found = json.loads((tmp_path / "e.json").read_text())["coders"]["crosscoder"]
+    figures = summary["hookpoints"]["crosscoder"]
+    for name in ("fvu", "l0", "cosine"):
+        assert found[name] == pytest.approx(figures[name], rel=1e-5)
+    for ours, theirs in zip(found["hookpoints"], figures["hookpoints"], strict=True):
+        assert ours["hookpoint"] == theirs["hookpoint"]
+        for name in ("fvu", "decoder_share"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    page = tmp_path / "page.html"
+    assert call(monkeypatch, "features", folder, "--latents", "3", "--out", str(page)) == 0
+    said = re.search(r'"hookpoints": ?\[\["layers.0", ?([\d.]+)\], ?\["layers.1"', page.read_text())
+    assert said is not None and 0 < float(said[1]) < 1
+    assert call(monkeypatch, "compare", folder, folder, "--out", str(tmp_path / "c.json")) == 0
+    assert call(monkeypatch, "threshold", folder) == 0
+    made = SparseCoder.load_from_disk(Path(folder) / "thresholds/crosscoder")
+    step = SparseCoder.load_from_disk(figures["path"])
+    torch.testing.assert_close(made.encoder.weight, step.encoder.weight)
+
+    path = str(Path(figures["path"]).parent)
+    tuned = {**flags, "finetune": path, "lr": 1e-9, "max_examples": 8}
+    again = train(from_flags(TrainConfig, {**tuned, "run_name": "b"}))
+    after = SparseCoder.load_from_disk(again["hookpoints"]["crosscoder"]["path"])
+    torch.testing.assert_close(after.encoder.weight, step.encoder.weight, rtol=1e-3, atol=1e-4)
+    for other, message in (
+        ({"layers": (0, 1)}, "is a crosscoder over layers.0, layers.1, layers.2 there"),
+        ({"crosscoder": False}, "layers.0 is a crosscoder over layers.0, layers.1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train(from_flags(TrainConfig, {**tuned, **other, "run_name": "c"}))
+    for program in ("sae_lens", "dictionary_learning", "circuit_tracer"):
+        code = call(
+            monkeypatch, "export", folder, "--to", program, "--out", str(tmp_path / program)
+        )
+        assert code == 2 and "crosscoder" in capsys.readouterr().err
+        assert not (tmp_path / program).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"transcode": True}, "--transcode True: --crosscoder reconstructs what it reads"),
+        ({"skip_connection": True}, "--skip_connection True: --crosscoder"),
+        ({"normalize_decoder": False}, "--normalize_decoder False: --crosscoder selects"),
+        ({"loss_fn": "kl"}, "--loss_fn kl: --crosscoder needs all hookpoints"),
+        ({"exclude_norm": 2.0}, "--exclude_norm 2.0: --crosscoder needs the same rows"),
+        ({"distribute_modules": True}, "--distribute_modules True: --crosscoder is one coder"),
+    ],
+)
+def test_flags_that_do_not_go_with_it_are_refused(flags: dict[str, Any], message: str) -> None:
+    """Before anything is loaded, with the reason."""
+    with pytest.raises(UsageError, match=message):
+        from_flags(TrainConfig, {"crosscoder": True, **flags})
+
+
+def test_a_single_hookpoint_is_refused(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """A crosscoder is over several."""
+    with pytest.raises(UsageError, match="--crosscoder: .* layers.1 is one: name more"):
+        run(lm, tokens, settings, **{**FLAGS, "layers": (1,)})

@@ -2,9 +2,9 @@
 
     python benchmarks/families.py --out benchmarks/results/families.json
 
-Every kind that --activation names, and topk with the prefixes of --matryoshka, is trained on the demo
-LM with each --k, by the script itself and its default recipe. A plot of the same name ends in .svg. Results are added to the file as they
-come, and what is there already is not trained again.
+Every kind that --activation names, and topk with the prefixes of --matryoshka, is trained on the
+demo LM with each --k, by the script itself and its default recipe. A plot of the same name ends in
+.svg. Results are added to the file as they come, and what is there already is not trained again.
 """
 
 import argparse

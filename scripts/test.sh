@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run the whole test suite, what takes an hour by --faults, or, by --fake-cuda, runs on a GPU that is
-# not there (its torch for CUDA takes 5 GB), or, by --formats, coder files opened by the programs that
-# they are for. Flags are passed on to pytest.
+# Run the whole test suite, in two processes; what takes an hour by --faults; by --fake-cuda, runs on a
+# GPU that is not there (its torch for CUDA takes 5 GB); or, by --formats, coder files opened by the
+# programs that they are for. Flags are passed on to pytest, which then is one process.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install tests/requirements.txt .venv/installed_for_tests.txt
 environment=.venv
@@ -21,4 +21,6 @@ if [[ " $* " == *" --formats "* ]]; then
     # Only brought along: built for another torch, it would keep transformers from being imported.
     $environment/bin/python -m pip uninstall --quiet --yes torchvision
 fi
+# Most tests wait as long as they compute.
+[ $# -gt 0 ] || set -- -n 2 --dist loadgroup
 exec $environment/bin/python -m pytest "$@"

@@ -59,6 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             wanted = not special
         if wanted:
             kept.append(item)
+        if "runs" in getattr(item, "fixturenames", ()):  # two workers would wait for each other
+            item.add_marker(pytest.mark.xdist_group("launched runs"))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 

@@ -37,10 +37,11 @@ def normalize_parts_(W_dec: Float[Tensor, "L D"], parts: tuple[Columns, ...]) ->
 def normals(W_dec: Float[Tensor, "L D"], parts: tuple[Columns, ...]) -> Float[Tensor, "L D"]:
     """Of every row the unit direction in which the sum of its norms by hookpoint grows fastest."""
     norms = part_norms(W_dec, parts)
-    each = torch.where(norms > 0, 1 / norms, 0)
-    each = each / (norms > 0).sum(1, keepdim=True).clamp(min=1).sqrt()
-    widths = torch.tensor([part.width for part in parts], device=W_dec.device)
-    return W_dec * each.repeat_interleave(widths, dim=1, output_size=W_dec.shape[1])
+    scale = torch.where(norms > 0, 1 / norms, 0)
+    scale = scale / (norms > 0).sum(1, keepdim=True).clamp(min=1).sqrt()
+    columns = W_dec.split([part.width for part in parts], dim=1)
+    pairs = zip(columns, scale.split(1, dim=1), strict=True)
+    return torch.cat([of_one * factor for of_one, factor in pairs], dim=1)
 
 
 def divisors(parts: tuple[Columns, ...], like: Tensor) -> Float[Tensor, " D"]:

@@ -209,11 +209,12 @@ def _rank_memory(
             k += max((k_aux(coder.d_out) for coder in coders), default=0)
         working += 5 * 8 * k * piece
     lm = lm_parameters * (1 if cfg.model.load_in_8bit else item)
-    in_flight *= item
+    row_item = 4 if cfg.coder.crosscoder else item  # whose rows are divided in float32
+    in_flight *= row_item
     if steps == 1:
         return RankMemory(lm, weights, weights, state, in_flight + working)
     # Either a forward brings rows, or a step's rows are joined and trained on.
-    waiting *= item
+    waiting *= row_item
     busy = max(in_flight, -(-waiting // steps) + working)
     on_host = cfg.machine.batch_on_host and not asks_for_cpu()
     return RankMemory(lm, weights, weights, state, busy + (0 if on_host else waiting))

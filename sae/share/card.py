@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..config import SparseCoderConfig
 from ..formats.coder_file import CoderFile
 
 _PACKAGES = ("train-sae", "torch", "transformers", "accelerate", "datasets")
@@ -43,12 +44,13 @@ def card(
     head += ["library_name: train-sae", "tags:", "- sparse-autoencoder"]
     head += [f"base_model: {model}"] if model in on_hub else []
     head += ["datasets:", f"- {dataset}"] if dataset in on_hub else []
-    kinds = {"transcoders" if coder.cfg.transcode else "SAEs" for coder in coders.values()}
+    kinds = {_kind(coder.cfg) for coder in coders.values()}
+    where = [part.hookpoint for coder in coders.values() for part in coder.cfg.parts] or coders
     what = f"Sparse coders ({' and '.join(sorted(kinds))}) of the activations of {_shown(model)}"
     lines = ["---", *head, "---", "", f"# {repo.split('/')[-1]}", "", f"{what}."]
     lines += ["", f"- Base model: {_shown(model)}", f"- Data set: {_shown(dataset)}"]
     lines += [f"- Tokens per sequence: {flags['ctx_len']}"] if "ctx_len" in flags else []
-    lines += [f"- Hookpoints: {', '.join(f'`{name}`' for name in coders)}"]
+    lines += [f"- Hookpoints: {', '.join(f'`{name}`' for name in dict.fromkeys(where))}"]
     lines += ["", "## Figures", "", "On text that was held out of training:", ""]
     columns = ("hookpoint", "latents", "k", *_HEAD)
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -70,6 +72,12 @@ def card(
         lines += [f'sae = SAE.from_pretrained("{repo}", "sae_lens/{first}")', "```"]
     lines += ["", "## How they were trained", "", "```bash", command(flags, defaults), "```"]
     return "\n".join([*lines, "", f"With {', '.join(_versions())}.", ""])
+
+
+def _kind(cfg: SparseCoderConfig) -> str:
+    if cfg.crosscoder:
+        return "crosscoders, whose columns are those of the hookpoints in this order"
+    return "transcoders" if cfg.transcode else "SAEs"
 
 
 def command(flags: dict[str, Any], defaults: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from training_runs import (
 )
 from transformers import PreTrainedModel
 
-from sae import SaeConfig, SparseCoder, UsageError
+from sae import SaeConfig, SparseCoder, UsageError, load_many
 from sae.coders.bank import CoderBank
 from sae.coders.crosscoder import part_norms
 from sae.config import Columns, KernelChoice, Widths
@@ -335,6 +335,11 @@ def test_commands_read_crosscoders(
         )
         assert code == 2 and "crosscoder" in capsys.readouterr().err
         assert not (tmp_path / program).exists()
+    capsys.readouterr()
+    hub = tmp_path / "hub"
+    assert call(monkeypatch, "push", folder, "someone/coders", "--dry_run", str(hub)) == 0
+    assert "- Hookpoints: `layers.0`, `layers.1`, `layers.2`" in (hub / "README.md").read_text()
+    assert torch.equal(load_many(hub)["crosscoder"].W_dec, step.W_dec)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

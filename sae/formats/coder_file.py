@@ -46,6 +46,7 @@ def coder_file(
     centred: bool,
     transcode: bool = False,
     W_skip: Float[Tensor, "D_out D"] | None = None,
+    matryoshka: tuple[float, ...] = (),
     hookpoint: str | None = None,
 ) -> CoderFile:
     """A coder of another program: the `k` largest latents of a row, or those above thresholds.
@@ -75,6 +76,7 @@ def coder_file(
         normalize_decoder=has_unit_rows(W_dec),
         skip_connection=W_skip is not None,
         transcode=transcode,
+        matryoshka=matryoshka,
     )
     if threshold is not None:
         tensors["threshold"] = threshold.float()

@@ -38,6 +38,7 @@ _PLAIN = ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")
 _TRAINERS = {
     "AutoEncoderTopK": "TopKTrainer",
     "BatchTopKSAE": "BatchTopKTrainer",
+    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
     "JumpReluAutoEncoder": "JumpReluTrainer",
 }
 _ONE_LEVEL: dict[str, str] = dict.fromkeys(("BatchTopKSAE", "MatryoshkaBatchTopKSAE"), "batchtopk")
@@ -89,7 +90,7 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
     decoder = found["decoder.weight"].T if kind in _LINEAR else found["W_dec"]
     bias = found.get("encoder.bias", found.get("b_enc"))
     b_dec = found[next(n for n in ("b_dec", "bias", "decoder_bias") if n in found)]
-    k = mean_l0(trainer.get("k"))
+    k, shares = mean_l0(trainer.get("k")), tuple[float, ...]()
     if kind == "AutoEncoderTopK":
         k = whole_number(path / "config.json", trainer, "k")
         if "k" in counts and int(counts["k"]) != k:
@@ -106,6 +107,9 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
         groups = counts.get("group_sizes", torch.tensor([latents]))
         if int(groups.sum()) != latents or int(groups.min()) < 1:
             raise UsageError(f"{path}: group_sizes {groups.tolist()} are not {latents} latents")
+        # A prefix here has no fewer latents than are active in the mean.
+        if len(groups) > 1 and int(groups[0]) >= k:
+            shares = tuple(size / latents for size in groups.tolist())
     elif kind == "AutoEncoder":
         threshold = torch.zeros(latents)
     elif kind == "GatedAutoEncoder":
@@ -119,6 +123,7 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
         threshold=threshold,
         one_level=trainer.get("activation", _ONE_LEVEL.get(kind)) == "batchtopk",
         centred=kind != "JumpReluAutoEncoder",
+        matryoshka=shares,
         hookpoint=hookpoint_of(path),
         transcode=trainer.get("transcode") is True,
     )
@@ -175,8 +180,10 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     if cfg.has_threshold:
         level = found["threshold"]
         is_one = bool((level == level[0]).all()) and float(level[0]) >= 0
-        kind = "BatchTopKSAE" if is_one and not cfg.transcode else "JumpReluAutoEncoder"
-        centred = kind == "BatchTopKSAE"
+        kind = "JumpReluAutoEncoder"
+        if is_one and not cfg.transcode:
+            kind = "MatryoshkaBatchTopKSAE" if cfg.matryoshka else "BatchTopKSAE"
+        centred = kind in _ONE_LEVEL
     if cfg.has_threshold or centred == cfg.transcode:
         found = at_least_float32(found)
     bias, notes = found["encoder.bias"], []
@@ -184,14 +191,22 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
         shift = found["encoder.weight"] @ found["b_dec"]
         bias = bias + (shift if centred else -shift)
         notes.append(f"{name}: {FOLDED}")
-    if kind == "JumpReluAutoEncoder":
+    if cfg.matryoshka and kind != "MatryoshkaBatchTopKSAE":
+        notes.append(f"{name}: the sizes of its prefixes have no place in {kind}")
+    if kind in _PLAIN:
         tensors = {"W_enc": found["encoder.weight"].T, "b_enc": bias, "W_dec": found["W_dec"]}
-        tensors |= {"b_dec": found["b_dec"], "threshold": found["threshold"]}
+        tensors |= {"b_dec": found["b_dec"]}
     else:
-        level = found["threshold"][0] if cfg.has_threshold else torch.tensor(-1.0)
         tensors = {"encoder.weight": found["encoder.weight"], "encoder.bias": bias}
         tensors |= {"decoder.weight": found["W_dec"].T, "b_dec": found["b_dec"]}
+    if kind == "JumpReluAutoEncoder":
+        tensors["threshold"] = found["threshold"]
+    else:
+        level = found["threshold"][0] if cfg.has_threshold else torch.tensor(-1.0)
         tensors |= {"k": torch.tensor(cfg.k, dtype=torch.int32), "threshold": level.clone()}
+    if kind == "MatryoshkaBatchTopKSAE":
+        sizes = [round(share * len(bias)) for share in cfg.matryoshka]
+        tensors["group_sizes"] = torch.tensor(sizes)
     layer = next((int(part) for part in hookpoint.split(".") if part.isdigit()), None)
     trainer = {
         **{"trainer_class": _TRAINERS[kind], "dict_class": kind, "k": cfg.k},

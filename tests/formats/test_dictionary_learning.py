@@ -54,15 +54,22 @@ def test_what_is_written_is_the_same_function_there(
     return assert_same_coder(coder, back)
 
 
-@pytest.mark.parametrize("kind", ["sae", "one threshold", "batchtopk", "transcoder"])
+@pytest.mark.parametrize("kind", ["sae", "one threshold", "batchtopk", "matryoshka", "transcoder"])
 def test_thresholds_are_the_same_function_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """One threshold for all fits BatchTopKSAE exactly; several fit JumpReluAutoEncoder."""
+    """One threshold for all fits BatchTopKSAE exactly, with prefixes the Matryoshka one.
+
+    Several thresholds fit JumpReluAutoEncoder.
+    """
     coder = random_coder(JUMPRELU["transcoder" if kind == "transcoder" else "sae"])
     if kind == "batchtopk":
         coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"))
-    if kind in ("one threshold", "batchtopk"):
+    shares = (0.25, 0.25, 0.5)
+    if kind == "matryoshka":
+        cfg = SaeConfig(num_latents=24, k=3, activation="batchtopk", matryoshka=shares)
+        coder = random_coder(cfg)
+    if kind in ("one threshold", "batchtopk", "matryoshka"):
         coder.threshold.data.fill_(1.5)
     run, out = save_run(tmp_path / "run", {"layers.3": coder}), tmp_path / "out"
     flags = ("--to", "dictionary_learning", "--out", str(out))
@@ -71,6 +78,13 @@ def test_thresholds_are_the_same_function_there(
     found = torch.load(out / "layers.3/ae.pt", weights_only=True)
     several = kind in ("sae", "transcoder")
     named = "JumpReluAutoEncoder" if several else "BatchTopKSAE"
+    if kind == "matryoshka":
+        named = "MatryoshkaBatchTopKSAE"
+        shapes = {name: (tuple(t.shape), t.dtype) for name, t in found.items()}
+        assert shapes["W_enc"] == ((8, 24), torch.float32) and shapes["threshold"][0] == ()
+        assert found["group_sizes"].tolist() == [6, 6, 12]
+        assert found["group_sizes"].dtype == torch.int64
+        assert load_many(out, allow_pt=True)["layers.3"].cfg.matryoshka == shares
     assert trainer["dict_class"] == named
     if named == "JumpReluAutoEncoder":
         shapes = {name: tuple(t.shape) for name, t in found.items()}
@@ -113,20 +127,24 @@ def test_every_class_is_the_same_function_here(tmp_path: Path, kind: str) -> Non
 
 
 def test_a_matryoshka_coder_is_read_as_batchtopk(tmp_path: Path) -> None:
-    """All its groups are active; sizes that are not those of its latents are refused."""
+    """All its groups are active, as prefixes; sizes that are not of its latents are refused."""
     found = topk_tensors()
     plain = {"W_enc": found["encoder.weight"].T, "b_enc": found["encoder.bias"]}
     plain |= {"W_dec": found["decoder.weight"].T, "b_dec": found["b_dec"]}
     plain |= {"k": found["k"], "threshold": found["threshold"]}
-    for sizes in ([8, 16], [8, 15], [24, 0]):
+    for sizes in ([8, 16], [2, 22], [8, 15], [24, 0]):
         kind = {**plain, "group_sizes": torch.tensor(sizes)}
         trainer = write(tmp_path / "c", "MatryoshkaBatchTopKSAE", kind)
+        if sizes == [2, 22]:  # a prefix with fewer latents than k, which none has here
+            assert SparseCoder.load_from_disk(tmp_path / "c", allow_pt=True).prefixes == ()
+            continue
         if sizes != [8, 16]:
             with pytest.raises(UsageError, match="group_sizes .* are not 24 latents"):
                 SparseCoder.load_from_disk(tmp_path / "c", allow_pt=True)
             continue
         ours = SparseCoder.load_from_disk(tmp_path / "c", allow_pt=True)
         assert (ours.cfg.activation, ours.cfg.k) == ("batchtopk", 3)
+        assert ours.prefixes == (8, 24)
         assert_same_function(ours, dictionary_learning(trainer, kind))
 
 

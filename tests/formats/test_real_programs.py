@@ -78,16 +78,20 @@ def test_dictionary_learning_computes_the_same(tmp_path: Path, kind: str) -> Non
     assert config["trainer"]["layer"] == 3
 
 
-@pytest.mark.parametrize("kind", ["sae", "one threshold", "batchtopk", "transcoder"])
+@pytest.mark.parametrize("kind", ["sae", "one threshold", "batchtopk", "matryoshka", "transcoder"])
 @torch.no_grad()
 def test_dictionary_learning_computes_the_same_with_thresholds(tmp_path: Path, kind: str) -> None:
-    """BatchTopKSAE and JumpReluAutoEncoder, as load_dictionary makes them."""
+    """BatchTopKSAE, with prefixes too, and JumpReluAutoEncoder, as load_dictionary makes them."""
     from dictionary_learning.utils import load_dictionary  # pyright: ignore[reportMissingImports]
 
     coder = random_coder(JUMPRELU["transcoder" if kind == "transcoder" else "sae"], 32)
     if kind == "batchtopk":
         coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"), 32)
-    if kind in ("one threshold", "batchtopk"):
+    if kind == "matryoshka":
+        shares = (0.25, 0.25, 0.5)
+        cfg = SaeConfig(num_latents=24, k=3, activation="batchtopk", matryoshka=shares)
+        coder = random_coder(cfg, 32)
+    if kind in ("one threshold", "batchtopk", "matryoshka"):
         coder.threshold.data.fill_(1.5)
     theirs, _ = load_dictionary(str(exported(tmp_path, coder, "dictionary_learning")), "cpu")
     acts = theirs.encode(ROWS)

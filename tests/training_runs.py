@@ -111,3 +111,16 @@ class Killed(BaseException):
 def coder_optimizer(coder: SparseCoder, name: str, steps: int = 10, **flags: Any) -> CoderOptimizer:
     """The optimizer of a coder in a run of `steps` steps."""
     return CoderOptimizer(coder, Schedule(TrainingConfig(optimizer=name, **flags), steps, rows=1))  # type: ignore[arg-type]
+
+
+class SignDescent(torch.optim.Optimizer):
+    """p -= lr sign(g), for schedulefree's wrapper to average."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad.sign())

@@ -5,26 +5,13 @@ import math
 import pytest
 import schedulefree
 import torch
-from training_runs import coder_optimizer
+from training_runs import SignDescent, coder_optimizer
 
 from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
 from sae.coders.moments import Moments, Scale
 from sae.training.losses import divide_gradients_, wake_dead_
 from sae.training.optim import CoderOptimizer, ScheduleFreeSignum
 from sae.training.schedules import Schedule
-
-
-class SignDescent(torch.optim.Optimizer):
-    """p -= lr sign(g), for schedulefree's wrapper to average."""
-
-    def __init__(self, params, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(p.grad.sign(), alpha=group["lr"])
 
 
 def test_signum_is_schedulefree_sign_descent() -> None:

@@ -149,16 +149,18 @@ def test_safeguards_that_are_taken_out_are_in_the_source(removal: removals.Remov
 
 
 def test_quality_in_the_documentation_is_what_was_measured() -> None:
-    """The table of docs/recipes.md is of the results checked in, which meet the goals."""
+    """The table of docs/recipes.md is of the results checked in, and says which miss the goal."""
     found = quality.rows(json.loads((ROOT / "benchmarks/results/quality.json").read_text()))
     text = (ROOT / "docs/recipes.md").read_text()
     for row in found:
         theirs = f"{row['theirs']:.4f} | {row['their_dead']:.2%} | {row['their_ce']:.4f}"
         ours = f"{row['fvu']:.4f} | {row['dead']:.2%} | {row['ce']:.4f}"
         ratios = f"{row['ratio']:.2f} | {row['third']:.2f}"
-        assert f"| {row['hookpoint']} {row['kind']} | {theirs} | {ours} | {ratios} |" in text
-        assert row["ratio"] <= quality.GOALS["fvu"] and row["dead"] <= quality.GOALS["dead_share"]
+        name = f"{row['hookpoint']} {row['kind']}, {row['k']}"
+        goal = "met" if row["ratio"] <= quality.GOALS["fvu"] else "missed"
+        assert f"| {name} | {theirs} | {ours} | {ratios} | {goal} |" in text
+        assert row["ratio"] < 1 and row["dead"] <= quality.GOALS["dead_share"]
         assert row["ce"] > row["their_ce"]
     mean = sum(row["ratio"] for row in found) / len(found)
-    assert len(found) == 4 and f"The mean ratio is {mean:.2f}." in text
+    assert len(found) == 7 and f"The mean ratio is {mean:.2f}." in text
     assert mean <= quality.GOALS["mean fvu"]

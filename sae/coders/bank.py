@@ -14,7 +14,7 @@ from ..formats import kinds
 from ..formats.hub import HubName, coders_folder
 from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
-from .crosscoder import unfolded
+from .crosscoder import balanced, unfolded
 from .families.family import family_of
 from .moments import Moments, Scale
 from .sharded import Group, ShardedCoder
@@ -129,7 +129,8 @@ class CoderBank(nn.Module):
             except UsageError as error:
                 raise UsageError(f"--finetune {source}: {error}") from None
             if coder.cfg.parts:
-                tensors = unfolded(tensors, coder.cfg.parts)
+                parts = coder.cfg.parts
+                tensors = balanced(unfolded(tensors, parts), parts)
             coder.load_state_dict(tensors)
 
     def normalize_decoders_(self) -> None:

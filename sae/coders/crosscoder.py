@@ -64,6 +64,17 @@ def unfolded(tensors: dict[str, Tensor], parts: tuple[Columns, ...]) -> dict[str
     return folded(tensors, tuple(part._replace(rms=1 / part.rms) for part in parts))
 
 
+def balanced(tensors: dict[str, Tensor], parts: tuple[Columns, ...]) -> dict[str, Tensor]:
+    """The same function with decoder norms that sum to sqrt(H): activations take up the rest."""
+    W_dec = tensors["W_dec"].clone()
+    normalize_parts_(W_dec, parts)
+    before, after = (part_norms(W, parts).sum(1) for W in (tensors["W_dec"], W_dec))
+    factor = torch.where(after > 0, before / after, 1)
+    scaled = {n: tensors[n] * factor for n in ("encoder.bias", "threshold") if n in tensors}
+    weight = tensors["encoder.weight"] * factor.unsqueeze(1)
+    return {**tensors, **scaled, "encoder.weight": weight, "W_dec": W_dec}
+
+
 def check_flags(cfg: Any) -> None:
     """Raise UsageError for flags of the script's `TrainConfig` that crosscoders do not go with."""
     coder, training = cfg.coder, cfg.training

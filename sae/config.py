@@ -22,7 +22,7 @@ from .flag_checks import (
 Activation = Literal["topk", "groupmax", "batchtopk", "jumprelu"]
 WITH_THRESHOLD = frozenset({"batchtopk", "jumprelu"})
 """Of these the ones in whose files every latent has a threshold."""
-OptimizerName = Literal["signum", "adam", "muon"]
+OptimizerName = Literal["signum", "adam", "muon", "soap"]
 KernelChoice = Literal["auto", "torch", "native", "int8"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "none"]
 
@@ -225,7 +225,7 @@ class TrainingConfig:
     loss_fn: Literal["fvu", "ce", "kl"] = "fvu"
     """Fraction of variance unexplained at the hookpoint, or an end-to-end loss of the LM."""
     optimizer: OptimizerName = "adam"
-    """adam, signum (schedule-free), or muon."""
+    """adam, signum (schedule-free), muon, or soap (adam in an eigenbasis: better and slower)."""
     lr: float | None = None
     """Peak rate; default: by a rule in docs/recipes.md."""
     lr_warmup: Annotated[float, AtLeast(0)] = 0.05

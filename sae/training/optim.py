@@ -136,6 +136,57 @@ class ShardedMuon(torch.optim.Muon):
         return torch.cat(self._group.exchange(list(sent), shapes), dim=dim)
 
 
+class Soap(torch.optim.Optimizer):
+    """Adam in the eigenbasis of a matrix's gradients, of their columns alone.
+
+        C = b2 C + (1 - b2) G^T G,   Q its eigenvectors,   m = b1 m + (1 - b1) G
+        v = b2 v + (1 - b2) (G Q)^2,   W -= lr (m Q / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)) Q^T
+
+    Activations vary in few directions, and this gives each of them its own rate. Q comes from C
+    whole at first, and then every tenth step from one step of orthogonal iteration, where v is
+    taken along. The first step only makes Q.
+
+    Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (arXiv 2409.11321),
+    algorithm 3, for one side of the matrix.
+    """
+
+    def __init__(
+        self, params: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": 1e-8, "every": 10})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, self.state[p], group)
+
+    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], of: dict[str, Any]) -> None:
+        b1, b2 = of["betas"]
+        outer = grad.T @ grad
+        if not state:
+            state |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+            state["outer"] = outer * (1 - b2)
+            state["basis"] = torch.linalg.eigh(outer).eigenvectors.flip(1).contiguous()
+            return
+        state["step"] = step = int(state["step"]) + 1  # a tensor where a run was resumed
+        basis = state["basis"]
+        turned = grad @ basis
+        state["mean"].lerp_(grad, 1 - b1)
+        state["square"].mul_(b2).addcmul_(turned, turned, value=1 - b2)
+        size = (state["square"] / (1 - b2**step)).sqrt_().add_(of["eps"])
+        update = torch.matmul(state["mean"], basis, out=turned).div_(size)
+        p.addmm_(update, basis.T, alpha=-of["lr"] / (1 - b1**step))
+        state["outer"].lerp_(outer, 1 - b2)
+        if step % of["every"] == 0:
+            iterated = state["outer"] @ basis
+            order = (basis * iterated).sum(0).argsort(descending=True, stable=True)
+            state["basis"] = torch.linalg.qr(iterated[:, order]).Q.contiguous()
+            state["square"] = state["square"][:, order]
+
+
 class CoderOptimizer:
     """The optimizers of one coder: all its parameters, updated and decayed together."""
 
@@ -152,13 +203,21 @@ class CoderOptimizer:
         self.schedule, self.lr = schedule, 0.0
         self.name: OptimizerName = cfg.optimizer
         self.peak_lr = peak_lr = schedule.peak_lr(coder.num_latents)
-        muon = self.name == "muon"
-        matrices = {n: p for n, p in parameters.items() if muon and p.ndim == 2}
+        of_matrices = self.name in ("muon", "soap")
+        matrices = {n: p for n, p in parameters.items() if of_matrices and p.ndim == 2}
         rest = {n: p for n, p in parameters.items() if n not in matrices}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.names: list[list[str]] = []
-        if matrices:
+        if self.name == "muon":
             self._add(_muon(coder, matrices, self.peak_lr), matrices)
+        elif self.name == "soap":
+            if coder.piece is not None:
+                raise UsageError(
+                    "--optimizer soap: needs whole matrices, and ranks that share a coder hold "
+                    "parts of them: take another, or leave out --ranks_per_coder"
+                )
+            betas = cfg.adam_beta1, cfg.adam_beta2
+            self._add(Soap(_groups(matrices), peak_lr, betas), matrices)
         if self.name == "signum":
             in_one_pass = coder.cfg.normalize_decoder and not coder.cfg.parts
             unit_norm = coder.W_dec if in_one_pass else None
@@ -260,8 +319,10 @@ class CoderOptimizer:
 def state_bytes(coder: SparseCoder, name: OptimizerName, adam_8bit: bool = False) -> int:
     """Bytes that the optimizer of a coder keeps beside the weights: z, moments, or momentum."""
     adam = 2 if adam_8bit else 8
-    per_element = {"signum": (4, 4), "adam": (adam, adam), "muon": (4, adam)}[name]
-    return sum(p.numel() * per_element[p.ndim != 2] for p in coder.parameters())
+    per_element = {"signum": (4, 4), "adam": (adam, adam), "muon": (4, adam), "soap": (8, adam)}
+    found = sum(p.numel() * per_element[name][p.ndim != 2] for p in coder.parameters())
+    widths = [p.shape[1] for p in coder.parameters() if p.ndim == 2 and name == "soap"]
+    return found + sum(8 * width * width for width in widths)
 
 
 def _muon(

@@ -91,6 +91,7 @@ class Schedule:
         """The flag, or by optimizer, where s = sqrt(L / 2^14):
 
             adam 3.5e-3 / s sqrt(700 / steps), at most 1.2e-2;   signum 5e-3 / s;   muon 2e-2
+            soap 1.5 times adam's
 
         For an end-to-end loss, which is for finetuning, adam 2e-4 / s. signum's and that one are
         the reference's; the others were measured: docs/recipes.md.
@@ -100,7 +101,8 @@ class Schedule:
         s = math.sqrt(num_latents / 2**14)
         adam = min(3.5e-3 / s * math.sqrt(700 / self.total_steps), 1.2e-2)
         adam = 2e-4 / s if self.cfg.uses_lm_loss else adam
-        return {"adam": adam, "signum": 5e-3 / s, "muon": 2e-2}[self.cfg.optimizer]
+        others = {"signum": 5e-3 / s, "muon": 2e-2, "soap": 1.5 * adam}
+        return others.get(self.cfg.optimizer, adam)
 
     def lr_scale(self, step: int) -> float:
         """The learning rate of optimizer step `step` (from 0) over its peak.

@@ -221,7 +221,7 @@ def test_runs_in_pieces_and_resumed_ones_are_the_same(
     assert_identical(training_state(resumed), training_state(straight))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
+@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon", "soap"])
 def test_rms_of_hookpoints_is_that_of_the_first_batch(
     lm: PreTrainedModel, tokens: Tensor, settings: Settings, optimizer: str
 ) -> None:

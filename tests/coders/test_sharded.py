@@ -295,3 +295,10 @@ def test_parts_are_not_rounded_in_blocks() -> None:
         on_ranks(
             2, lambda group: coder_optimizer(ShardedCoder(group, 8, cfg), "adam", adam_8bit=True)
         )
+
+
+def test_soap_is_refused() -> None:
+    """Its eigenbasis is of whole columns, which no rank has."""
+    cfg = SaeConfig(num_latents=16, k=2)
+    with pytest.raises(UsageError, match=r"--optimizer soap: .* leave out --ranks_per_coder"):
+        on_ranks(2, lambda group: coder_optimizer(ShardedCoder(group, 8, cfg), "soap"))

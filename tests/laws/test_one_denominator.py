@@ -28,7 +28,9 @@ PIECES = {
 }
 
 
-@pytest.mark.parametrize(("optimizer", "dealt"), [("adam", 1), ("muon", 1), ("adam", 4)])
+@pytest.mark.parametrize(
+    ("optimizer", "dealt"), [("adam", 1), ("muon", 1), ("soap", 1), ("adam", 4)]
+)
 def test_accumulated_and_micro_batched_steps_equal_whole_ones(
     lm: PreTrainedModel, tokens: Tensor, settings: Settings, optimizer: str, dealt: int
 ) -> None:

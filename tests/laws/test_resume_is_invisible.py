@@ -44,7 +44,7 @@ def test_a_run_of_before_warm_ups_were_checked_is_resumed(
     assert run(lm, tokens, settings, run_name="r", resume=True, **flags)["step"] == 20
 
 
-@pytest.mark.parametrize("optimizer", ["signum", "adam", "muon"])
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "muon", "soap"])
 def test_a_resumed_run_ends_in_the_same_bits(
     lm: PreTrainedModel,
     tokens: Tensor,

@@ -49,7 +49,7 @@ def trained(
     return figures, SparseCoder.load_from_disk(figures["path"])
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
+@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon", "soap"])
 @pytest.mark.parametrize("kind", ["sae", "transcoder", "skip transcoder"])
 def test_scaled_activations_make_the_same_coder(tmp_path: Any, kind: str, optimizer: str) -> None:
     """Times powers of two: the same figures bit for bit, and parameters in the new units."""
@@ -90,7 +90,7 @@ def test_thresholds_are_in_the_unit_of_the_targets(
     assert coder.threshold.min() > 0 and figures["l0"] > 1
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
+@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon", "soap"])
 def test_small_targets_are_learned(tmp_path: Any, optimizer: str) -> None:
     """A transcoder of targets of rms 1e-3 beside inputs of rms 5 explains most of them."""
     figures, _ = trained(tmp_path, "transcoder", optimizer, (1.0, 2.0**-14))

@@ -10,7 +10,7 @@ from training_runs import SignDescent, coder_optimizer
 from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
 from sae.coders.moments import Moments, Scale
 from sae.training.losses import divide_gradients_, wake_dead_
-from sae.training.optim import CoderOptimizer, ScheduleFreeSignum
+from sae.training.optim import CoderOptimizer, ScheduleFreeSignum, Soap, state_bytes
 from sae.training.schedules import Schedule
 
 
@@ -34,7 +34,7 @@ def test_signum_is_schedulefree_sign_descent() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["signum", "adam", "muon"])
+@pytest.mark.parametrize("name", ["signum", "adam", "muon", "soap"])
 def test_trained_coder_is_unit_norm_and_training_point_comes_back(name: str) -> None:
     """Inside trained() W_dec is unit-norm to 1e-5; outside, the point is back, bit for bit."""
     torch.manual_seed(0)
@@ -63,8 +63,46 @@ def test_muon_updates_matrices_and_adam_the_rest() -> None:
     assert optimizer.peak_lr == 2e-2
 
 
+def test_soap_is_adam_in_the_eigenbasis_of_the_columns() -> None:
+    """30 steps equal the equations, whatever signs eigenvectors have; biases get adam."""
+    torch.manual_seed(0)
+    W = torch.randn(40, 6, dtype=torch.float64)
+    ours = torch.nn.Parameter(W.clone())
+    optimizer = Soap([{"params": [ours]}], lr=0.01, betas=(0.8, 0.95))
+    C = Q = m = v = torch.zeros(0)
+    for t in range(30):
+        G = torch.randn(40, 6, dtype=torch.float64) * torch.tensor([9.0, 5, 3, 2, 1, 0.1])
+        ours.grad = G.clone()
+        optimizer.step()
+        if t == 0:
+            C, m, v = 0.05 * G.T @ G, torch.zeros_like(G), torch.zeros_like(G)
+            Q = torch.linalg.eigh(G.T @ G).eigenvectors
+            continue
+        m = 0.8 * m + 0.2 * G
+        v = 0.95 * v + 0.05 * (G @ Q) ** 2
+        W -= 0.01 * ((m @ Q / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)) @ Q.T
+        C = 0.95 * C + 0.05 * G.T @ G
+        torch.testing.assert_close(ours.detach(), W)
+        if t % 10 == 0:
+            order = (Q.T @ C @ Q).diagonal().argsort(descending=True)
+            Q, v = torch.linalg.qr(C @ Q[:, order]).Q, v[:, order]
+    coder = SparseCoder(8, SaeConfig(num_latents=32, k=3))
+    made = coder_optimizer(coder, "soap")
+    assert [type(o).__name__ for o in made.optimizers] == ["Soap", "Adam"]
+    assert [*map(sorted, made.names)] == [["W_dec", "encoder.weight"], ["b_dec", "encoder.bias"]]
+    for step in range(2):
+        coder(torch.randn(20, 8)).fvu.backward()
+        made.step(step)
+    held = sum(t.nbytes for n, t in made.state_tensors().items() if n.startswith("state."))
+    assert held == pytest.approx(state_bytes(coder, "soap"), abs=64)  # steps are counted, too
+
+
 def test_default_learning_rates() -> None:
-    """Signum 5e-3 over sqrt(L / 2^14); a rate that is given is taken."""
+    """Signum 5e-3 over sqrt(L / 2^14), soap 1.5 times adam's; a rate that is given is taken."""
+    adam, soap = (
+        Schedule(TrainingConfig(optimizer=n), 700, 1).peak_lr(3072) for n in ("adam", "soap")
+    )
+    assert soap == 1.5 * adam
     assert Schedule(TrainingConfig(optimizer="signum"), 9, 1).peak_lr(2**14) == 5e-3
     assert math.isclose(Schedule(TrainingConfig(optimizer="signum"), 9, 1).peak_lr(2**16), 2.5e-3)
     assert Schedule(TrainingConfig(lr=0.5), 9, 1).peak_lr(7) == 0.5
@@ -132,7 +170,7 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_refused() -> None:
     Schedule(TrainingConfig(optimizer="signum", lr_warmup=9), 3, 1).check()
 
 
-@pytest.mark.parametrize("name", ["signum", "adam", "muon"])
+@pytest.mark.parametrize("name", ["signum", "adam", "muon", "soap"])
 def test_optimizer_state_survives_a_round_trip(name: str) -> None:
     """A coder and optimizer restored from their tensors continue bit for bit."""
     torch.manual_seed(0)

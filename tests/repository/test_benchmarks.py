@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import train_sae
-from benchmarks import quality, removals, run, targets
+from benchmarks import families, quality, removals, run, targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,3 +164,18 @@ def test_quality_in_the_documentation_is_what_was_measured() -> None:
     mean = sum(row["ratio"] for row in found) / len(found)
     assert len(found) == 7 and f"The mean ratio is {mean:.2f}." in text
     assert mean <= quality.GOALS["mean fvu"]
+
+
+def test_families_in_the_documentation_are_what_was_measured() -> None:
+    """The table of docs/families.md is of the results checked in, and the plot is drawn of them."""
+    results = json.loads((ROOT / "benchmarks/results/families.json").read_text())["results"]
+    by_kind = {(found["kind"], found["k"]): found for found in results}
+    text = (ROOT / "docs/families.md").read_text()
+    for kind in families.KINDS:
+        cells = [
+            f"{found['l0']:.1f} | {found['fvu']:.4f} | {found['ce_recovered']:.4f}"
+            for found in (by_kind[kind, k] for k in (16, 32, 64))
+        ]
+        assert f"| `{kind}` | {' | '.join(cells)} |" in text
+    drawing = (ROOT / "benchmarks/results/families.svg").read_text()
+    assert drawing == families.plot(results)

@@ -110,11 +110,11 @@ def advice(
     least = fullest
     for each in (n for n in range(1, world + 1) if world % n == 0):
         machine = {"distribute_modules": True, "layer_to_rank": (), "ranks_per_coder": each}
-        other = replace(cfg, machine=replace(cfg.machine, **machine))
         try:
+            other = replace(cfg, machine=replace(cfg.machine, **machine))
             owner = _owners(other, world, widths)
             held = max(map(sum, memory_by_rank(other, world, lm_parameters, widths, owner)))
-        except UsageError:  # a coder that so many cannot share
+        except UsageError:  # a coder that so many cannot share, or that has no owner
             continue
         least = min(least, held)
         if held <= room:

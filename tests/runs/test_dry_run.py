@@ -89,6 +89,22 @@ def test_what_does_not_fit_is_placed_anew(
         assert said in last and "too much for a GPU" in last
 
 
+def test_a_crosscoder_is_planned_as_one_coder(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As wide as its hookpoints together; none is told to share what cannot be shared."""
+    monkeypatch.setattr(dry_run, "_GIB", 1)
+    monkeypatch.setattr(dry_run, "_memory", lambda: (8, ""))
+    flags = {"crosscoder": True, "distribute_modules": False}
+    *_, head, line, said = planned(model, monkeypatch, capsys, **flags)
+    cells = dict(zip(head.split(), line.split(), strict=False))
+    width = 2 * D
+    assert float(cells["coders"]) == 4 * (2 * L * width + L + width)
+    assert line.endswith("crosscoder") and said.endswith("fewer latents")
+    soap = {"optimizer": "soap", "ranks_per_coder": 1}
+    assert planned(model, monkeypatch, capsys, **soap)[-1].endswith("fewer latents")
+
+
 def test_impossible_shares_are_refused_as_a_run_would(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

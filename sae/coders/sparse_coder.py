@@ -2,13 +2,14 @@
 
 import math
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..config import SparseCoderConfig
+from ..config import Columns, SparseCoderConfig
 from ..flag_checks import UsageError
 from ..formats import hub, kinds, sparsify
 from ..formats.pieces import Piece
@@ -289,12 +290,11 @@ class SparseCoder(nn.Module):
             return None
         return normals(self.W_dec, self.cfg.parts) if self.cfg.parts else self.W_dec
 
-    @torch.no_grad()
-    def use_scaled_rows_(self) -> None:
-        """Make a crosscoder from disk one for rows that are divided by their rms."""
-        if self.cfg.parts and not self.on_scaled_rows:
-            self.load_state_dict(unfolded(self.state_dict(), self.cfg.parts))
-            self.on_scaled_rows = True
+    def use_scaled_rows_(self, parts: tuple[Columns, ...]) -> None:
+        """Make a crosscoder from disk one for rows that are divided by the rms of `parts`."""
+        if parts and not self.on_scaled_rows:
+            self.load_state_dict(unfolded(self.state_dict(), parts))
+            self.cfg, self.on_scaled_rows = replace(self.cfg, parts=parts), True
 
     def held_latents(self, numbers: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
         """Of the latents with these numbers those whose encoder rows are here, as rows of them."""

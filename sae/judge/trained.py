@@ -94,9 +94,10 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     """Load what `cfg` names. Raises UsageError for what cannot be found or does not fit."""
     coders, run = named_coders(cfg), Path(cfg.coders)
     hookpoint = {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
-    parts = _parts(coders, cfg.coders)
+    if parts := _parts(coders, cfg.coders):
+        hookpoint = dict.fromkeys(coders, CROSSCODER)
     for coder in coders.values():
-        coder.use_scaled_rows_()
+        coder.use_scaled_rows_(parts)
     before, given = flags_of_run(run), {n: v for n, v in vars(cfg).items() if v is not None}
     held_out = bool(before) and is_text_of_run(given, before)
     flags: dict[str, Any] = {n: v for n, v in {**before, **given}.items() if v is not None}

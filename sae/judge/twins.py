@@ -67,6 +67,12 @@ def coders_beside(trained: TrainedCoders, cfg: CodersConfig) -> dict[str, Beside
         )
     for name, (other, coder) in found.items():
         ours = trained.state.bank[name]
+        if _read_at(coder) != _read_at(ours):
+            raise UsageError(
+                f"--twins {cfg.coders}: {other} reads {_read_at(coder)}, and {name} "
+                f"{_read_at(ours)}: give a coder of the same"
+            )
+        coder.use_scaled_rows_(ours.cfg.parts)
         if coder.d_out != ours.d_out or (coder.cfg.transcode, coder.d_in) not in (
             (ours.cfg.transcode, ours.d_in),
             (False, ours.d_out),
@@ -76,6 +82,11 @@ def coders_beside(trained: TrainedCoders, cfg: CodersConfig) -> dict[str, Beside
                 f"{name} from {ours.d_in} to {ours.d_out}: give coders of the same modules"
             )
     return found
+
+
+def _read_at(coder: SparseCoder) -> str:
+    """The hookpoints of a crosscoder, in words."""
+    return ", ".join(part.hookpoint for part in coder.cfg.parts) or "one hookpoint"
 
 
 def joined(trained: TrainedCoders, beside: dict[str, Beside]) -> TrainedCoders:

@@ -173,7 +173,7 @@ def test_files_hold_weights_for_plain_rows(tmp_path: Path) -> None:
     found = back(plain)
     torch.testing.assert_close(found.sae_out, expected.sae_out * rms)
     assert torch.equal(found.top_indices.sort().values, expected.top_indices.sort().values)
-    back.use_scaled_rows_()
+    back.use_scaled_rows_(PARTS)
     torch.testing.assert_close(back(in_training(rows_of(0))).sae_out, expected.sae_out)
     back.save_to_disk(tmp_path / "again")
     again = SparseCoder.load_from_disk(tmp_path / "again")
@@ -259,7 +259,7 @@ def test_rms_of_hookpoints_is_that_of_the_first_batch(
         assert found["fvu"] == pytest.approx(float(expected.detach()), rel=1e-4)
     fvus = [found["fvu"] for found in figures["hookpoints"]]
     assert min(fvus) < figures["fvu"] < max(fvus) < 1
-    coder.use_scaled_rows_()
+    coder.use_scaled_rows_(coder.cfg.parts)
     norms = part_norms(coder.W_dec, coder.cfg.parts)  # type: ignore[arg-type]  # it has a decoder
     torch.testing.assert_close(norms.sum(1), torch.full((len(norms),), 3**0.5), rtol=1e-4, atol=0)
     assert sum(f["decoder_share"] for f in figures["hookpoints"]) == pytest.approx(1)
@@ -329,6 +329,21 @@ def test_commands_read_crosscoders(
     assert call(monkeypatch, "features", folder, "--latents", "3", "--out", str(page)) == 0
     said = re.search(r'"hookpoints": ?\[\["layers.0", ?([\d.]+)\], ?\["layers.1"', page.read_text())
     assert said is not None and 0 < float(said[1]) < 1
+    # Its own twin, whose divisors are its own, fires on the same.
+    other = tmp_path / "other/crosscoder"
+    SparseCoder.load_from_disk(figures["path"]).save_to_disk(other)
+    said_before = json.loads((other / "cfg.json").read_text())
+    said_before["parts"] = [[name, width, 2 * rms] for name, width, rms in said_before["parts"]]
+    (other / "cfg.json").write_text(json.dumps(said_before))
+    args = ("features", folder, "--latents", "3", "--out", str(page), "--twins", str(other.parent))
+    assert call(monkeypatch, *args) == 0
+    data = re.search(r"<script[^>]*json[^>]*>(.*?)</script>", page.read_text(), re.S)
+    assert data is not None
+    for latent in json.loads(data[1])["coders"][0]["latents"]:
+        assert latent["twin"]["id"] == latent["id"]
+        assert latent["twin"]["largest"] == pytest.approx(latent["largest"], rel=1e-2)
+    elsewhere = ("--hookpoint", "anywhere", "--out", str(tmp_path / "e2.json"))
+    assert call(monkeypatch, "evaluate", folder, *elsewhere) == 0
     assert call(monkeypatch, "compare", folder, folder, "--out", str(tmp_path / "c.json")) == 0
     assert call(monkeypatch, "threshold", folder) == 0
     made = SparseCoder.load_from_disk(Path(folder) / "thresholds/crosscoder")

@@ -124,3 +124,18 @@ class SignDescent(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(group["lr"] * p.grad.sign())
+
+
+def killed_and_resumed(
+    monkeypatch: pytest.MonkeyPatch,
+    lm: PreTrainedModel,
+    tokens: Tensor,
+    settings: Settings,
+    **flags: Any,
+) -> dict[str, Any]:
+    """The summary of a run that died behind its second checkpoint, and went on from there."""
+    flags |= {"run_name": "killed", "save_every": 5}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_in_forward(patch, 13)
+        run(lm, tokens, settings, **flags)
+    return run(lm, tokens, settings, resume=True, **flags)

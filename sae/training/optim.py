@@ -146,8 +146,8 @@ class Soap(torch.optim.Optimizer):
     whole at first, and then every tenth step from one step of orthogonal iteration, where v is
     taken along. The first step only makes Q.
 
-    Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (arXiv 2409.11321),
-    algorithm 3, for one side of the matrix.
+    Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (arXiv 2409.11321);
+    here for one side of the matrix.
     """
 
     def __init__(

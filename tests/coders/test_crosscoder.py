@@ -15,10 +15,9 @@ from command_runs import call
 from conftest import tiny_lm
 from torch import Tensor
 from training_runs import (
-    Killed,
     Settings,
     assert_identical,
-    die_in_forward,
+    killed_and_resumed,
     run,
     training_state,
     weights,
@@ -212,11 +211,7 @@ def test_runs_in_pieces_and_resumed_ones_are_the_same(
     accumulated = weights(run(lm, tokens, settings, run_name="accumulated", **flags, **shape))
     for key, tensor in accumulated.items():
         torch.testing.assert_close(tensor, weights(straight)[key], rtol=2e-3, atol=2e-4)
-    die_in_forward(monkeypatch, 13)
-    with pytest.raises(Killed):
-        run(lm, tokens, settings, run_name="b", save_every=5, **flags)
-    monkeypatch.undo()
-    resumed = run(lm, tokens, settings, run_name="b", save_every=5, resume=True, **flags)
+    resumed = killed_and_resumed(monkeypatch, lm, tokens, settings, **flags)
     assert_identical(weights(resumed), weights(straight))
     assert_identical(training_state(resumed), training_state(straight))
 
@@ -329,9 +324,10 @@ def test_commands_read_crosscoders(
     assert call(monkeypatch, "features", folder, "--latents", "3", "--out", str(page)) == 0
     said = re.search(r'"hookpoints": ?\[\["layers.0", ?([\d.]+)\], ?\["layers.1"', page.read_text())
     assert said is not None and 0 < float(said[1]) < 1
+    step = SparseCoder.load_from_disk(figures["path"])
     # Its own twin, whose divisors are its own, fires on the same.
     other = tmp_path / "other/crosscoder"
-    SparseCoder.load_from_disk(figures["path"]).save_to_disk(other)
+    step.save_to_disk(other)
     said_before = json.loads((other / "cfg.json").read_text())
     said_before["parts"] = [[name, width, 2 * rms] for name, width, rms in said_before["parts"]]
     (other / "cfg.json").write_text(json.dumps(said_before))
@@ -342,12 +338,20 @@ def test_commands_read_crosscoders(
     for latent in json.loads(data[1])["coders"][0]["latents"]:
         assert latent["twin"]["id"] == latent["id"]
         assert latent["twin"]["largest"] == pytest.approx(latent["largest"], rel=1e-2)
+    plain = tmp_path / "plain"
+    SparseCoder(96, SaeConfig(num_latents=8, k=2)).save_to_disk(plain / "crosscoder")
+    args = ("features", folder, "--out", str(page), "--twins", str(plain))
+    assert call(monkeypatch, *args) == 2
+    assert "crosscoder reads one hookpoint, and crosscoder layers.0" in capsys.readouterr().err
+    step.save_to_disk(plain / "crosscoder.seed1")
+    args = ("evaluate", str(plain), "--model", at["model"], "--dataset", at["dataset"])
+    assert call(monkeypatch, *args) == 2
+    assert "or are beside other coders" in capsys.readouterr().err
     elsewhere = ("--hookpoint", "anywhere", "--out", str(tmp_path / "e2.json"))
     assert call(monkeypatch, "evaluate", folder, *elsewhere) == 0
     assert call(monkeypatch, "compare", folder, folder, "--out", str(tmp_path / "c.json")) == 0
     assert call(monkeypatch, "threshold", folder) == 0
     made = SparseCoder.load_from_disk(Path(folder) / "thresholds/crosscoder")
-    step = SparseCoder.load_from_disk(figures["path"])
     torch.testing.assert_close(made.encoder.weight, step.encoder.weight)
 
     path = str(Path(figures["path"]).parent)
@@ -370,7 +374,7 @@ def test_commands_read_crosscoders(
     hub = tmp_path / "hub"
     assert call(monkeypatch, "push", folder, "someone/coders", "--dry_run", str(hub)) == 0
     assert "- Hookpoints: `layers.0`, `layers.1`, `layers.2`" in (hub / "README.md").read_text()
-    assert torch.equal(load_many(hub)["crosscoder"].W_dec, step.W_dec)  # type: ignore[arg-type]
+    assert torch.equal(load_many(hub)["crosscoder"].W_dec, step.W_dec)  # type: ignore[arg-type]  # both have one
 
 
 @pytest.mark.parametrize(
@@ -388,6 +392,16 @@ def test_flags_that_do_not_go_with_it_are_refused(flags: dict[str, Any], message
     """Before anything is loaded, with the reason."""
     with pytest.raises(UsageError, match=message):
         from_flags(TrainConfig, {"crosscoder": True, **flags})
+
+
+def test_a_run_without_its_scales_does_not_go_on(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings
+) -> None:
+    """Other divisors would be another coder."""
+    run(lm, tokens, settings, run_name="a", **FLAGS)
+    (Path(settings["save_dir"]) / "a/crosscoder.json").unlink()
+    with pytest.raises(UsageError, match="--resume: .* lacks crosscoder.json"):
+        run(lm, tokens, settings, run_name="a", resume=True, **FLAGS)
 
 
 def test_a_single_hookpoint_is_refused(

@@ -13,10 +13,9 @@ from launched_runs import HOOKPOINTS, Runs, make_files
 from safetensors.torch import load_file
 from torch import Tensor
 from training_runs import (
-    Killed,
     Settings,
     assert_identical,
-    die_in_forward,
+    killed_and_resumed,
     run,
     scalars,
     training_state,
@@ -86,8 +85,8 @@ def rows_of(cfg: SparseCoderConfig, seed: int) -> tuple[Tensor, Tensor]:
 
 def made(cfg: SparseCoderConfig, dtype: torch.dtype, choice: KernelChoice) -> SparseCoder:
     """A coder with numbers in all parameters."""
-    rest = {"d_out": 5 if cfg.transcode else D, "generator": torch.Generator().manual_seed(1)}
-    coder = SparseCoder(D, cfg, dtype=dtype, **rest)  # type: ignore[arg-type]
+    d_out, first = 5 if cfg.transcode else D, torch.Generator().manual_seed(1)
+    coder = SparseCoder(D, cfg, dtype=dtype, d_out=d_out, generator=first)
     g = torch.Generator().manual_seed(2)
     for name, parameter in coder.named_parameters():
         if name != "encoder.weight":
@@ -197,11 +196,7 @@ def test_runs_in_pieces_and_resumed_ones_are_the_same(
         found = weights(run(lm, tokens, settings, run_name=name, **flags, **shape))
         for key, tensor in found.items():
             torch.testing.assert_close(tensor, weights(straight)[key], rtol=2e-3, atol=2e-4)
-    die_in_forward(monkeypatch, 13)
-    with pytest.raises(Killed):
-        run(lm, tokens, settings, run_name="b", save_every=5, **flags)
-    monkeypatch.undo()
-    resumed = run(lm, tokens, settings, run_name="b", save_every=5, resume=True, **flags)
+    resumed = killed_and_resumed(monkeypatch, lm, tokens, settings, **flags)
     assert_identical(weights(resumed), weights(straight))
     assert_identical(training_state(resumed), training_state(straight))
     plain = run(lm, tokens, settings, run_name="plain", **{**flags, "matryoshka": ()})

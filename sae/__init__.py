@@ -1,7 +1,7 @@
 """Sparse autoencoders and transcoders: the coders, and what trains them."""
 
 from .coders.outputs import CoderOutput, EncoderOutput
-from .coders.sparse_coder import Sae, SparseCoder, load_many
+from .coders.sparse_coder import SparseCoder
 from .config import (
     DataConfig,
     MachineConfig,
@@ -13,6 +13,8 @@ from .config import (
     TranscoderConfig,
 )
 from .flag_checks import UsageError
+
+Sae, load_many = SparseCoder, SparseCoder.load_many
 
 __all__ = [
     "CoderOutput",

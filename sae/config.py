@@ -76,8 +76,14 @@ class SparseCoderConfig:
     too. The loss is the mean of their FVU."""
     crosscoder: bool = False
     """One coder over all hookpoints: each latent reads and writes at every one of them."""
+    cross_layer: Annotated[int | Literal["all"], AtLeast(0)] = 0
+    """Layers ahead, or all, to which a transcoder's latents write too, beside their own."""
     parts: Annotated[tuple[Columns, ...], NO_FLAG, Suppress] = ()
     """The columns of a crosscoder by hookpoint, which a run finds."""
+    sources: Annotated[tuple[str, ...], NO_FLAG, Suppress] = ()
+    """The hookpoints whose latents a cross-layer transcoder takes in beside its own, in order."""
+    targets: Annotated[tuple[str, ...], NO_FLAG, Suppress] = ()
+    """The hookpoints ahead that its latents write to, in order."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -362,32 +368,6 @@ class RunConfig:
             refuse(self, "run_name", "names one folder below --save_dir: use a plain name")
         if self.project is not None and not self.project.strip():
             refuse(self, "project", "a project has a name; leave it out for the default")
-
-
-def check_together(cfg: Any) -> None:
-    """Raise UsageError for flags of several groups that cannot go together.
-
-    `cfg` is the script's `TrainConfig`; everything here is known before anything is loaded.
-    """
-    if cfg.run.resume and cfg.training.adam_8bit:
-        refuse(cfg.run, "resume", "the state of --adam_8bit is not kept: start a new --finetune")
-    if cfg.machine.ranks_per_coder > 1 and cfg.training.optimizer == "soap":
-        refuse(cfg.training, "optimizer", "needs whole matrices: leave out --ranks_per_coder")
-    inputs = [pattern for pattern in cfg.model.hookpoints if ":" in pattern]
-    if cfg.coder.transcode and (inputs or cfg.model.per_head):
-        refuse(
-            cfg.coder,
-            "transcode",
-            f"predicts what leaves a module from what enters it; "
-            f"{inputs[0] if inputs else '--per_head'} is for SAEs",
-        )
-    if cfg.training.loss_fn != "fvu" and cfg.machine.distribute_modules:
-        refuse(
-            cfg.machine,
-            "distribute_modules",
-            f"with --loss_fn {cfg.training.loss_fn} the gradient of one coder runs through the LM "
-            f"and through the coders above it, so each rank needs all of them: drop it",
-        )
 
 
 def accept_names(cfg: Any) -> None:

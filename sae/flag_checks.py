@@ -47,7 +47,8 @@ def check_values(cfg: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and abs(number) >= _TOO_LARGE:
                 refuse(cfg, f.name, "must be less than 2^40 in size")
-            if number is not None and any(not n <= number < float("inf") for n in limits):
+            is_number = not isinstance(number, str | NoneType)
+            if is_number and any(not n <= number < float("inf") for n in limits):
                 refuse(cfg, f.name, f"must be at least {limits[0]}, and finite")
 
 

@@ -90,6 +90,9 @@ DEALINGS = {
 }
 # One coder over all hookpoints, whose rows are then the same.
 CROSSED = "--crosscoder --exclude_norm None --steps_per_batch 4 --max_examples 36"
+# Transcoders whose latents write ahead; they start from trained ones, see CODED.
+LAYERED = "--hookpoints layers.*.mlp --transcode --cross_layer 1 --exclude_norm None"
+LAYERED += " --steps_per_batch 4 --max_examples 36 --no-multi_topk"
 MEETINGS = 8
 HARMED: dict[str, dict[str, Any]] = {
     "other seed": {"other_seed": 1},
@@ -194,6 +197,8 @@ def make(folder: Path) -> Runs:
     tuned = f"{CODED} --finetune {folder}/runs/coded-one"
     one = {"one": "", "coded-one": CODED, "tuned one": tuned, "kl one": KL, "dealt one": DEALT}
     one["crossed one"] = CROSSED
+    layered = f"{LAYERED} --finetune {folder}/runs/layered-start"
+    one |= {"layered-start": LAYERED, "layered one": layered}
     one |= {f"{kind} one": flags for kind, (flags, _) in KINDS.items()}
     jobs = {name: f"--batch_size 12 {flags}" for name, flags in one.items()}
     made.launch(None, 1, jobs, {"kl one": causal})
@@ -210,6 +215,7 @@ def make(folder: Path) -> Runs:
     two["tuned replicas"] = f"--batch_size 6 {tuned}"
     two["kl replicas"] = f"--batch_size 3 --grad_acc_steps 2 {KL}"
     two["crossed replicas"] = f"--batch_size 2 --grad_acc_steps 3 {CROSSED}"
+    two["layered replicas"] = f"--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2 {layered}"
     two |= dict.fromkeys(HARMED, "--batch_size 6 --distribute_modules")
     two["spoiled"] += " --max_bad_steps 0"
     harm = {**HARMED, "kl replicas": causal}
@@ -250,6 +256,7 @@ def make(folder: Path) -> Runs:
     models = {name: {"model": str(folder / name.split()[0])} for name in (*large, "lacking")}
     sharded = {**SHARDED, "sharded and dealt": DEALINGS["sharded and dealt"]}
     sharded["sharded and crossed"] = f"--batch_size 6 --micro_acc_steps 2 {CROSSED}"
+    sharded["sharded and layered"] = f"--batch_size 6 {layered}"
     models["sharded kl"] = models["sharded head"] = causal
     made.launch("cpu_2proc_zero3", 2, {**sharded, **large, **others}, models)
     return made

@@ -14,7 +14,9 @@ from ..formats import kinds
 from ..formats.hub import HubName, coders_folder
 from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
-from .crosscoder import balanced, unfolded
+from .across import stack
+from .across.cross_layer import CrossLayerTranscoder, coder_class, link
+from .across.crosscoder import Crosscoder, unfolded
 from .families.family import family_of
 from .moments import Moments, Scale
 from .sharded import Group, ShardedCoder
@@ -50,7 +52,8 @@ class CoderBank(nn.Module):
         self._coders = nn.ModuleDict()
         for hookpoint, width in widths.items():
             d_in, group = _d_in(width, cfg), (groups or {}).get(hookpoint)
-            make = SparseCoder if group is None else partial(ShardedCoder, group)
+            of_one = stack.at(cfg, widths, hookpoint)
+            make = coder_class(of_one) if group is None else partial(ShardedCoder, group)
             for seed in seeds:
                 name = hookpoint if len(seeds) == 1 else f"{hookpoint}.seed{seed}"
                 # Every hookpoint and seed draws its own weights, whatever else is in the run. Of a
@@ -58,17 +61,20 @@ class CoderBank(nn.Module):
                 own = zlib.crc32(f"{hookpoint} {seed}".encode())
                 coder = make(
                     d_in,
-                    cfg,
+                    of_one,
                     device,
                     torch.float32,
                     d_out=width.d_out,
                     generator=torch.Generator().manual_seed(own),
                 )
-                coder.matmul_dtype, coder.on_scaled_rows = matmul_dtype, bool(cfg.parts)
+                coder.matmul_dtype = matmul_dtype
+                if isinstance(coder, Crosscoder):
+                    coder.on_scaled_rows = True
                 if kernels is not None:
                     coder.use(kernels)
                 self.hookpoint[name] = hookpoint
                 self._coders[_key(name)] = coder
+        link(dict(self.items()), self.hookpoint)
 
     @classmethod
     def holding(
@@ -85,6 +91,7 @@ class CoderBank(nn.Module):
             coder.matmul_dtype = matmul_dtype
             bank.hookpoint[name] = hookpoint[name]
             bank._coders[_key(name)] = coder.to(device)
+        link(coders, hookpoint)
         return bank
 
     def __getitem__(self, name: str) -> SparseCoder:
@@ -129,9 +136,11 @@ class CoderBank(nn.Module):
             except UsageError as error:
                 raise UsageError(f"--finetune {source}: {error}") from None
             if coder.cfg.parts:
-                parts = coder.cfg.parts
-                tensors = balanced(unfolded(tensors, parts), parts)
+                tensors = unfolded(tensors, coder.cfg.parts)
             coder.load_state_dict(tensors)
+        for _, coder in self.items():
+            if isinstance(coder, Crosscoder | CrossLayerTranscoder):
+                coder.balance_()
 
     def normalize_decoders_(self) -> None:
         """Scale every row of every decoder to unit norm, where decoders are so."""
@@ -190,6 +199,9 @@ def _check_kind(
     if mine != others:
         where = f"is a crosscoder over {', '.join(others)}" if others else "is no crosscoder"
         raise UsageError(f"{name} {where} there: see --crosscoder and --hookpoints")
+    if (theirs.sources, theirs.targets) != (ours.sources, ours.targets):
+        written = ", ".join(theirs.targets) or "no layer ahead"
+        raise UsageError(f"{name} writes to {written} there: see --cross_layer and --hookpoints")
     thresholds = theirs.has_threshold or ours.has_threshold
     if thresholds and theirs.activation != ours.activation:
         raise UsageError(
@@ -216,7 +228,8 @@ def costs(
         if d_in == 0:
             raise UsageError(f"--transcode: {hookpoint} takes token ids, not activations")
         family_of(cfg).check(cfg, d_in, where=hookpoint)
-        found[hookpoint] = len(seeds) * cfg.latents(d_in) * (d_in + width.d_out)
+        decoders = 1 + len(stack.at(cfg, widths, hookpoint).targets)
+        found[hookpoint] = len(seeds) * cfg.latents(d_in) * (d_in + decoders * width.d_out)
     return found
 
 

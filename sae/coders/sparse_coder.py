@@ -2,21 +2,20 @@
 
 import math
 from copy import copy
-from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..config import Columns, SparseCoderConfig
+from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
 from ..formats import hub, kinds, sparsify
 from ..formats.pieces import Piece
-from ..kernels.entries import Entries, in_rows
+from ..kernels.entries import in_rows, row_starts
 from ..kernels.twins import Kernels, Latents
 from . import functional
-from .crosscoder import folded, normalize_parts_, normals, unfolded
 from .families.family import family_of
 from .moments import Moments, Scale
 from .outputs import CoderErrors, CoderOutput, EncoderOutput
@@ -49,9 +48,6 @@ class SparseCoder(nn.Module):
 
     piece: Piece | None = None
     """What is here of a coder that several ranks hold; None: all."""
-
-    on_scaled_rows: bool = False
-    """Whether the rows of a crosscoder come divided by their rms, as in training."""
 
     prefix: int | None = None
     """How many latents may be active, the first ones, of a coder that `first` returned."""
@@ -107,7 +103,8 @@ class SparseCoder(nn.Module):
                 self.threshold = nn.Parameter(threshold)
             else:
                 self.register_buffer("threshold", threshold)
-        self.normalize_decoder_()
+        if not cfg.transcode:
+            self.normalize_decoder_()
 
     @staticmethod
     def draw(weight: Float[Tensor, "L D"], generator: torch.Generator | None) -> Tensor:
@@ -148,7 +145,7 @@ class SparseCoder(nn.Module):
         """
         rows = x.reshape(-1, self.d_in).to(self.dtype)
         latents = self._kept(self.family.encode(self, rows, k or self.cfg.k))
-        found = in_rows(latents.acts, latents.indices, _row_starts(latents))
+        found = in_rows(latents.acts, latents.indices, row_starts(latents))
         shape = (*x.shape[:-1], found[0].shape[1])
         return EncoderOutput(found[0].view(shape), found[1].view(shape))
 
@@ -216,8 +213,7 @@ class SparseCoder(nn.Module):
         as a mask or, which does not make the host wait for the device, by number. `groups`: in
         training, how many neighbouring rows share a selection, of the families where rows do.
         """
-        k = k or self.cfg.k
-        y_rows = y.to(self.dtype)
+        k, y_rows = k or self.cfg.k, y.to(self.dtype)
         rows = y_rows if x is y else x.to(self.dtype)
         if dead is not None and dead.dtype == torch.bool:
             dead = dead.nonzero().squeeze(1)
@@ -227,7 +223,7 @@ class SparseCoder(nn.Module):
         wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
         wide, dead_latents, levels = self.family.select(self, rows, wide_k, dead, groups)
         latents = self.family.narrow(self, rows, wide, k) if self.cfg.multi_topk else wide
-        latents = self._kept(latents)
+        latents, dead_latents = self._passed_on(self._kept(latents), dead_latents)
         offset = self._offset(rows)
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
         arguments = (self.W_dec, offset, y_rows)
@@ -241,10 +237,16 @@ class SparseCoder(nn.Module):
             multi_topk_error = self.kernels.reconstruct(wide, *arguments).squared_error
         return CoderErrors(
             *(sae_out, latents.acts, latents.indices, squared_error, auxk_error, multi_topk_error),
-            row_starts=_row_starts(latents),
+            row_starts=row_starts(latents),
             levels=levels,
             prefix_errors=prefix_errors,
         )
+
+    def _passed_on(
+        self, latents: Latents, of_dead: Latents | None
+    ) -> tuple[Latents, Latents | None]:
+        """The latents that this coder's own target is made of."""
+        return latents, of_dead
 
     def _offset(self, rows: Tensor) -> Tensor:
         """What is added to the latents' sum."""
@@ -273,28 +275,25 @@ class SparseCoder(nn.Module):
         x, y = self.scale if self.cfg.transcode else (self.scale.y, self.scale.y)
         return {"encoder.weight": y / x, "W_skip": y / x, "W_dec": 1.0}.get(parameter, y)
 
+    @property
+    def rows_are_unit(self) -> bool:
+        """Whether every row of W_dec has unit norm by itself."""
+        return self.cfg.normalize_decoder and not (self.cfg.parts or self.cfg.targets)
+
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
-        """Scale rows of W_dec to unit norm, a crosscoder's as `crosscoder` says; zeros stay."""
-        if self.W_dec is None or self.W_dec.is_meta or not self.cfg.normalize_decoder:
-            return
-        if self.cfg.parts:
-            normalize_parts_(self.W_dec, self.cfg.parts)
-        else:
+        """Scale rows of W_dec to unit norm; zeros stay."""
+        if self.W_dec is not None and not self.W_dec.is_meta and self.cfg.normalize_decoder:
             self.kernels.normalize_rows_(self.W_dec)
 
     @torch.no_grad()
     def fixed_directions(self) -> Float[Tensor, "L D"] | None:
         """Of every row of W_dec the unit direction that normalizing undoes steps along, if any."""
-        if self.W_dec is None or not self.cfg.normalize_decoder:
-            return None
-        return normals(self.W_dec, self.cfg.parts) if self.cfg.parts else self.W_dec
+        return self.W_dec if self.cfg.normalize_decoder else None
 
-    def use_scaled_rows_(self, parts: tuple[Columns, ...]) -> None:
-        """Make a crosscoder from disk one for rows that are divided by the rms of `parts`."""
-        if parts and not self.on_scaled_rows:
-            self.load_state_dict(unfolded(self.state_dict(), parts))
-            self.cfg, self.on_scaled_rows = replace(self.cfg, parts=parts), True
+    def project_decoders_(self) -> dict[str, Tensor]:
+        """Take from gradients of decoders what normalizing them together undoes; their squares."""
+        return {}
 
     def held_latents(self, numbers: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
         """Of the latents with these numbers those whose encoder rows are here, as rows of them."""
@@ -303,6 +302,11 @@ class SparseCoder(nn.Module):
     def whole(self, sae_out: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """What `errors` returned as `sae_out`, with all columns."""
         return sae_out
+
+    def directions(self) -> Float[Tensor, "L D"]:
+        """What every latent writes, wherever it does."""
+        assert self.W_dec is not None, "this coder was loaded with decoder=False"
+        return self.W_dec
 
     @torch.no_grad()
     def decoder_norms(self) -> Float[Tensor, " L"]:
@@ -325,13 +329,8 @@ class SparseCoder(nn.Module):
             self.threshold.copy_(self.level)
 
     def save_to_disk(self, path: Path | str) -> None:
-        """Write `cfg.json` and `sae.safetensors` into the folder `path`, or what is here of it.
-
-        The weights of a crosscoder are those for plain rows.
-        """
+        """Write `cfg.json` and `sae.safetensors` into the folder `path`, or what is here of it."""
         tensors = self.state_dict()
-        if self.cfg.parts and self.on_scaled_rows:
-            tensors = folded(tensors, self.cfg.parts)
         sparsify.write(Path(path), self.cfg, self.d_in, self.d_out, tensors, self.piece)
 
     @staticmethod
@@ -348,7 +347,8 @@ class SparseCoder(nn.Module):
         fit `cfg.json`; nothing is allocated before the shapes are known to fit.
         """
         cfg, d_in, d_out, tensors, _ = kinds.read(Path(path), allow_pt, decoder=decoder)
-        coder = SparseCoder(d_in, cfg, "meta", d_out=d_out, decoder=decoder)
+        made = import_module(".across.cross_layer", __package__).coder_class(cfg)
+        coder = made(d_in, cfg, "meta", d_out=d_out, decoder=decoder)
         coder.load_state_dict(tensors, assign=True)
         return coder.to(device)
 
@@ -370,10 +370,12 @@ class SparseCoder(nn.Module):
         is a glob over them; `local` forces (True) or forbids (False) reading `name` as a folder.
         """
         folder = hub.coders_folder(name, local, pattern, allow_pt)
-        return {
+        found = {
             hookpoint: SparseCoder.load_from_disk(path, device, decoder=decoder, allow_pt=allow_pt)
             for hookpoint, path in kinds.list_coders(folder, layers, pattern).items()
         }
+        import_module(".across.cross_layer", __package__).link(found)
+        return found
 
     @staticmethod
     def load_from_hub(
@@ -387,12 +389,3 @@ class SparseCoder(nn.Module):
         """The coder of one hookpoint of a Hub repository (or its only one)."""
         folder = hub.coder_folder(name, hookpoint, allow_pt)
         return SparseCoder.load_from_disk(folder, device, decoder=decoder, allow_pt=allow_pt)
-
-
-def _row_starts(latents: Latents) -> Tensor | None:
-    order = getattr(latents, "by_latent", None)  # those of the specification have none
-    return order.starts if isinstance(order, Entries) else None
-
-
-Sae = SparseCoder
-load_many = SparseCoder.load_many

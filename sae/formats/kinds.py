@@ -101,7 +101,8 @@ def read(path: Path, allow_pt: bool = False, *, decoder: bool = True) -> CoderFi
         raise UsageError(f"{path} is no coder: {_known()}")
     found = KINDS[name].read(path, allow_pt, decoder)
     if not decoder:
-        found.tensors.pop("W_dec", None)
+        kept = {n: t for n, t in found.tensors.items() if not sparsify.is_decoder(n)}
+        return found._replace(tensors=kept)
     return found
 
 

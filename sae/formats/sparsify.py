@@ -2,6 +2,7 @@
 
 CODERS/<name>/cfg.json          what the coder is
 CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, if any, W_skip;
+                                W_ahead.1 [L D_out], W_ahead.2 ... of cross-layer transcoders;
                                 of the kinds that have thresholds also threshold [L], float32
 
 A coder that several ranks hold is in pieces, as `pieces.py` says.
@@ -87,8 +88,7 @@ def write_config(path: Path, cfg: SparseCoderConfig, d_in: int, d_out: int) -> N
     """Write `cfg.json`: the config, with the number of latents itself, and the widths."""
     sizes = {"num_latents": cfg.latents(d_in), "d_in": d_in, "d_out": d_out}
     said = {name: value for name, value in asdict(cfg).items() if value != ()}
-    if not cfg.crosscoder:
-        del said["crosscoder"]
+    said = {n: v for n, v in said.items() if v or n not in ("crosscoder", "cross_layer")}
     text = json.dumps({**said, **sizes}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -121,7 +121,7 @@ def read(
 ) -> tuple[SparseCoderConfig, int, int, dict[str, Tensor]]:
     """Config, d_in, d_out and tensors of one coder, which `opened` checks; W_dec with `decoder`."""
     with opened(folder) as (cfg, d_in, d_out, stored):
-        wanted = [name for name in stored.shapes if decoder or name != "W_dec"]
+        wanted = [name for name in stored.shapes if decoder or not is_decoder(name)]
         return cfg, d_in, d_out, {name: stored.read(name) for name in wanted}
 
 
@@ -134,11 +134,18 @@ def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[
         "W_dec": (latents, d_out),
         "b_dec": (d_out,),
     }
+    for distance in range(1, len(cfg.targets) + 1):
+        shapes[f"W_ahead.{distance}"] = (latents, d_out)
     if cfg.skip_connection:
         shapes["W_skip"] = (d_out, d_in)
     if cfg.has_threshold:
         shapes["threshold"] = (latents,)
     return shapes
+
+
+def is_decoder(tensor: str) -> bool:
+    """Whether a tensor of this name is what only decoding needs."""
+    return tensor == "W_dec" or tensor.startswith("W_ahead.")
 
 
 def newest_coders(folder: Path) -> Path:

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from natsort import natsorted
 from torch import Tensor
 
+from ..coders.across.crosscoder import part_norms
 from ..coders.bank import CoderBank
-from ..coders.crosscoder import part_norms
 from ..coders.moments import Moments, accumulate
 from ..coders.sparse_coder import SparseCoder
 from ..data.blocks import TokenSource

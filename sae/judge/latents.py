@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..coders.crosscoder import part_norms
+from ..coders.across.cross_layer import CrossLayerTranscoder
+from ..coders.across.crosscoder import part_norms
 from ..coders.sparse_coder import SparseCoder
 from ..lm.capture import some_tokens
 from ..lm.head import has_head, logits
@@ -89,8 +90,7 @@ def neighbours(
     coder: SparseCoder, latents: Int[Tensor, " C"], count: int = 8
 ) -> list[list[tuple[int, float]]]:
     """For each latent the others with the largest cosine between decoder rows; of its prefix."""
-    assert coder.W_dec is not None
-    best = nearest_rows(coder.W_dec[: coder.prefix], latents, count)
+    best = nearest_rows(coder.directions()[: coder.prefix], latents, count)
     return [_pairs(best, i) for i in range(len(latents))]
 
 
@@ -148,7 +148,8 @@ def describe(
     latents = seen.latents[slots]
     assert coder.W_dec is not None
     effects = logit_effects(lm, *_written(coder, hookpoint, latents))
-    shares = _shares(coder, latents)
+    shares = _shares(coder, hookpoint, latents)
+    ahead = _ahead(lm, coder, latents)
     near = neighbours(coder, latents)
     described = []
     for i, slot in enumerate(slots):
@@ -169,6 +170,10 @@ def describe(
                 "suppressed": [(words(token), effect) for token, effect in suppressed],
                 "neighbours": near[i],
                 "hookpoints": shares[i],
+                "ahead": [
+                    [name, [(words(token), effect) for token, effect in there[i][0]]]
+                    for name, there in ahead.items()
+                ],
             }
         )
     return described
@@ -186,14 +191,29 @@ def _written(
     return last.hookpoint, rows[:, -last.width :] * last.rms
 
 
-def _shares(coder: SparseCoder, latents: Tensor) -> list[list[tuple[str, float]]]:
-    """Of each latent of a crosscoder its hookpoints, with their share in its decoder norms."""
+def _ahead(
+    lm: PreTrainedModel, coder: SparseCoder, latents: Tensor
+) -> dict[str, list[tuple[Effects, Effects]]]:
+    """By hookpoint ahead the tokens that latents of a cross-layer transcoder promote from there."""
+    if not isinstance(coder, CrossLayerTranscoder):
+        return {}
+    written = zip(coder.cfg.targets, coder.decoders()[1:], strict=True)
+    return {name: logit_effects(lm, name, W[latents], 5) for name, W in written}
+
+
+def _shares(coder: SparseCoder, hookpoint: str, latents: Tensor) -> list[list[tuple[str, float]]]:
+    """Of each latent that writes at several hookpoints these, with their share in its norms."""
     assert coder.W_dec is not None
-    if not (parts := coder.cfg.parts):
+    if isinstance(coder, CrossLayerTranscoder):
+        names = [hookpoint, *coder.cfg.targets]
+        rows = [torch.linalg.vector_norm(W[latents], dim=1) for W in coder.decoders()]
+        norms = torch.stack(rows, dim=1)
+    elif coder.cfg.parts:
+        names = [part.hookpoint for part in coder.cfg.parts]
+        norms = part_norms(coder.W_dec[latents], coder.cfg.parts)
+    else:
         return [[] for _ in latents]
-    norms = part_norms(coder.W_dec[latents], parts)
     shares = norms / norms.sum(1, keepdim=True).clamp(min=1e-30)
-    names = [part.hookpoint for part in parts]
     return [[*zip(names, map(_short, row), strict=True)] for row in shares.tolist()]
 
 

@@ -96,9 +96,8 @@ def mixing(coder: SparseCoder, fired: Float[Tensor, " L"], rows: float) -> Mixin
 
     All but `dense_explains`, for which the rows must be read again.
     """
-    assert coder.W_dec is not None
     alive = (fired > 0).to(coder.device)
-    W_dec, W_enc = coder.W_dec[alive].float(), coder.encoder.weight[alive].float()
+    W_dec, W_enc = coder.directions()[alive].float(), coder.encoder.weight[alive].float()
     nearest = nearest_cosines(W_dec).cpu()
     aligned = None if coder.cfg.transcode else F.cosine_similarity(W_enc, W_dec, dim=1)
     return Mixing(

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..batch import TokenBatch
+from ..coders.across.cross_layer import CrossLayerTranscoder, forget, sources_of
 from ..coders.sparse_coder import SparseCoder
 from ..data.blocks import TokenSource
 from ..lm.head import (
@@ -84,6 +85,7 @@ def predictions(
                 states = (hidden_with(kind, tokens) for kind in kinds)
                 constant[tuple(coders)] = [cross_entropy(lm, state, tokens) for state in states]
             hidden = hidden_with(_reconstruction(coders), tokens)
+            forget(coders.values())
             found = [ce_clean, cross_entropy(lm, hidden, tokens), *constant[tuple(coders)]]
             found += [kl_divergence(lm, hidden, clean, tokens)]
             found += [agreement(lm, hidden, clean, tokens)]
@@ -110,6 +112,8 @@ def predictions(
 
 
 def _reconstruction(coders: dict[str, SparseCoder]) -> dict[str, Replacement]:
+    """What coders make of what their modules read; layers before them are read alone."""
+
     def of(coder: SparseCoder) -> Replacement:
         def rows(x: Tensor, y: Tensor | None) -> Tensor:
             source = x if coder.cfg.transcode else y
@@ -118,7 +122,19 @@ def _reconstruction(coders: dict[str, SparseCoder]) -> dict[str, Replacement]:
 
         return rows
 
-    return {hookpoint: of(coder) for hookpoint, coder in coders.items()}
+    def reading(source: CrossLayerTranscoder, distance: int) -> Replacement:
+        def rows(x: Tensor, y: Tensor | None) -> Tensor:
+            assert y is not None, "modules run"
+            source.leave(x, distance)
+            return y
+
+        return rows
+
+    found = {hookpoint: of(coder) for hookpoint, coder in coders.items()}
+    for coder in coders.values():
+        for name, (distance, source) in sources_of(coder).items():
+            found.setdefault(name, reading(source, distance))
+    return found
 
 
 def _constant(

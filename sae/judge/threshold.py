@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..coders.across.crosscoder import Crosscoder
 from ..coders.bank import CoderBank
 from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
@@ -115,9 +116,11 @@ def thresholds(trained: TrainedCoders) -> dict[str, Float[Tensor, " L"]]:
 def with_thresholds(coder: SparseCoder, levels: Float[Tensor, " L"]) -> SparseCoder:
     """The JumpReLU coder of the same weights, with a threshold for every latent."""
     cfg = replace(coder.cfg, activation="jumprelu", multi_topk=False, num_latents=coder.num_latents)
-    made = SparseCoder(coder.d_in, cfg, "meta", d_out=coder.d_out)
+    made = type(coder)(coder.d_in, cfg, "meta", d_out=coder.d_out)
     made.load_state_dict({**coder.state_dict(), "threshold": levels.float()}, assign=True)
-    made.matmul_dtype, made.on_scaled_rows = coder.matmul_dtype, coder.on_scaled_rows
+    made.matmul_dtype = coder.matmul_dtype
+    if isinstance(made, Crosscoder) and isinstance(coder, Crosscoder):
+        made.on_scaled_rows = coder.on_scaled_rows
     return made
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from tyro.conf import Positional, arg
 
+from ..coders.across.crosscoder import Crosscoder
 from ..coders.bank import CoderBank
 from ..coders.sparse_coder import SparseCoder
 from ..config import Columns, DataConfig, MachineConfig, ModelConfig, Widths
@@ -97,7 +98,8 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     if parts := _parts(coders, cfg.coders):
         hookpoint = dict.fromkeys(coders, CROSSCODER)
     for coder in coders.values():
-        coder.use_scaled_rows_(parts)
+        if isinstance(coder, Crosscoder):
+            coder.use_scaled_rows_(parts)
     before, given = flags_of_run(run), {n: v for n, v in vars(cfg).items() if v is not None}
     held_out = bool(before) and is_text_of_run(given, before)
     flags: dict[str, Any] = {n: v for n, v in {**before, **given}.items() if v is not None}

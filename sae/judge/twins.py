@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..coders.across.crosscoder import Crosscoder
 from ..coders.bank import CoderBank
 from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
@@ -34,9 +35,11 @@ def nearest_twins(
     a: SparseCoder, b: SparseCoder, latents: Int[Tensor, " C"] | None = None
 ) -> Twins:
     """max_j cos(W_dec_a[i], W_dec_b[j]) and that j, for the given latents i of `a` or for all."""
-    assert a.W_dec is not None and b.W_dec is not None
-    directions = F.normalize(b.W_dec, dim=1)
-    rows = F.normalize(a.W_dec if latents is None else a.W_dec[latents], dim=1).split(1024)
+    ours, theirs = a.directions(), b.directions()
+    if ours.shape[1] != theirs.shape[1]:  # one of them writes further ahead
+        ours, theirs = ours[:, : a.d_out], theirs[:, : a.d_out]
+    directions = F.normalize(theirs, dim=1)
+    rows = F.normalize(ours if latents is None else ours[latents], dim=1).split(1024)
     found = [(part @ directions.T).max(dim=1) for part in rows]
     cosine, latent = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Twins(cosine, latent)
@@ -72,7 +75,8 @@ def coders_beside(trained: TrainedCoders, cfg: CodersConfig) -> dict[str, Beside
                 f"--twins {cfg.coders}: {other} reads {_read_at(coder)}, and {name} "
                 f"{_read_at(ours)}: give a coder of the same"
             )
-        coder.use_scaled_rows_(ours.cfg.parts)
+        if isinstance(coder, Crosscoder):
+            coder.use_scaled_rows_(ours.cfg.parts)
         if coder.d_out != ours.d_out or (coder.cfg.transcode, coder.d_in) not in (
             (ours.cfg.transcode, ours.d_in),
             (False, ours.d_out),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -233,3 +233,9 @@ def in_rows(
     there = places < lengths.unsqueeze(1)
     rows = acts.new_zeros(there.shape), indices.new_zeros(there.shape)
     return rows[0].masked_scatter(there, acts), rows[1].masked_scatter(there, indices)
+
+
+def row_starts(latents: Any) -> Int[Tensor, " N+1"] | None:
+    """Where the latents of each row start, of rows with a number of their own."""
+    order = getattr(latents, "by_latent", None)  # those of the specification have none
+    return order.starts if isinstance(order, Entries) else None

@@ -7,8 +7,10 @@ RUN/summary.json    at the end of the run
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from ..coders.bank import CoderBank
 from ..formats.pieces import is_first
 from ..training.state import TrainingState
 from .json_files import disk_errors, read_json, write_json
@@ -17,9 +19,11 @@ from .json_files import disk_errors, read_json, write_json
 def keep_best(run: Path, step: int, fvu: dict[str, float], state: TrainingState) -> None:
     """Put each coder whose held-out `fvu` is its lowest so far into `RUN/best/<coder>`.
 
-    Raises UsageError, on all ranks, if the disk does not take it.
+    Of the layers of a cross-layer transcoder, which work together alone, it is the mean that
+    decides for all. Raises UsageError, on all ranks, if the disk does not take it.
     """
     exchange, bank = state.exchange, state.bank
+    fvu = _of_stacks(fvu, bank)
     mine = [name for name, hookpoint in bank.hookpoint.items() if exchange.owns(hookpoint)]
     # Ranks that share a coder write together; the first of them decides nothing alone.
     first = {name for name in mine if is_first(bank[name].piece)}
@@ -43,6 +47,17 @@ def keep_best(run: Path, step: int, fvu: dict[str, float], state: TrainingState)
                 final.rename(old)
             _aside(run, name).rename(final)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _of_stacks(fvu: dict[str, float], bank: CoderBank) -> dict[str, float]:
+    """FVU by coder; of the layers of a cross-layer transcoder the mean."""
+    found, stacks = dict(fvu), dict[str, list[str]]()
+    for name, coder in bank.items():
+        if coder.cfg.sources or coder.cfg.targets:
+            stacks.setdefault(name.removeprefix(bank.hookpoint[name]), []).append(name)
+    for names in stacks.values():
+        found |= dict.fromkeys(names, fmean(fvu[name] for name in names))
+    return found
 
 
 def _aside(run: Path, name: str) -> Path:

@@ -219,8 +219,7 @@ class CoderOptimizer:
             betas = cfg.adam_beta1, cfg.adam_beta2
             self._add(Soap(_groups(matrices), peak_lr, betas), matrices)
         if self.name == "signum":
-            in_one_pass = coder.cfg.normalize_decoder and not coder.cfg.parts
-            unit_norm = coder.W_dec if in_one_pass else None
+            unit_norm = coder.W_dec if coder.rows_are_unit else None
             self._add(
                 ScheduleFreeSignum(_groups(rest), peak_lr, 0.95, unit_norm, coder.kernels), rest
             )
@@ -249,7 +248,7 @@ class CoderOptimizer:
                     group["lr"] = self.lr * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.name != "signum" or self.coder.cfg.parts:  # else done in its one pass
+        if self.name != "signum" or not self.coder.rows_are_unit:  # else done in its one pass
             self.coder.normalize_decoder_()
 
     @contextmanager

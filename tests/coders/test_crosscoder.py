@@ -25,8 +25,8 @@ from training_runs import (
 from transformers import PreTrainedModel
 
 from sae import SaeConfig, SparseCoder, UsageError, load_many
+from sae.coders.across.crosscoder import part_norms
 from sae.coders.bank import CoderBank
-from sae.coders.crosscoder import part_norms
 from sae.config import Columns, KernelChoice, Widths
 from sae.flag_checks import from_flags
 from sae.kernels.twins import Kernels

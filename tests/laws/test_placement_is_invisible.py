@@ -79,6 +79,12 @@ def test_crosscoders_are_the_same_in_replicas(runs: Runs, name: str) -> None:
         assert ours[:2] == theirs[:2] and ours[2] == pytest.approx(theirs[2], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["layered replicas", "sharded and layered"])
+def test_cross_layer_transcoders_are_the_same_in_every_placement(runs: Runs, name: str) -> None:
+    """Accumulated, dealt, in pieces, beside a sharded LM, all is as in one process."""
+    runs.assert_same("layered one", name)
+
+
 def test_end_to_end_training_is_the_same_in_replicas(runs: Runs) -> None:
     """On two ranks, accumulated, training on KL is that of one process."""
     runs.assert_same_end_to_end("kl one", "kl replicas")

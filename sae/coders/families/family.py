@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ...config import Activation, SparseCoderConfig, check_together
+from ...config import Activation, SparseCoderConfig
 from ...flag_checks import UsageError, refuse
 from ...kernels.twins import Latents
-from .. import crosscoder, prefixes
+from .. import prefixes
+from ..across.flags import check_flags as check_across
 
 if TYPE_CHECKING:
     from ..sparse_coder import SparseCoder
@@ -47,7 +48,7 @@ class Family(ABC):
         """Raise UsageError for flags of the script's `TrainConfig` that exclude each other."""
         check_together(cfg)
         prefixes.check_flags(cfg)
-        crosscoder.check_flags(cfg)
+        check_across(cfg)
 
     @abstractmethod
     def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:
@@ -159,3 +160,29 @@ def check_flags(cfg: Any) -> None:
     `cfg` is the script's `TrainConfig`; everything here is known before anything is loaded.
     """
     family_of(cfg.coder).check_flags(cfg)
+
+
+def check_together(cfg: Any) -> None:
+    """Raise UsageError for flags of several groups that cannot go together.
+
+    `cfg` is the script's `TrainConfig`; everything here is known before anything is loaded.
+    """
+    if cfg.run.resume and cfg.training.adam_8bit:
+        refuse(cfg.run, "resume", "the state of --adam_8bit is not kept: start a new --finetune")
+    if cfg.machine.ranks_per_coder > 1 and cfg.training.optimizer == "soap":
+        refuse(cfg.training, "optimizer", "needs whole matrices: leave out --ranks_per_coder")
+    inputs = [pattern for pattern in cfg.model.hookpoints if ":" in pattern]
+    if cfg.coder.transcode and (inputs or cfg.model.per_head):
+        refuse(
+            cfg.coder,
+            "transcode",
+            f"predicts what leaves a module from what enters it; "
+            f"{inputs[0] if inputs else '--per_head'} is for SAEs",
+        )
+    if cfg.training.loss_fn != "fvu" and cfg.machine.distribute_modules:
+        refuse(
+            cfg.machine,
+            "distribute_modules",
+            f"with --loss_fn {cfg.training.loss_fn} the gradient of one coder runs through the LM "
+            f"and through the coders above it, so each rank needs all of them: drop it",
+        )

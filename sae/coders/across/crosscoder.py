@@ -12,14 +12,16 @@ Source: Lindsey et al., "Sparse Crosscoders for Cross-Layer Features and Model D
 (transformer-circuits.pub/2024/crosscoders).
 """
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import Columns
-from ..flag_checks import refuse
+from ...config import Columns
+from ...formats import sparsify
+from ..sparse_coder import SparseCoder
 
 
 def part_norms(W_dec: Float[Tensor, "L D"], parts: tuple[Columns, ...]) -> Float[Tensor, "L H"]:
@@ -75,23 +77,36 @@ def balanced(tensors: dict[str, Tensor], parts: tuple[Columns, ...]) -> dict[str
     return {**tensors, **scaled, "encoder.weight": weight, "W_dec": W_dec}
 
 
-def check_flags(cfg: Any) -> None:
-    """Raise UsageError for flags of the script's `TrainConfig` that crosscoders do not go with."""
-    coder, training = cfg.coder, cfg.training
-    if not coder.crosscoder:
-        return
-    name = "--crosscoder"
-    if coder.transcode:
-        refuse(coder, "transcode", f"{name} reconstructs what it reads: drop one of the two")
-    if coder.skip_connection:
-        refuse(coder, "skip_connection", f"{name} reconstructs what it reads: drop it")
-    if not coder.normalize_decoder:
-        refuse(coder, "normalize_decoder", f"{name} selects latents by decoder norms: drop it")
-    if training.uses_lm_loss:
-        refuse(training, "loss_fn", f"{name} needs all hookpoints before it can replace one: fvu")
-    if cfg.model.exclude_norm is not None:
-        why = f"{name} needs the same rows at every hookpoint: use --exclude_positions"
-        refuse(cfg.model, "exclude_norm", why)
-    if cfg.machine.distribute_modules:
-        why = f"{name} is one coder, which one rank would train while the others wait: drop it"
-        refuse(cfg.machine, "distribute_modules", why)
+class Crosscoder(SparseCoder):
+    """A coder whose columns are those of several hookpoints, `cfg.parts`."""
+
+    on_scaled_rows: bool = False
+    """Whether its rows come divided by their rms, as in training; not of a coder from disk."""
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scale every row so that its norms by hookpoint sum to sqrt(H); zeros stay."""
+        if self.W_dec is not None and not self.W_dec.is_meta:
+            normalize_parts_(self.W_dec, self.cfg.parts)
+
+    @torch.no_grad()
+    def fixed_directions(self) -> Float[Tensor, "L D"] | None:
+        """Of every row of W_dec the unit direction that normalizing undoes steps along."""
+        return None if self.W_dec is None else normals(self.W_dec, self.cfg.parts)
+
+    def use_scaled_rows_(self, parts: tuple[Columns, ...]) -> None:
+        """Make a coder from disk one for rows that are divided by the rms of `parts`."""
+        if not self.on_scaled_rows:
+            self.load_state_dict(unfolded(self.state_dict(), parts))
+            self.cfg, self.on_scaled_rows = replace(self.cfg, parts=parts), True
+
+    def balance_(self) -> None:
+        """Give decoder rows norms that sum to sqrt(H); activations take up the rest."""
+        self.load_state_dict(balanced(self.state_dict(), self.cfg.parts))
+
+    def save_to_disk(self, path: Path | str) -> None:
+        """Write its two files, with the weights for plain rows."""
+        tensors = self.state_dict()
+        if self.on_scaled_rows:
+            tensors = folded(tensors, self.cfg.parts)
+        sparsify.write(Path(path), self.cfg, self.d_in, self.d_out, tensors)

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig
+from sae.coders.bank import CoderBank
+from sae.config import Widths
 
 JUMPRELU = {
     "sae": SaeConfig(num_latents=24, k=3, activation="jumprelu"),
@@ -115,6 +118,37 @@ def circuit_tracer(t: dict[str, Tensor]) -> Forward:
         return acts, out + x @ t["W_skip"].T if "W_skip" in t else out
 
     return forward
+
+
+def circuit_tracer_clt(folder: Path, rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What circuit-tracer computes from the files of a cross-layer transcoder, of each layer."""
+    acts, outs = [], []
+    for i, x in enumerate(rows):
+        t = load_file(folder / f"W_enc_{i}.safetensors")
+        pre = x @ t[f"W_enc_{i}"].T + t[f"b_enc_{i}"]
+        threshold = t.get(f"threshold_{i}")
+        acts.append(pre.relu() if threshold is None else pre * (pre > threshold))
+        outs.append(t[f"b_dec_{i}"].expand_as(x).clone())
+    for source, latents in enumerate(acts):
+        W_dec = load_file(folder / f"W_dec_{source}.safetensors")[f"W_dec_{source}"]
+        for i in range(W_dec.shape[1]):
+            outs[source + i] += latents @ W_dec[:, i]
+    return acts, outs
+
+
+def cross_layer_coders(
+    cfg: SparseCoderConfig, layers: int = 6, d: int = 8
+) -> dict[str, SparseCoder]:
+    """A cross-layer transcoder of some layers, with nothing at 0."""
+    torch.manual_seed(0)
+    names = [f"layers.{i}.mlp" for i in range(layers)]
+    bank = CoderBank(dict.fromkeys(names, Widths(d, d)), cfg, (0,), "cpu")
+    for _, coder in bank.items():
+        for parameter in coder.parameters():
+            parameter.data.normal_()
+        if cfg.has_threshold:
+            coder.threshold.data.uniform_(0.5, 3)
+    return dict(bank.items())
 
 
 def assert_same_function(ours: SparseCoder, theirs: Forward, rows: int = 64) -> None:

@@ -33,7 +33,9 @@ from .pieces import Stored
 
 FILES = "config.yaml, layer_0.safetensors"
 
-_INPUT, _OUTPUT = "mlp.hook_in", "mlp.hook_out"
+INPUT, OUTPUT = "mlp.hook_in", "mlp.hook_out"
+"""What its transcoders here read and predict, in its words."""
+_KIND = "transcoder_set"
 _THRESHOLD = "activation_function.threshold"
 
 
@@ -45,10 +47,10 @@ def is_coder(path: Path) -> bool:
 
 def hookpoint_of(path: Path) -> str | None:
     """The MLP of a coder, where this project wrote the file."""
-    return _said(path).get("hookpoint")
+    return said_in(path).get("hookpoint")
 
 
-def _said(path: Path) -> dict[str, str]:
+def said_in(path: Path) -> dict[str, str]:
     """What the header of a file says beside the tensors; circuit-tracer reads past it."""
     with Stored(path.parent, path.stem), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
@@ -56,7 +58,7 @@ def _said(path: Path) -> dict[str, str]:
 
 def read(path: Path) -> CoderFile:
     """The transcoder of one layer. Raises UsageError for files that are damaged or unknown."""
-    config = _config(path.parent / "config.yaml")
+    config = read_config(path.parent / "config.yaml", _KIND)
     with Stored(path.parent, path.stem) as stored:
         shapes = stored.shapes
         latents, d_in = (*shapes.get("W_enc", ()), 0, 0)[:2]
@@ -67,7 +69,7 @@ def read(path: Path) -> CoderFile:
         check_shapes(path, shapes, expected)
         found = stored.read_all(None)
         check_floats(path, found)
-    l0 = _said(path).get("l0", "")
+    l0 = said_in(path).get("l0", "")
     threshold, k = found.get(_THRESHOLD), mean_l0(int(l0) if l0.isdecimal() else None)
     if threshold is None and config.get("activation") == "topk":
         k = whole_number(path.parent / "config.yaml", config, "k")
@@ -77,7 +79,7 @@ def read(path: Path) -> CoderFile:
         *(found["W_enc"], found["b_enc"], found["W_dec"], found["b_dec"]),
         k=k,
         threshold=threshold,
-        one_level=_said(path).get("activation") == "batchtopk",
+        one_level=said_in(path).get("activation") == "batchtopk",
         centred=False,
         transcode=True,
         W_skip=found.get("W_skip"),
@@ -85,15 +87,16 @@ def read(path: Path) -> CoderFile:
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, kind: str) -> dict[str, Any]:
+    """A config.yaml for coders of this `model_kind`. Raises UsageError for any other."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{path} cannot be read ({reason}): the file is damaged") from None
-    kind = config.get("model_kind") if isinstance(config, dict) else None
-    if kind != "transcoder_set":
-        raise UsageError(f"{path}: model_kind is {kind!r}; what can be read is transcoder_set")
+    said = config.get("model_kind") if isinstance(config, dict) else None
+    if said != kind:
+        raise UsageError(f"{path}: model_kind is {said!r}; the files beside it are of a {kind}")
     return config
 
 
@@ -136,7 +139,7 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
         about["activation"] = cfg.activation
         plain = {key: t.contiguous() for key, t in tensors.items()}
         save_file(plain, folder / f"layer_{layer}.safetensors", metadata=about)
-    config = {"model_kind": "transcoder_set", "model_name": origin.model}
-    config |= {"feature_input_hook": _INPUT, "feature_output_hook": _OUTPUT}
+    config = {"model_kind": _KIND, "model_name": origin.model}
+    config |= {"feature_input_hook": INPUT, "feature_output_hook": OUTPUT}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return []

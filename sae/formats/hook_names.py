@@ -109,6 +109,16 @@ def input_of_mlp(hookpoint: str, kind: str | None) -> str | None:
     return found and f"blocks.{found[1]}.mlp.hook_in"
 
 
+def mlp_of_layer(layer: int, model: Any) -> str | None:
+    """The MLP of a block by the name of its LM, where what it returns is added to the stream."""
+    if not isinstance(model, str):
+        return None
+    modules = next((m for m in _KINDS if re.search(m.named, model.lower())), None)
+    if modules is None or modules.mlp != modules.mlp_out:
+        return None
+    return f"{modules.blocks}.{layer}.{modules.mlp}"
+
+
 def our_name(hook: Any, hf_hook: Any, model: Any, head: Any = None) -> str | None:
     """The hookpoint that others' names stand for; None where they do not say it clearly.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from natsort import natsorted
 
 from ..flag_checks import UsageError
-from . import circuit_tracer, dictionary_learning, sae_lens, scopes, sparsify
+from . import circuit_tracer, circuit_tracer_clt, dictionary_learning, sae_lens, scopes, sparsify
 from .coder_file import CoderFile
 
 _DEPTH = 4
@@ -50,6 +50,12 @@ KINDS = {
         circuit_tracer.is_coder,
         lambda path, *_: circuit_tracer.read(path),
         circuit_tracer.hookpoint_of,
+    ),
+    "circuit_tracer's cross-layer transcoders": Kind(
+        circuit_tracer_clt.FILES,
+        circuit_tracer_clt.is_coder,
+        lambda path, _, decoder: circuit_tracer_clt.read(path, decoder),
+        circuit_tracer_clt.hookpoint_of,
     ),
     "Gemma Scope": Kind(
         scopes.GEMMA_1,

@@ -13,7 +13,14 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from ..flag_checks import UsageError
-from ..formats import circuit_tracer, dictionary_learning, kinds, sae_lens, sparsify
+from ..formats import (
+    circuit_tracer,
+    circuit_tracer_clt,
+    dictionary_learning,
+    kinds,
+    sae_lens,
+    sparsify,
+)
 from ..formats.coder_file import CoderFile, NeedsThreshold
 from ..formats.hub import coders_folder
 from ..formats.origin import Origin
@@ -86,17 +93,21 @@ def write(
     Raises UsageError where one cannot be held there; then none of them is left.
     """
     out, notes = Path(cfg.out), []
+    across_layers = any(coder.cfg.sources or coder.cfg.targets for coder in coders.values())
+    held = across_layers and cfg.to == "circuit_tracer"
     for name, coder in coders.items():
-        if coder.cfg.crosscoder:
+        if coder.cfg.crosscoder or (across_layers and not held):
+            kind = "crosscoder" if coder.cfg.crosscoder else "layer of a cross-layer transcoder"
             raise UsageError(
-                f"--to {cfg.to}: {name} is a crosscoder, which its files cannot hold: keep it as "
-                f"it is, or --to sparsify"
+                f"--to {cfg.to}: {name} is a {kind}, which its files cannot hold: keep it as it "
+                f"is, or --to sparsify" + (" or circuit_tracer" if across_layers else "")
             )
     if cfg.to == "circuit_tracer":
         if (out / "config.yaml").exists():
             raise UsageError(f"--out {out}: already holds a set; give another folder")
         with _disk_errors(cfg, "the set"):
-            return [out], circuit_tracer.write(out, coders, origin)
+            program = circuit_tracer_clt if across_layers else circuit_tracer
+            return [out], program.write(out, coders, origin)
     for name, coder in coders.items():  # what cannot be held is said before any is written
         WRITERS[cfg.to](None, name, coder, origin)
     for name, coder in coders.items():

@@ -1,7 +1,9 @@
 """Sets of transcoders for circuit-tracer, whose loader reads a TopK set as plain ReLU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,15 @@ from other_programs import (
     assert_same_coder,
     assert_same_function,
     circuit_tracer,
+    circuit_tracer_clt,
+    cross_layer_coders,
+    dense,
     random_coder,
     save_run,
 )
 from safetensors.torch import load_file, save_file
 
-from sae import SparseCoder, UsageError, load_many
+from sae import SparseCoder, TranscoderConfig, UsageError, load_many
 from sae.formats.coder_file import NeedsThreshold
 from sae.share.export import ExportConfig, export
 
@@ -110,8 +115,93 @@ def test_sets_of_others_are_read_as_their_config_says(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has k, which is unknown"):
         load_many(out)
     (out / "config.yaml").write_text("model_kind: cross_layer_transcoder")
-    with pytest.raises(UsageError, match="model_kind is 'cross_layer_transcoder'"):
+    with pytest.raises(UsageError, match="is 'cross_layer_transcoder'; .* of a transcoder_set"):
         load_many(out)
     (out / "config.yaml").write_text("a: [")
     with pytest.raises(UsageError, match="the file is damaged"):
         load_many(out)
+
+
+@pytest.mark.parametrize("ahead", [1, "all"])
+def test_a_cross_layer_transcoder_is_the_same_function_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: Any
+) -> None:
+    """Two files per layer with exactly circuit-tracer's keys, and config.yaml; back it is exact."""
+    cfg = TranscoderConfig(num_latents=24, k=3, activation="jumprelu", cross_layer=ahead)
+    coders = cross_layer_coders(cfg)
+    run, out = run_with(tmp_path / "run", coders), tmp_path / "out"
+    flags = ("--to", "circuit_tracer", "--out", str(out))
+    assert call(monkeypatch, "export", str(run), *flags) == 0
+    names = [f"W_{kind}_{i}.safetensors" for kind in ("enc", "dec") for i in range(6)]
+    assert {f.name for f in out.iterdir()} == {"config.yaml", *names}
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config == {
+        "model_kind": "cross_layer_transcoder",
+        "model_name": "lm",
+        "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out",
+    }
+    rows = list(torch.randn(6, 64, 8, generator=torch.Generator().manual_seed(1)))
+    acts, outs = circuit_tracer_clt(out, rows)
+    back = load_many(out)
+    assert list(back) == list(coders)
+    for i, (name, coder) in enumerate(coders.items()):
+        shapes = {k: tuple(t.shape) for k, t in load_file(out / f"W_enc_{i}.safetensors").items()}
+        expected = {f"W_enc_{i}": (24, 8), f"b_enc_{i}": (24,), f"b_dec_{i}": (8,)}
+        assert shapes == expected | {f"threshold_{i}": (24,)}
+        (W_dec,) = load_file(out / f"W_dec_{i}.safetensors").values()
+        assert W_dec.shape == (24, 6 - i, 8)
+        (latents, y), (again, y_again) = dense(coder, rows[i]), dense(back[name], rows[i])
+        torch.testing.assert_close(latents, acts[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y, outs[i], rtol=1e-5, atol=1e-4)
+        assert torch.equal(again, latents) and torch.equal(y_again, y)
+        assert back[name].cfg == coder.cfg
+        for key, tensor in coder.state_dict().items():
+            assert torch.equal(back[name].state_dict()[key], tensor)
+    assert call(monkeypatch, "export", str(run), *flags) == 2
+
+
+def test_cross_layer_transcoders_of_others_are_read_as_their_config_says(tmp_path: Path) -> None:
+    """Modules by the LM's name where what is read and predicted is an MLP's; else refused."""
+    cfg = TranscoderConfig(num_latents=24, k=3, activation="jumprelu", cross_layer="all")
+    run, out = run_with(tmp_path / "run", cross_layer_coders(cfg)), tmp_path / "out"
+    export(ExportConfig(str(run), out=str(out), to="circuit_tracer"))
+    for i in range(6):  # without what this project writes beside the tensors, as plain ReLU
+        file = out / f"W_enc_{i}.safetensors"
+        save_file({k: t for k, t in load_file(file).items() if "threshold" not in k}, file)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    said = {**config, "model_name": "openai-community/gpt2"}
+    said |= {"feature_input_hook": "ln2.hook_normalized", "feature_output_hook": "hook_mlp_out"}
+    (out / "config.yaml").write_text(yaml.safe_dump(said))
+    theirs = load_many(out)
+    assert list(theirs) == [f"h.{i}.mlp" for i in range(6)]
+    rows = list(torch.randn(6, 64, 8, generator=torch.Generator().manual_seed(1)))
+    acts, outs = circuit_tracer_clt(out, rows)
+    for coder, x, latents, y in zip(theirs.values(), rows, acts, outs, strict=True):
+        for found, expected in zip(dense(coder, x), (latents, y), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    for other in ({"feature_input_hook": "hook_resid_mid"}, {"model_name": "someone/else"}):
+        (out / "config.yaml").write_text(yaml.safe_dump({**said, **other}))
+        with pytest.raises(UsageError, match="say which modules it reads"):
+            load_many(out)
+    (out / "config.yaml").write_text(yaml.safe_dump(said))
+    (out / "W_dec_2.safetensors").unlink()
+    with pytest.raises(UsageError, match="W_dec_2"):
+        load_many(out)
+
+
+def test_what_is_no_cross_layer_transcoder_there_is_refused(tmp_path: Path) -> None:
+    """Layers that are missing, a skip connection, and TopK: by name."""
+    cfg = TranscoderConfig(num_latents=24, k=3, activation="jumprelu", cross_layer=1)
+    skip = replace(cfg, skip_connection=True)
+    cases = {
+        "of all 6 layers": cross_layer_coders(cfg, 5),
+        "without a skip": cross_layer_coders(skip),
+        "has no TopK cross-layer": cross_layer_coders(replace(cfg, activation="topk")),
+    }
+    for i, (why, coders) in enumerate(cases.items()):
+        run = run_with(tmp_path / str(i), coders)
+        kind = NeedsThreshold if "TopK" in why else UsageError
+        with pytest.raises(kind, match=why):
+            export(ExportConfig(str(run), out=str(tmp_path / "out"), to="circuit_tracer"))
+    assert not (tmp_path / "out").exists()

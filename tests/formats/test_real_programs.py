@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from other_programs import JUMPRELU, KINDS, dense, random_coder, save_run
+from other_programs import JUMPRELU, KINDS, cross_layer_coders, dense, random_coder, save_run
 from torch import Tensor
 
-from sae import SaeConfig, SparseCoder
+from sae import SaeConfig, SparseCoder, TranscoderConfig
 from sae.share.export import ExportConfig, export
 
 pytestmark = pytest.mark.formats
@@ -170,6 +170,24 @@ def test_circuit_tracer_computes_the_same(tmp_path: Path, kind: str) -> None:
     assert theirs.skip_connection is ("skip" in kind) and len(theirs) == 6
     for i, coder in enumerate(coders.values()):
         assert_same(coder, theirs[i].encode(ROWS), theirs[i](ROWS))
+
+
+@torch.no_grad()
+def test_circuit_tracer_computes_the_same_across_layers(tmp_path: Path) -> None:
+    """A cross-layer transcoder by its own loader: what is active, and what it adds up to."""
+    load = import_module("circuit_tracer.transcoder.cross_layer_transcoder").load_clt
+    cfg = TranscoderConfig(num_latents=24, k=3, activation="jumprelu", cross_layer=2)
+    coders = cross_layer_coders(cfg, d=32)
+    run, out = save_run(tmp_path / "run", coders), tmp_path / "out"
+    (run / "run.json").write_text(json.dumps({"model": LM, "dataset": "x"}))
+    export(ExportConfig(str(run), out=str(out), to="circuit_tracer"))
+    theirs = load(str(out), device=torch.device("cpu"), dtype=torch.float32, lazy_decoder=False)
+    rows = ROWS.repeat(6, 1, 1) * torch.arange(1, 7).view(6, 1, 1)
+    acts = theirs.encode(rows)
+    outs = theirs.decode(acts.to_sparse())
+    for i, coder in enumerate(coders.values()):
+        for found, expected in zip((acts[i], outs[i]), dense(coder, rows[i]), strict=True):
+            assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu"])

@@ -3,13 +3,21 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from command_runs import call
-from other_programs import KINDS, assert_same_coder, dense, random_coder, save_run
+from other_programs import (
+    KINDS,
+    assert_same_coder,
+    cross_layer_coders,
+    dense,
+    random_coder,
+    save_run,
+)
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -119,6 +127,10 @@ def coder_of_row(row: str) -> SparseCoder:
     """A coder as a line of the table in docs/files.md calls it."""
     kind = re.split(r" (?:SAE|transcoder)", row)[0].split(" or ")[-1].lower()
     crossed = kind == "crosscoder"
+    if "cross-layer" in row:
+        activation = "jumprelu" if "JumpReLU" in row else "topk"
+        cfg = TranscoderConfig(num_latents=24, k=3, activation=activation, cross_layer="all")
+        return cross_layer_coders(cfg)["layers.3.mlp"]
     cfg = SaeConfig(
         num_latents=24,
         k=3,
@@ -139,22 +151,31 @@ def outcome(row: str, program: Program, folder: Path) -> str:
     """What becomes of such a coder, in the words of the table."""
     coder = coder_of_row(row)
     names = [f"layers.{i}.mlp" for i in range(6)] if program == "circuit_tracer" else ["layers.3"]
-    run = save_run(folder / "run", dict.fromkeys(names, coder))
+    coders = dict.fromkeys(names, coder)
+    if "cross-layer" in row:
+        coders = cross_layer_coders(coder.cfg)
+        names = ["layers.3.mlp"]
+    run = save_run(folder / "run", coders)
     (run / "run.json").write_text(json.dumps({"model": LM, "dataset": "x"}))
     try:
         export(ExportConfig(str(run), out=str(folder / "out"), to=program))
     except NeedsThreshold:
         return "through a threshold"
     except UsageError as error:
-        nearest = "--to sparsify" if coder.cfg.crosscoder else "try --to sae_lens"
+        several = coder.cfg.crosscoder or coder.cfg.sources
+        nearest = "--to sparsify" if several else "try --to sae_lens"
         assert program == "sae_lens" or nearest in str(error)
         return "not at all"
     back = load_many(folder / "out", allow_pt=True)[names[0]]
-    if program == "sparsify" and (coder.cfg.has_threshold or coder.cfg.crosscoder):
+    only_here = coder.cfg.has_threshold or coder.cfg.crosscoder or coder.cfg.sources
+    if program == "sparsify" and only_here:
         assert back.cfg == coder.cfg
         return "only here"
     differ = any(not torch.equal(t, back.state_dict()[n]) for n, t in coder.state_dict().items())
     has_prefixes = back.cfg.matryoshka == coder.cfg.matryoshka
+    if coder.cfg.sources:
+        assert not differ and back.cfg == replace(coder.cfg, sources=back.cfg.sources)
+        return "exact"
     if not differ and has_prefixes:  # without, they are summed in another order
         assert_same_coder(coder, back)
     x = torch.randn(64, 8)
@@ -173,7 +194,7 @@ def test_the_table_of_programs_is_true(tmp_path: Path) -> None:
     assert programs == [*get_args(Program)]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     rows = rows[: next(i for i, row in enumerate(rows) if len(row) != 5)]
-    assert len(rows) == 16
+    assert len(rows) == 18
     for i, (row, *cells) in enumerate(rows):
         for program, said in zip(programs, cells, strict=True):
             assert outcome(row, program, tmp_path / f"{i}{program}") == said, (row, program)

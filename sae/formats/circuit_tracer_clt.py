@@ -1,0 +1,154 @@
+"""Cross-layer transcoders of circuit-tracer: one over the MLPs of all layers.
+
+CODERS/config.yaml            model_kind: cross_layer_transcoder, model_name and so on
+CODERS/W_enc_3.safetensors    W_enc_3 [L D], b_enc_3 [L], b_dec_3 [D], and if any threshold_3 [L]
+CODERS/W_dec_3.safetensors    W_dec_3 [L n-3 D], to layer 3 and each of the n - 4 behind it
+
+A latent is active above its threshold or, without one, above 0. Layers that ours do not write to
+have zeros there.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import yaml
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import SparseCoderConfig
+from ..flag_checks import UsageError
+from .circuit_tracer import INPUT, OUTPUT, read_config, said_in
+from .coder_file import CoderFile, NeedsThreshold, check_floats, check_shapes, mean_l0
+from .hook_names import input_of_mlp, mlp_of_layer
+from .origin import Origin
+from .pieces import Stored
+
+FILES = "config.yaml, W_enc_0.safetensors, W_dec_0.safetensors"
+_KIND = "cross_layer_transcoder"
+_INPUTS = ("mlp.hook_in", "ln2.hook_normalized")
+_OUTPUTS = ("mlp.hook_out", "hook_mlp_out")
+
+
+def is_coder(path: Path) -> bool:
+    """Whether this is the encoder's file of one layer."""
+    named = re.fullmatch(r"W_enc_\d+\.safetensors", path.name) is not None
+    return named and path.is_file() and (path.parent / "config.yaml").is_file()
+
+
+def hookpoint_of(path: Path) -> str | None:
+    """The MLP that a layer reads: as this project wrote it, or by the name of the LM."""
+    if "hookpoint" in (said := said_in(path)):
+        return said["hookpoint"]
+    config = read_config(path.parent / "config.yaml", _KIND)
+    known = config.get("feature_input_hook") in _INPUTS
+    if not known or config.get("feature_output_hook") not in _OUTPUTS:
+        return None
+    return mlp_of_layer(_layer(path), config.get("model_name"))
+
+
+def _layer(path: Path) -> int:
+    return int(path.stem.removeprefix("W_enc_"))
+
+
+def read(path: Path, decoder: bool = True) -> CoderFile:
+    """The coder of one layer. Raises UsageError for files that are damaged or unknown."""
+    read_config(path.parent / "config.yaml", _KIND)
+    layer, count = _layer(path), len(list(path.parent.glob("W_enc_*.safetensors")))
+    if layer >= count:
+        raise UsageError(f"{path}: of the layers before it some are not there: {count} files")
+    names = [hookpoint_of(path.with_name(f"W_enc_{i}.safetensors")) for i in range(count)]
+    hookpoints = [name for name in names if name is not None]
+    if len(hookpoints) < count:
+        raise UsageError(
+            f"{path.parent}: neither its files nor its config.yaml say which modules it reads: "
+            f"only what goes from the input of an MLP to its output can be held"
+        )
+    W_enc, b_enc, b_dec, threshold, W_dec = (
+        f"{name}_{layer}" for name in ("W_enc", "b_enc", "b_dec", "threshold", "W_dec")
+    )
+    with Stored(path.parent, path.stem) as stored:
+        latents, d_in = (*stored.shapes.get(W_enc, ()), 0, 0)[:2]
+        expected: dict[str, tuple[int, ...]] = {W_enc: (latents, d_in), b_enc: (latents,)}
+        expected[b_dec] = (d_in,)
+        if threshold in stored.shapes:
+            expected[threshold] = (latents,)
+        check_shapes(path, stored.shapes, expected)
+        found = stored.read_all(None)
+        check_floats(path, found)
+    said = said_in(path)
+    ahead = said.get("ahead", "")
+    targets = hookpoints[layer + 1 :][: int(ahead) if ahead.isdecimal() else None]
+    sources = hookpoints[:layer][-int(ahead) if ahead.isdecimal() else None :]
+    tensors = {"encoder.weight": found[W_enc], "encoder.bias": found[b_enc]}
+    tensors |= {"b_dec": found[b_dec]}
+    # ReLU is a threshold of 0.
+    tensors["threshold"] = found.get(threshold, torch.zeros(latents)).float()
+    if decoder:
+        for distance, W in enumerate(_decoders(path, W_dec, (latents, count - layer, d_in))):
+            if distance <= len(targets):
+                tensors[f"W_ahead.{distance}" if distance else "W_dec"] = W
+    l0 = said.get("l0", "")
+    cfg = SparseCoderConfig(
+        num_latents=latents,
+        activation="batchtopk" if said.get("activation") == "batchtopk" else "jumprelu",
+        k=min(latents, mean_l0(int(l0) if l0.isdecimal() else None)),
+        transcode=True,
+        cross_layer=int(ahead) if ahead.isdecimal() else "all",
+        sources=tuple(sources),
+        targets=tuple(targets),
+    )
+    return CoderFile(cfg, d_in, d_in, tensors, hookpoints[layer])
+
+
+def _decoders(path: Path, name: str, shape: tuple[int, ...]) -> list[Float[Tensor, "L D"]]:
+    """W_dec to each layer, as a matrix of its own."""
+    with Stored(path.parent, name) as stored:
+        check_shapes(path.with_name(f"{name}.safetensors"), stored.shapes, {name: shape})
+        found = stored.read_all(None)
+        check_floats(path, found)
+    return [W.contiguous() for W in found[name].unbind(1)]
+
+
+def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[str]:
+    """Write a cross-layer transcoder into `folder`; return notes.
+
+    Raises NeedsThreshold for coders without thresholds, and UsageError where some of its layers
+    are not there, or one has what these files cannot hold.
+    """
+    by_layer: dict[int, str] = {}
+    for name, coder in coders.items():
+        hook = input_of_mlp(origin.hookpoint(name), origin.model_type)
+        if hook is None or coder.d_in != coder.d_out or coder.cfg.skip_connection:
+            raise UsageError(
+                f"{name}: circuit-tracer takes cross-layer transcoders of MLPs, of equal widths, "
+                f"without a skip: keep it as it is, or --to sparsify"
+            )
+        by_layer[int(hook.split(".")[1])] = name
+    layers = origin.layers or len(by_layer)
+    if len(coders) != len(by_layer) or sorted(by_layer) != list(range(layers)):
+        raise UsageError(
+            f"circuit-tracer takes a cross-layer transcoder of all {layers} layers, and this is of "
+            f"{sorted(by_layer)}, with one seed: train one of all, or --to sparsify"
+        )
+    if bare := [name for name, coder in coders.items() if not coder.cfg.has_threshold]:
+        raise NeedsThreshold(f"{bare[0]}: circuit-tracer has no TopK cross-layer transcoders")
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer, name in by_layer.items():
+        cfg, found = coders[name].cfg, coders[name].tensors
+        W_enc = {f"W_enc_{layer}": found["encoder.weight"], f"b_enc_{layer}": found["encoder.bias"]}
+        W_enc |= {f"b_dec_{layer}": found["b_dec"]}
+        W_enc[f"threshold_{layer}"] = found["threshold"].clamp(min=0)
+        about = {"hookpoint": origin.hookpoint(name), "l0": str(cfg.k)}
+        about |= {"activation": cfg.activation, "ahead": str(cfg.cross_layer)}
+        plain = {key: t.contiguous() for key, t in W_enc.items()}
+        save_file(plain, folder / f"W_enc_{layer}.safetensors", metadata=about)
+        own = found["W_dec"]
+        W_dec = [found.get(f"W_ahead.{i}", torch.zeros_like(own)) for i in range(1, layers - layer)]
+        stacked = {f"W_dec_{layer}": torch.stack([own, *W_dec], dim=1)}
+        save_file(stacked, folder / f"W_dec_{layer}.safetensors")
+    config = {"model_kind": _KIND, "model_name": origin.model}
+    config |= {"feature_input_hook": INPUT, "feature_output_hook": OUTPUT}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return []

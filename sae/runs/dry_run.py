@@ -29,6 +29,7 @@ from ..training.schedules import Schedule, dealing, sequences_per_batch
 
 _ENTRY = 32  # bytes of one active latent of one row
 _ENTRY_BY_PREFIX = 40  # more of it where entries are put in the order of prefixes too
+_WAITING_ENTRY = 26  # of it, until its gradient goes through the encoder
 _LOOSE_ENTRY = 48  # where rows have numbers of them of their own
 _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latents fire often
 
@@ -251,6 +252,10 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
     entry += _ENTRY_BY_PREFIX if coder.prefixes else 0
     found = rows * (4 * floats + inputs + entry * active) + of_dead
+    if sources := len(coder.cfg.sources):  # their latents and inputs wait, for their gradients
+        waiting = inputs + _WAITING_ENTRY * active
+        of_dead = max(of_dead - rows * _ENTRY * dead, 0) + rows * _WAITING_ENTRY * dead
+        found += sources * (rows * waiting + of_dead) + rows * 4 * d_out
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
         found += 4 * coder.num_latents * max(d_in, d_out)
     if in_triton:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 import train_sae
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig
 from sae.batch import TokenBatch
+from sae.coders.bank import CoderBank
 from sae.coders.outputs import CoderErrors
-from sae.config import MachineConfig, TrainingConfig
+from sae.config import MachineConfig, TrainingConfig, Widths
 from sae.lm.capture import Pairs
 from sae.runs.dry_run import step_bytes
 from sae.training.losses import auxiliary_loss
@@ -114,6 +115,33 @@ def test_the_dry_run_knows_what_a_step_holds(
     pre_acts = 1024 * 512 * dtype.itemsize  # a block, which is not in the plan
     plan = TrainConfig(coder=cfg, training=TrainingConfig(auxk_alpha=auxk_alpha))
     expected = step_bytes(plan, coder, rows, dtype.itemsize)
+    found = peak_bytes(step) - gradients
+    assert 0.65 * expected < found < 1.02 * expected + pre_acts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("auxk_alpha", [0.0, 1 / 32])
+def test_the_dry_run_knows_what_waits_for_layers_ahead(
+    auxk_alpha: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer of a cross-layer transcoder holds the latents of all, and its own target."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    cfg = TranscoderConfig(num_latents=512, k=16, cross_layer="all")
+    names, rows = [f"layers.{i}" for i in range(6)], 8192
+    bank = CoderBank(dict.fromkeys(names, Widths(64, 64)), cfg, (0,), "cpu", dtype)
+    x, y = torch.randn(2, rows, 64, dtype=dtype)
+    dead = torch.arange(0, 512, 2) if auxk_alpha else None
+
+    def step() -> None:
+        for _, coder in bank.items():
+            errors = coder.errors(x, y, dead)
+            (errors.objective + auxiliary_loss(errors, auxk_alpha)).backward()
+            del errors
+
+    gradients = sum(p.nbytes for p in bank.parameters())
+    pre_acts = 1024 * 512 * dtype.itemsize
+    plan = TrainConfig(coder=cfg, training=TrainingConfig(auxk_alpha=auxk_alpha))
+    expected = max(step_bytes(plan, coder, rows, dtype.itemsize) for _, coder in bank.items())
     found = peak_bytes(step) - gradients
     assert 0.65 * expected < found < 1.02 * expected + pre_acts
 

@@ -119,7 +119,7 @@ def train(
         load = partial(load_tokens, data, cfg.model, token_limits(lm), lm.name_or_path, dataset)
     else:
         capture, widths = given, given.widths
-    capture, widths = join(capture, widths, cfg.coder.crosscoder)
+    capture, widths = join(capture, widths, cfg, dtype, ranks.main_first)
 
     # Which ranks train the coders of which hookpoint.
     seeds, placed = training.init_seeds, (machine.layer_to_rank, machine.ranks_per_coder)

@@ -49,6 +49,11 @@ class Columns(NamedTuple):
     rms: float = 1.0
     """Of the hookpoint's rows about their mean, which training divides them by."""
 
+    @property
+    def lm(self) -> str:
+        """The LM that the hookpoint is of, "" for the first: "layers.3 of other" names both."""
+        return self.hookpoint.partition(" of ")[2]
+
 
 @dataclass(frozen=True)
 class SparseCoderConfig:
@@ -132,6 +137,8 @@ class ModelConfig:
 
     model: Annotated[str, Positional, arg(metavar="MODEL")] = "HuggingFaceTB/SmolLM2-135M"
     """Hub id or folder of the language model."""
+    models: tuple[str, ...] = ()
+    """Further LMs that read the same tokens: one crosscoder is over MODEL and these."""
     hookpoints: tuple[str, ...] = ()
     """Globs over the base model's modules ("layers.*.mlp", or "layers.*.self_attn.o_proj:input" for
     what enters one); default: residual streams."""

@@ -196,7 +196,8 @@ def make(folder: Path) -> Runs:
 
     tuned = f"{CODED} --finetune {folder}/runs/coded-one"
     one = {"one": "", "coded-one": CODED, "tuned one": tuned, "kl one": KL, "dealt one": DEALT}
-    one["crossed one"] = CROSSED
+    both = f"{CROSSED} --models {folder}/other"
+    one |= {"crossed one": CROSSED, "both one": both}
     layered = f"{LAYERED} --finetune {folder}/runs/layered-start"
     one |= {"layered-start": LAYERED, "layered one": layered}
     one |= {f"{kind} one": flags for kind, (flags, _) in KINDS.items()}
@@ -215,6 +216,7 @@ def make(folder: Path) -> Runs:
     two["tuned replicas"] = f"--batch_size 6 {tuned}"
     two["kl replicas"] = f"--batch_size 3 --grad_acc_steps 2 {KL}"
     two["crossed replicas"] = f"--batch_size 2 --grad_acc_steps 3 {CROSSED}"
+    two["both replicas"] = f"--batch_size 6 {both}"
     two["layered replicas"] = f"--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2 {layered}"
     two |= dict.fromkeys(HARMED, "--batch_size 6 --distribute_modules")
     two["spoiled"] += " --max_bad_steps 0"
@@ -279,6 +281,8 @@ def make_files(folder: Path) -> None:
     lacking = load_file(folder / "lm" / "model.safetensors")
     lacking.pop("layers.1.mlp.up_proj.weight")
     save_file(lacking, folder / "lacking" / "model.safetensors", {"format": "pt"})
+    other = {**tiny_lm().config.to_dict(), "hidden_size": 24, "num_hidden_layers": 4}
+    AutoModel.from_config(LlamaConfig(**other)).save_pretrained(folder / "other")
 
 
 def made_once(folder: Path) -> Runs:

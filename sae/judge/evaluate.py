@@ -72,6 +72,17 @@ def crosscoder_table(evaluation: Evaluation) -> str:
     return _in_columns(rows) if len(rows) > 1 else ""
 
 
+def models_table(evaluation: Evaluation) -> str:
+    """Whose latents those of a crosscoder over several LMs are, a line for each LM."""
+    rows = [["coder", "LM", "decoder share", "of it alone", "not of it"]]
+    for name, figures in evaluation.coders.items():
+        for lm in figures.models or ():
+            alone, without = sum(lm.histogram[18:]), sum(lm.histogram[:2])
+            share = _cell(lm.decoder_share, "%")
+            rows.append([name, lm.model or "the first", share, f"{alone:,}", f"{without:,}"])
+    return _in_columns(rows) if len(rows) > 1 else ""
+
+
 def _cell(value: float | None, kind: Literal["f", "%"] = "f") -> str:
     return "" if value is None else f"{value:.2%}" if kind == "%" else f"{value:.4f}"
 
@@ -114,7 +125,7 @@ def main(cfg: EvaluateConfig) -> None:
         print(line)
     found = evaluate_loaded(trained)
     print(table(found))
-    for other in (crosscoder_table(found), mixing_table(found)):
+    for other in (crosscoder_table(found), models_table(found), mixing_table(found)):
         print(f"\n{other}" if other else "", end="\n" if other else "")
     write_json(out, as_json(trained, found))
     print(f"figures  {out.resolve()}")

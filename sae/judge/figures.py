@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from natsort import natsorted
 from torch import Tensor
 
-from ..coders.across.crosscoder import part_norms
+from ..coders.across.crosscoder import part_norms, shares_by_lm
 from ..coders.bank import CoderBank
 from ..coders.moments import Moments, accumulate
 from ..coders.sparse_coder import SparseCoder
@@ -67,6 +67,20 @@ class HookpointFigures:
 
 
 @dataclass(frozen=True)
+class ModelFigures:
+    """How far the latents of a crosscoder over several LMs are those of one of them."""
+
+    model: str
+    """Which LM, "" for the first."""
+
+    decoder_share: float
+    """Mean over latents of the part that its hookpoints have in the sum of decoder norms."""
+
+    histogram: list[int]
+    """Latents by that part: 20 bins from 0, not of this LM at all, to 1, of no other."""
+
+
+@dataclass(frozen=True)
 class CoderFigures:
     """Figures of one coder on held-out rows; those of predictions where the LM has its head.
 
@@ -96,6 +110,9 @@ class CoderFigures:
 
     hookpoints: tuple[HookpointFigures, ...] | None = None
     """Of a crosscoder, how well it does at each of its hookpoints."""
+
+    models: tuple[ModelFigures, ...] | None = None
+    """Of a crosscoder over several LMs, whose its latents are."""
 
     prefixes: tuple[PrefixFigures, ...] | None = None
     """The same of every prefix, of a coder that has some (--matryoshka)."""
@@ -192,7 +209,8 @@ def held_out_figures(
                 figures[name] = _figures(hookpoint, *found)
                 if name in of_columns:
                     parts = _of_hookpoints(bank[name], of_columns[name], moments[hookpoint])
-                    figures[name] = dataclasses.replace(figures[name], hookpoints=parts)
+                    more = {"hookpoints": parts, "models": _of_models(bank[name])}
+                    figures[name] = dataclasses.replace(figures[name], **more)
                 if name in of_prefixes:
                     prefixes = _of_prefixes(bank[name].prefixes, of_prefixes[name], *found)
                     figures[name] = dataclasses.replace(figures[name], prefixes=prefixes)
@@ -337,6 +355,15 @@ def _of_hookpoints(
             parts, (s.sum(1) for s in sums), shares, strict=True
         )
     )
+
+
+def _of_models(coder: SparseCoder) -> tuple[ModelFigures, ...] | None:
+    assert coder.W_dec is not None
+    found = []
+    for lm, shares in shares_by_lm(coder.W_dec.detach(), coder.cfg.parts).items():
+        histogram = torch.histogram(shares.double().cpu(), bins=20, range=(0.0, 1.0)).hist
+        found.append(ModelFigures(lm, float(shares.nanmean()), [int(n) for n in histogram]))
+    return tuple(found) or None
 
 
 def _of_prefixes(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..coders.across.cross_layer import CrossLayerTranscoder
-from ..coders.across.crosscoder import part_norms
+from ..coders.across.crosscoder import part_norms, shares_by_lm
 from ..coders.sparse_coder import SparseCoder
 from ..lm.capture import some_tokens
 from ..lm.head import has_head, logits
@@ -149,7 +149,10 @@ def describe(
     assert coder.W_dec is not None
     effects = logit_effects(lm, *_written(coder, hookpoint, latents))
     shares = _shares(coder, hookpoint, latents)
-    ahead = _ahead(lm, coder, latents)
+    ahead, lms = (
+        _ahead(lm, coder, latents),
+        shares_by_lm(coder.W_dec[latents].detach(), coder.cfg.parts),
+    )
     near = neighbours(coder, latents)
     described = []
     for i, slot in enumerate(slots):
@@ -170,6 +173,7 @@ def describe(
                 "suppressed": [(words(token), effect) for token, effect in suppressed],
                 "neighbours": near[i],
                 "hookpoints": shares[i],
+                "models": [(lm or "the first", _short(float(s[i]))) for lm, s in lms.items()],
                 "ahead": [
                     [name, [(words(token), effect) for token, effect in there[i][0]]]
                     for name, there in ahead.items()
@@ -182,13 +186,15 @@ def describe(
 def _written(
     coder: SparseCoder, hookpoint: str, latents: Tensor
 ) -> tuple[str, Float[Tensor, "C D"]]:
-    """Where latents write, and what; of a crosscoder at its last hookpoint."""
+    """Where latents write, and what; of a crosscoder at the last hookpoint of the first LM."""
     assert coder.W_dec is not None
     rows = coder.W_dec[latents]
     if not coder.cfg.parts:
         return hookpoint, rows
-    last = coder.cfg.parts[-1]
-    return last.hookpoint, rows[:, -last.width :] * last.rms
+    written = rows.split([part.width for part in coder.cfg.parts], dim=1)
+    pairs = zip(coder.cfg.parts, written, strict=True)
+    last, columns = [pair for pair in pairs if not pair[0].lm][-1]
+    return last.hookpoint, columns * last.rms
 
 
 def _ahead(

@@ -1,6 +1,7 @@
 """Trained coders, with the LM and the data that they are judged on."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from ..data.text import load_tokens
 from ..flag_checks import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
 from ..formats import kinds
 from ..formats.hub import coders_folder
+from ..lm.beside import label, read_beside
 from ..lm.capture import Capture, RowReader, measure_widths
 from ..lm.head import unusable_head
 from ..lm.joined import CROSSCODER, Joined, joined_widths
@@ -58,6 +60,8 @@ class CodersConfig:
     """Where the one coder reads, if its files do not say it; or the only one to take."""
     allow_pt: bool = False
     """Open coder files that are pickles (.pt), which can run code: only of people you trust."""
+    models: tuple[str, ...] | None = None
+    """Further LMs, of a crosscoder over several."""
     revision: str | None = None
     """Git revision of the model on the Hub."""
     hf_token: str | None = field(default=None, repr=False)
@@ -113,7 +117,7 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     model = replace(
         from_flags(ModelConfig, flags),
         **{"hookpoints": _read_at(hookpoint, parts), "layers": (), "layer_stride": 1}
-        | {"per_head": False},
+        | {"per_head": False, "models": _models(parts, flags.get("models") or ())},
     )
     dtype = working_dtype(from_flags(MachineConfig, flags).mixed_precision)
 
@@ -125,13 +129,17 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     if note := unusable_head(lm):
         print(note)
     widths = measure_widths(lm, names)
-    _check_widths(coders, hookpoint, joined_widths(widths) if parts else widths, model.model)
     bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
     rule = RowRule(
         model.exclude_tokens, model.exclude_positions, norm_limits_of(run, model.exclude_norm)
     )
     capture = checked(Capture(lm, names, rule, inputs=bank.transcode), data.ctx_len)
-    reader = Joined(capture, parts) if parts else capture
+    reader: RowReader = capture
+    if parts:
+        how = data.ctx_len, dtype, ranks.main_first
+        all_lms, widths = read_beside(capture, widths, model, *how)
+        reader, widths = Joined(all_lms, parts), joined_widths(widths)
+    _check_widths(coders, hookpoint, widths, model.model)
     source = load_tokens(data, model, token_limits(lm))
     saved, blocks = data_of_run(run), torch.arange(len(source))
     if before and (held_out or saved == source.fingerprint):  # the rest was trained on
@@ -157,7 +165,15 @@ def _parts(coders: dict[str, SparseCoder], where: str) -> tuple[Columns, ...]:
 
 def _read_at(hookpoint: dict[str, str], parts: tuple[Columns, ...]) -> tuple[str, ...]:
     """The hookpoints of the LM that coders read."""
-    return tuple(part.hookpoint for part in parts) or tuple(dict.fromkeys(hookpoint.values()))
+    own = tuple(part.hookpoint for part in parts if not part.lm)
+    return own or tuple(dict.fromkeys(hookpoint.values()))
+
+
+def _models(parts: tuple[Columns, ...], known: Iterable[str]) -> tuple[str, ...]:
+    """The further LMs that a crosscoder reads: of those that are known, or by their name alone."""
+    by_label = {label(lm): lm for lm in known}
+    names = dict.fromkeys(part.lm for part in parts if part.lm)
+    return tuple(by_label.get(name, name) for name in names)
 
 
 def named_coders(cfg: CodersConfig) -> dict[str, SparseCoder]:

@@ -1,6 +1,8 @@
 """The rows of several hookpoints as those of one, for crosscoders."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -8,6 +10,7 @@ from transformers import PreTrainedModel
 from ..batch import TokenBatch
 from ..config import Columns, Widths
 from ..flag_checks import UsageError
+from .beside import read_beside
 from .capture import Pairs, RowReader
 from .rows import HookpointRows, RowRule
 
@@ -62,14 +65,21 @@ class Joined:
 
 
 def join(
-    reader: RowReader, widths: dict[str, Widths], crosscoder: bool
+    reader: RowReader,
+    widths: dict[str, Widths],
+    cfg: Any,
+    dtype: torch.dtype,
+    main_first: Callable[..., Any],
 ) -> tuple[RowReader, dict[str, Widths]]:
-    """A reader of all hookpoints as one, and its widths; without `crosscoder` what is given.
+    """A reader of all hookpoints as one, of all LMs, and its widths; else what is given.
 
-    Raises UsageError for a single hookpoint.
+    `cfg` is the script's `TrainConfig`; for the rest see `read_beside`. Raises UsageError for a
+    single hookpoint.
     """
-    if not crosscoder:
+    if not cfg.coder.crosscoder:
         return reader, widths
+    how = cfg.model, cfg.data.ctx_len, dtype, main_first
+    reader, widths = read_beside(reader, widths, *how)
     return Joined(reader, parts_of(widths)), joined_widths(widths)
 
 

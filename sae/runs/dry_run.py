@@ -17,6 +17,7 @@ from ..coders.functional import k_aux
 from ..coders.sparse_coder import SparseCoder
 from ..config import DENSE_WEIGHTS, Widths
 from ..flag_checks import UsageError
+from ..lm.beside import named, others_of
 from ..lm.capture import measure_widths
 from ..lm.hookpoints import text_config, text_layers
 from ..lm.joined import joined_widths, parts_of
@@ -63,6 +64,10 @@ def show_plan(cfg: Any) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     lm, hookpoints = find_hookpoints(cfg.model)
     parameters, widths = sum(p.numel() for p in lm.parameters()), _widths(lm, hookpoints)
+    for name, of_other in others_of(cfg.model).items():
+        other, theirs = find_hookpoints(of_other)
+        parameters += sum(p.numel() for p in other.parameters())
+        widths |= {named(h, name): width for h, width in _widths(other, theirs).items()}
     if cfg.coder.crosscoder:
         parts_of(widths)
         widths = joined_widths(widths)

@@ -77,6 +77,8 @@ def card(
 def _kind(cfg: SparseCoderConfig) -> str:
     if cfg.crosscoder:
         return "crosscoders, whose columns are those of the hookpoints in this order"
+    if cfg.sources or cfg.targets:
+        return "the layers of a cross-layer transcoder, which work together alone"
     return "transcoders" if cfg.transcode else "SAEs"
 
 

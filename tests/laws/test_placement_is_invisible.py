@@ -85,6 +85,11 @@ def test_cross_layer_transcoders_are_the_same_in_every_placement(runs: Runs, nam
     runs.assert_same("layered one", name)
 
 
+def test_crosscoders_over_several_lms_are_the_same_in_replicas(runs: Runs) -> None:
+    """Both LMs read the same tokens on every rank."""
+    runs.assert_same("both one", "both replicas")
+
+
 def test_end_to_end_training_is_the_same_in_replicas(runs: Runs) -> None:
     """On two ranks, accumulated, training on KL is that of one process."""
     runs.assert_same_end_to_end("kl one", "kl replicas")

@@ -50,11 +50,11 @@ def test_flat_flags_and_groups_are_the_same_config() -> None:
 def test_a_flag_belongs_to_one_group() -> None:
     """No two groups have a flag of the same name, so that flat flags have one meaning.
 
-    The token is secret, and the parts of a crosscoder are found by the run.
+    The token is secret, and where coders read and write is found by the run.
     """
     names = [f.name for group in GROUPS for f in fields(group)]
     assert len(names) == len(set(names))
-    assert {*flags_of(TrainConfig()), "hf_token", "parts"} == set(names)
+    assert {*flags_of(TrainConfig()), "hf_token", "parts", "sources", "targets"} == set(names)
 
 
 def test_the_token_is_never_written_down() -> None:

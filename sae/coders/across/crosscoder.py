@@ -30,6 +30,17 @@ def part_norms(W_dec: Float[Tensor, "L D"], parts: tuple[Columns, ...]) -> Float
     return torch.stack([torch.linalg.vector_norm(of_one, dim=1) for of_one in columns], dim=1)
 
 
+def shares_by_lm(
+    W_dec: Float[Tensor, "L D"], parts: tuple[Columns, ...]
+) -> dict[str, Float[Tensor, " L"]]:
+    """By LM the part that it has in every latent's decoder norms; nothing where all are of one."""
+    if len(lms := dict.fromkeys(part.lm for part in parts)) < 2:
+        return {}
+    norms = part_norms(W_dec, parts)
+    of_one = {lm: [i for i, part in enumerate(parts) if part.lm == lm] for lm in lms}
+    return {lm: norms[:, mine].sum(1) / norms.sum(1) for lm, mine in of_one.items()}
+
+
 def normalize_parts_(W_dec: Float[Tensor, "L D"], parts: tuple[Columns, ...]) -> None:
     """Scale every row so that the sum of its norms by hookpoint is sqrt(H); zeros stay."""
     total = part_norms(W_dec, parts).sum(1, keepdim=True)

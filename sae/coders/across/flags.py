@@ -9,6 +9,8 @@ def check_flags(cfg: Any) -> None:
     """Raise UsageError for flags of the script's `TrainConfig` that exclude each other."""
     if cfg.coder.crosscoder:
         _check_crosscoder(cfg)
+    elif cfg.model.models:
+        refuse(cfg.model, "models", "are for a crosscoder over several LMs: add --crosscoder")
     if cfg.coder.cross_layer:
         _check_cross_layer(cfg)
 

@@ -15,7 +15,7 @@ from ..formats.hub import HubName, coders_folder
 from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
 from .across import stack
-from .across.cross_layer import CrossLayerTranscoder, coder_class, link
+from .across.cross_layer import coder_class, link
 from .across.crosscoder import Crosscoder, unfolded
 from .families.family import family_of
 from .moments import Moments, Scale
@@ -138,8 +138,7 @@ class CoderBank(nn.Module):
             if coder.cfg.parts:
                 tensors = unfolded(tensors, coder.cfg.parts)
             coder.load_state_dict(tensors)
-        for _, coder in self.items():
-            if isinstance(coder, Crosscoder | CrossLayerTranscoder):
+            if isinstance(coder, Crosscoder):
                 coder.balance_()
 
     def normalize_decoders_(self) -> None:
@@ -200,8 +199,10 @@ def _check_kind(
         where = f"is a crosscoder over {', '.join(others)}" if others else "is no crosscoder"
         raise UsageError(f"{name} {where} there: see --crosscoder and --hookpoints")
     if (theirs.sources, theirs.targets) != (ours.sources, ours.targets):
-        written = ", ".join(theirs.targets) or "no layer ahead"
-        raise UsageError(f"{name} writes to {written} there: see --cross_layer and --hookpoints")
+        there_too = ", ".join((*theirs.sources, *theirs.targets)) or "none"
+        raise UsageError(
+            f"{name} goes with other layers there ({there_too}): see --cross_layer and --hookpoints"
+        )
     thresholds = theirs.has_threshold or ours.has_threshold
     if thresholds and theirs.activation != ours.activation:
         raise UsageError(
@@ -228,7 +229,7 @@ def costs(
         if d_in == 0:
             raise UsageError(f"--transcode: {hookpoint} takes token ids, not activations")
         family_of(cfg).check(cfg, d_in, where=hookpoint)
-        decoders = 1 + len(stack.at(cfg, widths, hookpoint).targets)
+        decoders = 1 + len(stack.at(cfg, widths, hookpoint).sources)
         found[hookpoint] = len(seeds) * cfg.latents(d_in) * (d_in + decoders * width.d_out)
     return found
 

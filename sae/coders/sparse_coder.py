@@ -278,7 +278,7 @@ class SparseCoder(nn.Module):
     @property
     def rows_are_unit(self) -> bool:
         """Whether every row of W_dec has unit norm by itself."""
-        return self.cfg.normalize_decoder and not (self.cfg.parts or self.cfg.targets)
+        return self.cfg.normalize_decoder and not self.cfg.parts
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -290,10 +290,6 @@ class SparseCoder(nn.Module):
     def fixed_directions(self) -> Float[Tensor, "L D"] | None:
         """Of every row of W_dec the unit direction that normalizing undoes steps along, if any."""
         return self.W_dec if self.cfg.normalize_decoder else None
-
-    def project_decoders_(self) -> dict[str, Tensor]:
-        """Take from gradients of decoders what normalizing them together undoes; their squares."""
-        return {}
 
     def held_latents(self, numbers: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
         """Of the latents with these numbers those whose encoder rows are here, as rows of them."""

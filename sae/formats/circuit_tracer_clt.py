@@ -23,7 +23,7 @@ from .circuit_tracer import INPUT, OUTPUT, read_config, said_in
 from .coder_file import CoderFile, NeedsThreshold, check_floats, check_shapes, mean_l0
 from .hook_names import input_of_mlp, mlp_of_layer
 from .origin import Origin
-from .pieces import Stored
+from .pieces import Part, Stored
 
 FILES = "config.yaml, W_enc_0.safetensors, W_dec_0.safetensors"
 _KIND = "cross_layer_transcoder"
@@ -65,8 +65,8 @@ def read(path: Path, decoder: bool = True) -> CoderFile:
             f"{path.parent}: neither its files nor its config.yaml say which modules it reads: "
             f"only what goes from the input of an MLP to its output can be held"
         )
-    W_enc, b_enc, b_dec, threshold, W_dec = (
-        f"{name}_{layer}" for name in ("W_enc", "b_enc", "b_dec", "threshold", "W_dec")
+    W_enc, b_enc, b_dec, threshold = (
+        f"{name}_{layer}" for name in ("W_enc", "b_enc", "b_dec", "threshold")
     )
     with Stored(path.parent, path.stem) as stored:
         latents, d_in = (*stored.shapes.get(W_enc, ()), 0, 0)[:2]
@@ -85,15 +85,15 @@ def read(path: Path, decoder: bool = True) -> CoderFile:
     tensors |= {"b_dec": found[b_dec]}
     # ReLU is a threshold of 0.
     tensors["threshold"] = found.get(threshold, torch.zeros(latents)).float()
-    if decoder:
-        for distance, W in enumerate(_decoders(path, W_dec, (latents, count - layer, d_in))):
-            if distance <= len(targets):
-                tensors[f"W_ahead.{distance}" if distance else "W_dec"] = W
+    for distance in range(len(sources) + 1 if decoder else 0):
+        W = _decoder(path, layer - distance, distance, (latents, count - layer + distance, d_in))
+        tensors[f"W_from.{distance}" if distance else "W_dec"] = W
     l0 = said.get("l0", "")
     cfg = SparseCoderConfig(
         num_latents=latents,
         activation="batchtopk" if said.get("activation") == "batchtopk" else "jumprelu",
         k=min(latents, mean_l0(int(l0) if l0.isdecimal() else None)),
+        normalize_decoder=False,
         transcode=True,
         cross_layer=int(ahead) if ahead.isdecimal() else "all",
         sources=tuple(sources),
@@ -102,13 +102,14 @@ def read(path: Path, decoder: bool = True) -> CoderFile:
     return CoderFile(cfg, d_in, d_in, tensors, hookpoints[layer])
 
 
-def _decoders(path: Path, name: str, shape: tuple[int, ...]) -> list[Float[Tensor, "L D"]]:
-    """W_dec to each layer, as a matrix of its own."""
+def _decoder(path: Path, source: int, ahead: int, shape: tuple[int, ...]) -> Float[Tensor, "L D"]:
+    """What latents of one layer write so many layers ahead."""
+    name = f"W_dec_{source}"
     with Stored(path.parent, name) as stored:
         check_shapes(path.with_name(f"{name}.safetensors"), stored.shapes, {name: shape})
-        found = stored.read_all(None)
+        found = {name: stored.read(name, Part(1, range(ahead, ahead + 1)))}
         check_floats(path, found)
-    return [W.contiguous() for W in found[name].unbind(1)]
+    return found[name].squeeze(1).contiguous()
 
 
 def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[str]:
@@ -144,9 +145,11 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
         about |= {"activation": cfg.activation, "ahead": str(cfg.cross_layer)}
         plain = {key: t.contiguous() for key, t in W_enc.items()}
         save_file(plain, folder / f"W_enc_{layer}.safetensors", metadata=about)
-        own = found["W_dec"]
-        W_dec = [found.get(f"W_ahead.{i}", torch.zeros_like(own)) for i in range(1, layers - layer)]
-        stacked = {f"W_dec_{layer}": torch.stack([own, *W_dec], dim=1)}
+        W_dec = [found["W_dec"]]
+        for i in range(1, layers - layer):
+            there = coders[by_layer[layer + i]].tensors
+            W_dec.append(there.get(f"W_from.{i}", torch.zeros_like(W_dec[0])))
+        stacked = {f"W_dec_{layer}": torch.stack(W_dec, dim=1)}
         save_file(stacked, folder / f"W_dec_{layer}.safetensors")
     config = {"model_kind": _KIND, "model_name": origin.model}
     config |= {"feature_input_hook": INPUT, "feature_output_hook": OUTPUT}

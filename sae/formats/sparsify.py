@@ -2,7 +2,7 @@
 
 CODERS/<name>/cfg.json          what the coder is
 CODERS/<name>/sae.safetensors   encoder.weight, encoder.bias, W_dec, b_dec and, if any, W_skip;
-                                W_ahead.1 [L D_out], W_ahead.2 ... of cross-layer transcoders;
+                                W_from.1 [L D_out], W_from.2 ... of cross-layer transcoders;
                                 of the kinds that have thresholds also threshold [L], float32
 
 A coder that several ranks hold is in pieces, as `pieces.py` says.
@@ -134,8 +134,8 @@ def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[
         "W_dec": (latents, d_out),
         "b_dec": (d_out,),
     }
-    for distance in range(1, len(cfg.targets) + 1):
-        shapes[f"W_ahead.{distance}"] = (latents, d_out)
+    for distance in range(1, len(cfg.sources) + 1):
+        shapes[f"W_from.{distance}"] = (latents, d_out)
     if cfg.skip_connection:
         shapes["W_skip"] = (d_out, d_in)
     if cfg.has_threshold:
@@ -145,7 +145,7 @@ def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[
 
 def is_decoder(tensor: str) -> bool:
     """Whether a tensor of this name is what only decoding needs."""
-    return tensor == "W_dec" or tensor.startswith("W_ahead.")
+    return tensor == "W_dec" or tensor.startswith("W_from.")
 
 
 def newest_coders(folder: Path) -> Path:

@@ -59,5 +59,4 @@ def divide_gradients_(coder: SparseCoder, total_variance: Tensor) -> Tensor:
             scale = (coder.unit(name) / total_variance).to(coder.dtype)
             square = coder.kernels.scale_and_project_(parameter.grad, scale, unit_rows)
             squares[name] = square
-    squares |= coder.project_decoders_()
     return coder.total(squares).sqrt()

@@ -1,17 +1,20 @@
 """Cross-layer transcoders: latents of a layer write to the layers ahead of it, too.
 
     a^s       = encode(x^s)
-    y_hat^t   = b_dec^t [+ x^t W_skip^T] + sum over s = t - N .. t of a^s W_dec^{s->t}
+    y_hat^t   = b_dec^t [+ x^t W_skip^T] + a^t W_dec^t + sum over s = t - N .. t - 1 of a^s W^{s->t}
     loss      = sum over t of FVU^t
 
-Each layer has a coder of its own, and all are given the same rows in the order of layers. A coder
-leaves its latents for those ahead. They are read detached from their encoder, so that the loss of
-each target has a backward of its own, and holds what one target needs alone; what these backwards
-return is added up, and goes on through the encoder in that of the last reader.
+Each layer has a coder of its own, with the decoders of all latents that write there, and all are
+given the same rows in the order of layers. A coder leaves its latents for those ahead. They are
+read detached from their encoder, so that the loss of each target has a backward of its own, and
+holds what one target needs alone; what these backwards return is added up, and goes on through the
+encoder in that of the last reader.
 
 Gradients of a coder are divided by the variance of its own targets. So what target t returns to
-layer s is multiplied by (rms^s / rms^t)^2 of the first batch: the sum is that of FVU^t. The rows
-of all decoders of a latent have norm 1 together, W_dec^{s->t} counted in units of rms^t / rms^s.
+layer s is multiplied by (rms^s / rms^t)^2 of the first batch: the sum is that of FVU^t.
+
+Decoder rows are not normalized: they start at 0, and rows of norm 1 from the first step on would be
+noise at all targets to which a latent has nothing to say.
 
 Source: Ameisen et al., "Circuit Tracing: Revealing Computational Graphs in Language Models"
 (transformer-circuits.pub/2025/attribution-graphs/methods.html).
@@ -35,9 +38,10 @@ from .crosscoder import Crosscoder
 
 
 class CrossLayerTranscoder(SparseCoder):
-    """The coder of one layer: its encoder, and its decoders to this layer and those ahead.
+    """The coder of one layer: its encoder, and the decoders that write to this layer.
 
-    `W_ahead` [L D_out] by distance: "1" writes to the next layer. They start at 0, as `W_dec` does.
+    `W_from` [L D_out] by distance: "1" is that of the latents of the layer before. They start at 0,
+    as `W_dec` does.
     """
 
     def __init__(
@@ -55,10 +59,10 @@ class CrossLayerTranscoder(SparseCoder):
             d_in, cfg, device, dtype, d_out=d_out, decoder=decoder, generator=generator
         )
         shape = (self.num_latents, self.d_out)
-        self.W_ahead = nn.ParameterDict(
+        self.W_from = nn.ParameterDict(
             {
                 str(distance): nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
-                for distance in range(1, len(cfg.targets) + 1)
+                for distance in range(1, len(cfg.sources) + 1)
                 if decoder
             }
         )
@@ -70,19 +74,16 @@ class CrossLayerTranscoder(SparseCoder):
         """What waits for the layers ahead, by how many layers they are; first in, first out."""
 
     def decoders(self) -> list[nn.Parameter]:
-        """To this layer, the next, and so on."""
+        """Of its own latents: to this layer, the next, and so on."""
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
-        return [self.W_dec, *self.W_ahead.values()]
+        return [self.W_dec, *(t.W_from[str(i)] for i, t in enumerate(self.targets, 1))]
 
     def unit(self, parameter: str) -> float:
-        """As of every transcoder; of decoders to layers ahead the target's rms over this one's."""
-        if parameter.startswith("W_ahead."):
-            target = self.targets[int(parameter.removeprefix("W_ahead.")) - 1]
-            return target.scale.y / self.scale.y
+        """As of every transcoder; of decoders of layers before this one's rms over theirs."""
+        if parameter.startswith("W_from."):
+            source = self.sources[-int(parameter.removeprefix("W_from."))]
+            return self.scale.y / source.scale.y
         return super().unit(parameter)
-
-    def _units(self) -> list[float]:
-        return [1.0, *(target.scale.y / self.scale.y for target in self.targets)]
 
     def leave(self, rows: Float[Tensor, "N D"], distance: int) -> None:
         """Leave the latents of `rows` for the layer so far ahead alone, which then reads them."""
@@ -104,11 +105,12 @@ class CrossLayerTranscoder(SparseCoder):
         total = super()._offset(rows)
         for distance, source in sources_of(self).values():
             latents = source.taken(distance)
-            written = source.kernels.decode(latents, source.W_ahead[str(distance)])
+            weighted = _weighted(latents.acts, (source.scale.y / self.scale.y) ** 2)
+            latents = latents._replace(acts=weighted)
+            written = self.kernels.decode(latents, self.W_from[str(distance)])
             if len(written) != len(rows):
                 raise UsageError(_ORDER)
-            weight = (source.scale.y / self.scale.y) ** 2
-            total = total + _weighted(written, weight)
+            total = total + written
         return total
 
     def taken(self, distance: int) -> Latents:
@@ -125,65 +127,6 @@ class CrossLayerTranscoder(SparseCoder):
                     f"this is one layer of a cross-layer transcoder, which goes with those of "
                     f"{', '.join(names)}: load all of them, by load_many"
                 )
-
-    @torch.no_grad()
-    def normalize_decoder_(self) -> None:
-        """Scale the rows of all decoders of a latent so that they have norm 1 together."""
-        if self.W_dec is None or self.W_dec.is_meta or not self.cfg.normalize_decoder:
-            return
-        if not self.cfg.targets:
-            return super().normalize_decoder_()
-        norms = self._joint_norms()
-        factor = (1 / norms.where(norms > 0, 1)).unsqueeze(1)
-        for W in self.decoders():
-            W.mul_(factor)
-
-    def _joint_norms(self) -> Float[Tensor, " L"]:
-        squares = [
-            torch.linalg.vector_norm(W, dim=1).div(unit).square()
-            for W, unit in zip(self.decoders(), self._units(), strict=True)
-        ]
-        return torch.stack(squares).sum(0).sqrt()
-
-    def fixed_directions(self) -> Float[Tensor, "L D"] | None:
-        """None where there are several decoders: `project_decoders_` does what is to be done."""
-        return None if self.cfg.targets else super().fixed_directions()
-
-    @torch.no_grad()
-    def project_decoders_(self) -> dict[str, Tensor]:
-        """Take from gradients in their units what normalizing would undo; return their squares.
-
-        g^t -= (sum over t' of g^t' . w^t') w^t   row by row, with w in units too
-        """
-        if not (self.cfg.targets and self.cfg.normalize_decoder):
-            return {}
-        names = ["W_dec", *(f"W_ahead.{distance}" for distance in self.W_ahead)]
-        decoders, units = self.decoders(), self._units()
-        grads = [W.grad for W in decoders if W.grad is not None]
-        along = torch.stack(
-            [(g * W).sum(1) / u for g, W, u in zip(grads, decoders, units, strict=True)]
-        ).sum(0)
-        for grad, W, unit in zip(grads, decoders, units, strict=True):
-            grad.addcmul_(along.unsqueeze(1), W, value=-1 / unit)
-        return {n: grad.square().sum() for n, grad in zip(names, grads, strict=True)}
-
-    @torch.no_grad()
-    def balance_(self) -> None:
-        """Give the decoders of a latent norm 1 together; its activations take up the rest."""
-        if not (self.cfg.targets and self.cfg.normalize_decoder):
-            return
-        norms = self._joint_norms()
-        self.normalize_decoder_()
-        factor = norms.where(norms > 0, 1)
-        self.encoder.weight.mul_(factor.unsqueeze(1))
-        self.encoder.bias.mul_(factor)
-        if self.cfg.has_threshold:
-            self.threshold.mul_(factor)
-
-    @torch.no_grad()
-    def decoder_norms(self) -> Float[Tensor, " L"]:
-        """The norm of the rows of all decoders of every latent, in their units."""
-        return self._joint_norms()
 
     def directions(self) -> Float[Tensor, "L D"]:
         """What every latent writes to all its targets, one after the other."""
@@ -250,12 +193,12 @@ class _Rejoined(torch.autograd.Function):
 
 
 class _Weighted(torch.autograd.Function):
-    """Rows as they are, whose gradient is multiplied."""
+    """Activations as they are, whose gradient is multiplied."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: float) -> Tensor:
+    def forward(ctx: Any, acts: Tensor, weight: float) -> Tensor:
         ctx.weight = weight
-        return rows.view_as(rows)
+        return acts.view_as(acts)
 
     @staticmethod
     @once_differentiable
@@ -263,8 +206,8 @@ class _Weighted(torch.autograd.Function):
         return grad * ctx.weight, None
 
 
-def _weighted(rows: Tensor, weight: float) -> Tensor:
-    return rows if weight == 1 else _Weighted.apply(rows, weight)  # type: ignore[no-any-return]
+def _weighted(acts: Tensor, weight: float) -> Tensor:
+    return acts if weight == 1 else _Weighted.apply(acts, weight)  # type: ignore[no-any-return]
 
 
 def coder_class(cfg: SparseCoderConfig) -> type[SparseCoder]:

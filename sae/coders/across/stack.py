@@ -11,6 +11,7 @@ from ...flag_checks import UsageError
 def at(cfg: SparseCoderConfig, widths: dict[str, Widths], hookpoint: str) -> SparseCoderConfig:
     """What the coder at one hookpoint is: with --cross_layer, whose latents it takes and who its.
 
+    Its decoders are not normalized: see `cross_layer`.
     Raises UsageError where the hookpoints are not one of each layer, all of one width.
     """
     if not cfg.cross_layer:
@@ -25,7 +26,8 @@ def at(cfg: SparseCoderConfig, widths: dict[str, Widths], hookpoint: str) -> Spa
     ahead = len(names) if cfg.cross_layer == "all" else cfg.cross_layer
     here = names.index(hookpoint)
     sources, targets = names[max(0, here - ahead) : here], names[here + 1 : here + 1 + ahead]
-    return replace(cfg, sources=tuple(sources), targets=tuple(targets))
+    of_layer = {"sources": tuple(sources), "targets": tuple(targets)}
+    return replace(cfg, normalize_decoder=False, **of_layer)
 
 
 def check_stack(hookpoints: Iterable[str]) -> None:

@@ -139,7 +139,7 @@ def train(
     capture = scale_parts(capture, first_batches(), folder, resumes, ranks)
 
     # Coders of this rank, by hookpoint and seed, each with an optimizer and a record of what fires.
-    here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups)
+    here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups, exchange.post)
     with ranks.together():
         bank = CoderBank(here, coder_config(cfg.coder, capture), seeds, ranks.device, *how)
     optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}

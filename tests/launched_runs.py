@@ -216,6 +216,7 @@ def make(folder: Path) -> Runs:
     two["tuned replicas"] = f"--batch_size 6 {tuned}"
     two["kl replicas"] = f"--batch_size 3 --grad_acc_steps 2 {KL}"
     two["crossed replicas"] = f"--batch_size 2 --grad_acc_steps 3 {CROSSED}"
+    two["layered owners"] = f"--batch_size 6 --distribute_modules --micro_acc_steps 2 {layered}"
     two["both replicas"] = f"--batch_size 6 {both}"
     two["layered replicas"] = f"--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2 {layered}"
     two |= dict.fromkeys(HARMED, "--batch_size 6 --distribute_modules")
@@ -258,7 +259,7 @@ def make(folder: Path) -> Runs:
     models = {name: {"model": str(folder / name.split()[0])} for name in (*large, "lacking")}
     sharded = {**SHARDED, "sharded and dealt": DEALINGS["sharded and dealt"]}
     sharded["sharded and crossed"] = f"--batch_size 6 --micro_acc_steps 2 {CROSSED}"
-    sharded["sharded and layered"] = f"--batch_size 6 {layered}"
+    sharded["sharded and layered"] = f"--batch_size 6 --distribute_modules {layered}"
     models["sharded kl"] = models["sharded head"] = causal
     made.launch("cpu_2proc_zero3", 2, {**sharded, **large, **others}, models)
     return made

@@ -15,8 +15,9 @@ from ..formats.hub import HubName, coders_folder
 from ..formats.sparsify import opened, shapes_of
 from ..kernels.twins import Kernels
 from .across import stack
-from .across.cross_layer import coder_class, link
+from .across.cross_layer import CrossLayerTranscoder, coder_class, link
 from .across.crosscoder import Crosscoder, unfolded
+from .across.passing import Post
 from .families.family import family_of
 from .moments import Moments, Scale
 from .sharded import Group, ShardedCoder
@@ -38,11 +39,13 @@ class CoderBank(nn.Module):
         matmul_dtype: torch.dtype = torch.float32,
         kernels: Kernels | None = None,
         groups: Mapping[str, Group] | None = None,
+        post: Post | None = None,
     ) -> None:
         """Coders at the hookpoints of `widths`.
 
         `matmul_dtype`: the encoders' products, forward and backward; weights are float32. Of the
-        coders at the hookpoints in `groups` only what this rank of the group holds.
+        coders at the hookpoints in `groups` only what this rank of the group holds. Without `post`
+        all layers of a cross-layer transcoder are here.
         """
         super().__init__()
         self.transcode = cfg.transcode
@@ -52,7 +55,12 @@ class CoderBank(nn.Module):
         self._coders = nn.ModuleDict()
         for hookpoint, width in widths.items():
             d_in, group = _d_in(width, cfg), (groups or {}).get(hookpoint)
-            of_one = stack.at(cfg, widths, hookpoint)
+            if group is not None and cfg.cross_layer:
+                raise UsageError(
+                    f"--layer_to_rank: with --cross_layer one rank has the coder of {hookpoint} "
+                    f"whole: give it one"
+                )
+            of_one = stack.at(cfg, list(post.owner if post else widths), hookpoint)
             make = coder_class(of_one) if group is None else partial(ShardedCoder, group)
             for seed in seeds:
                 name = hookpoint if len(seeds) == 1 else f"{hookpoint}.seed{seed}"
@@ -74,7 +82,7 @@ class CoderBank(nn.Module):
                     coder.use(kernels)
                 self.hookpoint[name] = hookpoint
                 self._coders[_key(name)] = coder
-        link(dict(self.items()), self.hookpoint)
+        link(dict(self.items()), self.hookpoint, post)
 
     @classmethod
     def holding(
@@ -108,7 +116,13 @@ class CoderBank(nn.Module):
         return [(name, self[name]) for name, where in self.hookpoint.items() if where == hookpoint]
 
     def gradients(self) -> list[Tensor]:
-        """The gradient of every parameter; where no row has reached it, zeros from now on."""
+        """The gradient of every parameter; where no row has reached it, zeros from now on.
+
+        Before, what other ranks return for latents from here goes through their encoders.
+        """
+        for _, coder in self.items():
+            if isinstance(coder, CrossLayerTranscoder):
+                coder.finish_()
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -124,6 +138,8 @@ class CoderBank(nn.Module):
             if rms_units:
                 coder.scale = Scale.of(x[hookpoint], y[hookpoint])
             coder.center_(x[hookpoint].mean, y[hookpoint].mean)
+            if isinstance(coder, CrossLayerTranscoder) and rms_units:
+                coder.scale_sources_({name: Scale.of(x[name], y[name]) for name in y})
 
     def load_pretrained(self, source: str) -> None:
         """Copy the weights of trained coders of the same names, from a folder or the Hub.
@@ -224,12 +240,14 @@ def costs(
     Raises UsageError for a coder that cannot be.
     """
     found = {}
+    if cfg.cross_layer:
+        stack.check(widths)
     for hookpoint, width in widths.items():
         d_in = _d_in(width, cfg)
         if d_in == 0:
             raise UsageError(f"--transcode: {hookpoint} takes token ids, not activations")
         family_of(cfg).check(cfg, d_in, where=hookpoint)
-        decoders = 1 + len(stack.at(cfg, widths, hookpoint).sources)
+        decoders = 1 + len(stack.at(cfg, list(widths), hookpoint).sources)
         found[hookpoint] = len(seeds) * cfg.latents(d_in) * (d_in + decoders * width.d_out)
     return found
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..lm.capture import Pairs
-from .groups import connect_groups
+from .groups import Mail, connect_groups
 from .owners import plan_owners, read_owners, shown
 from .ranks import Ranks
 
@@ -42,6 +42,9 @@ class Exchange:
         self.distributed = distributed and ranks.world > 1
         self.groups = connect_groups(owner, ranks)
         """By hookpoint the ranks that hold its coders together, of those that this rank holds."""
+        first = {name: them.start for name, them in owner.items()}
+        self.post = Mail(ranks, first) if self.distributed else None
+        """What coders of different hookpoints tell each other, where different ranks have them."""
         if any(len(them) > 1 for them in owner.values()):
             spread = spread_over_machines(owner, ranks.machines())
             for line in spread if ranks.main else ():

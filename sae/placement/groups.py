@@ -1,5 +1,6 @@
 """The ranks that hold one coder together, and what they send each other."""
 
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .ranks import Ranks
+
+_DTYPES = [torch.float32, torch.float64, torch.int32, torch.int64, torch.bfloat16]
+_HEADER = 11  # a key, how many tensors, and of each its dtype and shape
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,55 @@ class Group:
     def _count(self, sent: int, received: int) -> None:
         if self.ranks is not None:
             self.ranks.count_bytes(sent, received)
+
+
+class Mail:
+    """Tensors from rank to rank, each under a key; taken by key, in whatever order they came.
+
+    Sending does not wait. A rank takes all that is sent to it, once. They go over the hosts, by
+    gloo: NCCL has one queue for a pair of ranks, where two that send first wait for each other.
+    """
+
+    def __init__(self, ranks: Ranks, owner: dict[str, int]) -> None:
+        self.rank, self.owner, self._ranks = ranks.rank, owner, ranks
+        self._on_the_way: list[tuple[Any, Tensor]] = []
+        self._arrived: dict[tuple[int, int], list[Tensor]] = {}
+
+    def send(self, rank: int, key: str, tensors: list[Tensor]) -> None:
+        """Send up to three tensors of one or two dimensions without waiting for it."""
+        self._on_the_way = [(w, t) for w, t in self._on_the_way if not w.is_completed()]
+        header = torch.zeros(_HEADER, dtype=torch.int64)
+        header[0], header[1] = zlib.crc32(key.encode()), len(tensors)
+        for i, tensor in enumerate(tensors):
+            shape = [_DTYPES.index(tensor.dtype), *tensor.shape, -1][:3]
+            header[2 + 3 * i : 5 + 3 * i] = torch.tensor(shape)
+        for tensor in (header, *tensors):
+            self._post(rank, tensor.contiguous().cpu())
+        self._ranks.count_bytes(sum(t.nbytes for t in tensors), 0)
+
+    def _post(self, rank: int, tensor: Tensor) -> None:
+        if tensor.numel():
+            work = dist.isend(tensor, rank, group=self._ranks.on_host)
+            self._on_the_way.append((work, tensor))
+
+    def receive(self, rank: int, key: str) -> list[Tensor]:
+        """What a rank has sent under this key; waits until it comes."""
+        wanted = rank, zlib.crc32(key.encode())
+        while wanted not in self._arrived:
+            header = torch.zeros(_HEADER, dtype=torch.int64)
+            dist.recv(header, rank, group=self._ranks.on_host)
+            number, count, *described = header.tolist()
+            found = []
+            for i in range(count):
+                kind, *shape = described[3 * i : 3 * i + 3]
+                size = [n for n in shape if n >= 0]
+                tensor = torch.empty(size, dtype=_DTYPES[kind])
+                if tensor.numel():
+                    dist.recv(tensor, rank, group=self._ranks.on_host)
+                found.append(tensor.to(self._ranks.device))
+            self._ranks.count_bytes(0, sum(t.nbytes for t in found))
+            self._arrived[rank, number] = found
+        return self._arrived.pop(wanted)
 
 
 def connect_groups(owner: dict[str, range], ranks: Ranks) -> dict[str, Group]:

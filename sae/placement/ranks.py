@@ -84,6 +84,11 @@ class Ranks:
         return [part.tolist() for part in found]
 
     @property
+    def on_host(self) -> Any:
+        """The process group of tensors in the host's memory."""
+        return self._cpu
+
+    @property
     def _machine(self) -> int:
         """The first rank on this rank's machine."""
         return self.rank - int(os.environ.get("LOCAL_RANK", self.rank))

@@ -5,11 +5,12 @@ Where that is too much, a placement in which it fits.
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank, costs
@@ -36,6 +37,22 @@ _ENTRIES_TO_A_PIECE = 512  # of which Triton keeps a sum of its own where latent
 
 _GIB = 2**30
 _SHARE = 7 / 8  # of the memory; a layer of the LM, and a block of rows in an encoder, need the rest
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Who owns which layer, in a plan that sends nothing."""
+
+    rank: int
+    owner: dict[str, int]
+
+    def send(self, rank: int, key: str, tensors: list[Tensor]) -> None:
+        """Not asked for."""
+        raise AssertionError("a plan sends nothing")
+
+    def receive(self, rank: int, key: str) -> list[Tensor]:
+        """Not asked for."""
+        raise AssertionError("a plan receives nothing")
 
 
 class RankMemory(NamedTuple):
@@ -187,7 +204,10 @@ def _rank_memory(
         for name in mine
         if rank is not None and len(owner[name]) > 1
     }
-    bank = CoderBank(mine, cfg.coder, training.init_seeds, "meta", groups=groups)
+    post = None
+    if rank is not None and cfg.coder.cross_layer:
+        post = Layers(rank, {name: ranks.start for name, ranks in owner.items()})
+    bank = CoderBank(mine, cfg.coder, training.init_seeds, "meta", groups=groups, post=post)
     coders = [coder for _, coder in bank.items()]
     weights = sum(4 * p.numel() for coder in coders for p in coder.parameters())
     state = sum(state_bytes(coder, training.optimizer, training.adam_8bit) for coder in coders)

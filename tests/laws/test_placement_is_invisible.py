@@ -79,7 +79,7 @@ def test_crosscoders_are_the_same_in_replicas(runs: Runs, name: str) -> None:
         assert ours[:2] == theirs[:2] and ours[2] == pytest.approx(theirs[2], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["layered replicas", "sharded and layered"])
+@pytest.mark.parametrize("name", ["layered replicas", "layered owners", "sharded and layered"])
 def test_cross_layer_transcoders_are_the_same_in_every_placement(runs: Runs, name: str) -> None:
     """Accumulated, dealt, in pieces, beside a sharded LM, all is as in one process."""
     runs.assert_same("layered one", name)

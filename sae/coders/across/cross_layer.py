@@ -21,7 +21,6 @@ Source: Ameisen et al., "Circuit Tracing: Revealing Computational Graphs in Lang
 """
 
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,8 +32,10 @@ from torch.autograd.function import once_differentiable
 from ...config import SparseCoderConfig
 from ...flag_checks import UsageError
 from ...kernels.twins import Latents
+from ..moments import Scale
 from ..sparse_coder import SparseCoder
 from .crosscoder import Crosscoder
+from .passing import ORDER, Elsewhere, Left, Post, Waiting, as_sent
 
 
 class CrossLayerTranscoder(SparseCoder):
@@ -66,63 +67,87 @@ class CrossLayerTranscoder(SparseCoder):
                 if decoder
             }
         )
-        self.sources: tuple[CrossLayerTranscoder, ...] = ()
-        """The coders whose latents come in, the nearest layer last; `link` says which."""
-        self.targets: tuple[CrossLayerTranscoder, ...] = ()
-        """The coders that its own go to, the nearest first."""
-        self.left: dict[int, deque[_Left]] = {}
-        """What waits for the layers ahead, by how many layers they are; first in, first out."""
+        self.sources: dict[int, CrossLayerTranscoder | Elsewhere] = {}
+        """The coders whose latents come in, by how many layers they are before; see `link`."""
+        self.targets: dict[int, CrossLayerTranscoder] = {}
+        """The coders here that its own go to, by how many layers they are ahead."""
+        self.waiting = Waiting()
+        """Its latents for these."""
+        self.name = ""
+        self.post: Post | None = None
+        self.abroad: list[int] = []
+        """Other ranks that have coders which its latents go to."""
+        self._number = 0
+        self._unfinished: list[tuple[str, Left]] = []
 
     def decoders(self) -> list[nn.Parameter]:
         """Of its own latents: to this layer, the next, and so on."""
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
-        return [self.W_dec, *(t.W_from[str(i)] for i, t in enumerate(self.targets, 1))]
+        return [self.W_dec, *(t.W_from[str(i)] for i, t in sorted(self.targets.items()))]
 
     def unit(self, parameter: str) -> float:
         """As of every transcoder; of decoders of layers before this one's rms over theirs."""
         if parameter.startswith("W_from."):
-            source = self.sources[-int(parameter.removeprefix("W_from."))]
+            source = self.sources[int(parameter.removeprefix("W_from."))]
             return self.scale.y / source.scale.y
         return super().unit(parameter)
+
+    def scale_sources_(self, scales: Mapping[str, Scale]) -> None:
+        """Tell the scale of every hookpoint, for layers whose coders other ranks have."""
+        for distance, source in self.sources.items():
+            if isinstance(source, Elsewhere):
+                source.scale = scales[self.cfg.sources[-distance]]
 
     def leave(self, rows: Float[Tensor, "N D"], distance: int) -> None:
         """Leave the latents of `rows` for the layer so far ahead alone, which then reads them."""
         latents = self.family.select(self, rows.to(self.dtype), self.cfg.k, None, None).latents
-        self.left.setdefault(distance, deque()).append(_Left(latents, None, 1))
+        self.waiting.put([distance], Left(latents, None, 1, trains=False))
 
     def _passed_on(
         self, latents: Latents, of_dead: Latents | None
     ) -> tuple[Latents, Latents | None]:
         """The latents for this layer's own target; the same are left for those ahead."""
         self._check_linked()
-        left = _Left(latents, of_dead, 1 + len(self.targets))
-        for distance in range(1, len(self.targets) + 1):
-            self.left.setdefault(distance, deque()).append(left)
+        trains, abroad = latents.acts.requires_grad, bool(self.abroad)
+        left = Left(latents, of_dead, 1 + len(self.targets), trains, abroad=abroad)
+        self.waiting.put(self.targets, left)
+        if self.post is not None and abroad:
+            key = f"{self.name} {self._number}"
+            self._number += 1
+            for rank in self.abroad:
+                self.post.send(rank, key, as_sent(latents))
+            if trains:
+                self._unfinished.append((key, left))
         return left.read(), left.dead_for_reading()
+
+    def finish_(self) -> None:
+        """Take the gradients that other ranks return for this coder's latents to its encoder."""
+        for key, left in self._unfinished:
+            assert self.post is not None
+            left.finish([self.post.receive(rank, f"{key} back")[0] for rank in self.abroad])
+        self._unfinished.clear()
 
     def _offset(self, rows: Float[Tensor, "N D"]) -> Tensor:
         """What is added to this layer's own: also what latents of the layers before write."""
         total = super()._offset(rows)
-        for distance, source in sources_of(self).values():
+        for distance, source in sorted(self.sources.items()):
             latents = source.taken(distance)
             weighted = _weighted(latents.acts, (source.scale.y / self.scale.y) ** 2)
             latents = latents._replace(acts=weighted)
             written = self.kernels.decode(latents, self.W_from[str(distance)])
             if len(written) != len(rows):
-                raise UsageError(_ORDER)
+                raise UsageError(ORDER)
             total = total + written
         return total
 
     def taken(self, distance: int) -> Latents:
         """The latents that were left first for the layer so far ahead."""
-        waiting = self.left.get(distance)
-        if not waiting:
-            raise UsageError(_ORDER)
-        return waiting.popleft().read()
+        return self.waiting.take(distance)
 
     def _check_linked(self) -> None:
+        here = self.post is None
         for mine, names in ((self.sources, self.cfg.sources), (self.targets, self.cfg.targets)):
-            if len(mine) != len(names):
+            if here and len(mine) != len(names):
                 raise UsageError(
                     f"this is one layer of a cross-layer transcoder, which goes with those of "
                     f"{', '.join(names)}: load all of them, by load_many"
@@ -132,64 +157,18 @@ class CrossLayerTranscoder(SparseCoder):
         """What every latent writes to all its targets, one after the other."""
         return torch.cat([*self.decoders()], dim=1)
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What resuming needs beside the weights: the scales of the layers before, too."""
+        scales = [self.sources[d].scale for d in range(len(self.sources), 0, -1)]
+        found = {"scale.sources": torch.tensor(scales, dtype=torch.float64)} if scales else {}
+        return {**super().state_tensors(), **found}
 
-_ORDER = (
-    "a cross-layer transcoder: its coders take the same rows, one after the other in the order of "
-    "layers, and this one comes before one whose latents it reads"
-)
-
-
-class _Left:
-    """The latents of some rows, on the way to all that read them."""
-
-    def __init__(self, latents: Latents, of_dead: Latents | None, readers: int) -> None:
-        self.latents, self.of_dead, self._readers = latents, of_dead, readers
-        self.due = 0  # gradients that have not come back
-        self._detached = latents.acts.requires_grad and readers > 1
-        if self._detached:
-            self.acts = latents.acts.detach().requires_grad_()
-            self.dead_acts = None if of_dead is None else of_dead.acts.detach().requires_grad_()
-
-    def read(self) -> Latents:
-        """For one reader; the last one's gradient brings those of all to the encoder."""
-        self._readers -= 1
-        if not self._detached:
-            return self.latents
-        if self._readers:
-            self.due += 1
-            acts = self.acts.view_as(self.acts)
-            acts.register_hook(self._came_back)
-        else:
-            dead_acts = None if self.of_dead is None else self.of_dead.acts
-            acts = _Rejoined.apply(self, self.latents.acts, dead_acts)
-        return self.latents._replace(acts=acts)
-
-    def dead_for_reading(self) -> Latents | None:
-        """AuxK's latents, which this layer alone reads."""
-        if not self._detached or self.of_dead is None:
-            return self.of_dead
-        return self.of_dead._replace(acts=self.dead_acts)
-
-    def _came_back(self, grad: Tensor) -> None:
-        self.due -= 1
-
-
-class _Rejoined(torch.autograd.Function):
-    """Activations for the last reader; backward adds what the other readers returned."""
-
-    @staticmethod
-    def forward(ctx: Any, left: _Left, acts: Tensor, dead_acts: Tensor | None) -> Tensor:
-        ctx.left = left
-        return acts.view_as(acts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left = ctx.left
-        assert not left.due, "the loss of each hookpoint has its backward before the next one's"
-        if left.acts.grad is not None:
-            grad = grad + left.acts.grad
-        return None, grad, None if left.dead_acts is None else left.dead_acts.grad
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned."""
+        super().load_state_tensors(tensors)
+        if self.sources:
+            scales = (Scale(*scale) for scale in tensors["scale.sources"].tolist())
+            self.scale_sources_(dict(zip(self.cfg.sources, scales, strict=True)))
 
 
 class _Weighted(torch.autograd.Function):
@@ -217,42 +196,61 @@ def coder_class(cfg: SparseCoderConfig) -> type[SparseCoder]:
     return CrossLayerTranscoder if cfg.sources or cfg.targets else SparseCoder
 
 
-def link(coders: Mapping[str, SparseCoder], hookpoint: Mapping[str, str] | None = None) -> None:
+def link(
+    coders: Mapping[str, SparseCoder],
+    hookpoint: Mapping[str, str] | None = None,
+    post: Post | None = None,
+) -> None:
     """Tell coders of layers of each other, those whose names end alike behind their hookpoint's.
 
-    Without `hookpoint` names are hookpoints, or these and a seed. Where some layers are missing the
-    others stay alone, and say so when they are used.
+    Without `hookpoint` names are hookpoints, or these and a seed. With `post` other ranks have the
+    coders that are not here; without, where some layers are missing the others stay alone, and say
+    so when they are used.
     """
     hookpoint = hookpoint or {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
-    by_name = {
-        (hookpoint[name], name.removeprefix(hookpoint[name])): coder
-        for name, coder in coders.items()
-        if isinstance(coder, CrossLayerTranscoder)
-    }
-    for (_, end), coder in by_name.items():
-        coder.sources = _found(by_name, coder.cfg.sources, end)
-        coder.targets = _found(by_name, coder.cfg.targets, end)
+    elsewhere: dict[str, Elsewhere] = {}
+    for name, coder in coders.items():
+        if not isinstance(coder, CrossLayerTranscoder):
+            continue
+        end = name.removeprefix(hookpoint[name])
+        coder.name, coder.post = name, post
+        sources = {i: f"{h}{end}" for i, h in enumerate(reversed(coder.cfg.sources), 1)}
+        targets = {i: f"{h}{end}" for i, h in enumerate(coder.cfg.targets, 1)}
+        coder.sources, coder.targets = _here(coders, sources), _here(coders, targets)
+        if post is None:
+            continue
+        ranks = {post.owner[h] for h in coder.cfg.targets} - {post.rank}
+        coder.abroad = sorted(ranks)
+        for distance in sources.keys() - coder.sources.keys():
+            source = sources[distance]
+            if source not in elsewhere:
+                owner = post.owner[coder.cfg.sources[-distance]]
+                backend = coder.kernels.backend
+                elsewhere[source] = Elsewhere(post, owner, source, coder.num_latents, backend)
+            coder.sources[distance] = elsewhere[source]
+            elsewhere[source].distances.append(distance)
     forget(coders.values())
+
+
+def _here(coders: Mapping[str, SparseCoder], names: dict[int, str]) -> dict[int, Any]:
+    found = {distance: coders.get(name) for distance, name in names.items()}
+    return {d: coder for d, coder in found.items() if isinstance(coder, CrossLayerTranscoder)}
 
 
 def sources_of(coder: SparseCoder) -> dict[str, tuple[int, CrossLayerTranscoder]]:
     """Hookpoint -> how many layers before and the coder there, of those whose latents come in."""
     if not isinstance(coder, CrossLayerTranscoder):
         return {}
-    pairs = enumerate(zip(reversed(coder.cfg.sources), reversed(coder.sources), strict=True), 1)
-    return {name: (distance, source) for distance, (name, source) in pairs}
+    return {
+        coder.cfg.sources[-distance]: (distance, source)
+        for distance, source in coder.sources.items()
+        if isinstance(source, CrossLayerTranscoder)
+    }
 
 
 def forget(coders: Iterable[SparseCoder]) -> None:
     """Drop what these coders, and those whose latents they take, have left and nothing has read."""
     for coder in coders:
         if isinstance(coder, CrossLayerTranscoder):
-            for one in (coder, *coder.sources):
-                one.left.clear()
-
-
-def _found(
-    coders: Mapping[tuple[str, str], CrossLayerTranscoder], names: Iterable[str], end: str
-) -> tuple[CrossLayerTranscoder, ...]:
-    found = [coders.get((name, end)) for name in names]
-    return tuple(coder for coder in found if coder is not None)
+            for one in (coder, *coder.sources.values()):
+                one.waiting.clear()

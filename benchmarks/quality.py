@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --out benchmarks/results/quality.json
     python benchmarks/quality.py --out trial.json --tokens 1400000 --k 32 --expansion 16   a trial
-    python benchmarks/quality.py --out benchmarks/results/quality.json --show             the table
+    python benchmarks/quality.py --out benchmarks/results/quality.json --show    the table and plot
 
 Three sides train on the same sequences in the same order: ours as it is without flags, and the
 reference, Sparsify as released, by its two optimizers at its defaults. Ours trains on a third of
@@ -25,6 +25,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from math import log
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -42,6 +43,7 @@ LM, CTX, BATCH, HELD = str(ROOT / "demo/lm"), 256, 16, 512
 # Our LM forwards hold as many sequences; a batch is 16 forwards, dealt to 16 steps.
 OURS = ["--ctx_len", str(CTX), "--batch_size", str(BATCH), "--grad_acc_steps", "16"]
 HOOKPOINTS = {"sae": ["layers.1", "layers.3", "layers.4.mlp"], "transcoder": ["layers.4.mlp"]}
+COLOURS = {"ours": "#1b6ca8", "the reference's": "#d1495b"}
 SIDES = ("ours", "ours, a third", "signum", "adam")
 # What ours should be beside the better of the reference's two.
 GOALS = {"fvu": 0.8, "mean fvu": 0.75, "dead_share": 0.02, "seconds": 0.1}
@@ -212,6 +214,56 @@ def show(results: dict[str, Any]) -> None:
         print(f"CE     higher in {sum(r['ce'] > r['their_ce'] for r in table)} of {len(table)}")
 
 
+def curves(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Hookpoint -> side -> (tokens, held-out FVU) of whole runs of SAEs at k = 32, expansion 16."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for run in results["runs"].values():
+        if (run["kind"], run["k"], run["expansion"]) != ("sae", 32, 16):
+            continue
+        side = "ours" if run["side"].startswith("ours") else "the reference's"
+        for hookpoint, figures in run["hookpoints"].items():
+            points = found.setdefault(hookpoint, {}).setdefault(side, {})
+            tokens, fvu = run["trained_on"], figures["fvu"]
+            points[tokens] = min(fvu, points.get(tokens, fvu))  # the better optimizer
+    return {h: {s: sorted(p.items()) for s, p in sides.items()} for h, sides in found.items()}
+
+
+def plot(results: dict[str, Any]) -> str:
+    """FVU against tokens as SVG, a panel for each hookpoint; both axes are logarithms."""
+    found = curves(results)
+    drawn = [_panel(60 + 300 * i, *item) for i, item in enumerate(found.items())]
+    for i, side in enumerate(COLOURS):
+        x = 60 + 150 * i
+        drawn.append(f'<rect x="{x}" y="276" width="12" height="4" fill="{COLOURS[side]}"/>')
+        drawn.append(f'<text x="{x + 18}" y="282">{side}</text>')
+    size = f'width="{300 * len(found) + 30}" height="292"'
+    style = 'font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(drawn)}</svg>\n'
+
+
+def _panel(left: int, title: str, sides: dict[str, list[tuple[int, float]]]) -> str:
+    points = [(log(tokens), log(fvu)) for line in sides.values() for tokens, fvu in line]
+    (x0, x1), (y0, y1) = ((min(v) - 0.1, max(v) + 0.1) for v in zip(*points, strict=True))
+
+    def place(tokens: float, fvu: float) -> tuple[float, float]:
+        across, up = (log(tokens) - x0) / (x1 - x0), (log(fvu) - y0) / (y1 - y0)
+        return left + 230 * across, 230 - 200 * up
+
+    parts = [f'<rect x="{left}" y="30" width="230" height="200" fill="none" stroke="#999"/>']
+    parts.append(f'<text x="{left}" y="20">{title}: FVU by tokens</text>')
+    for tokens in dict.fromkeys(t for line in sides.values() for t, _ in line):
+        x, _ = place(tokens, 1)
+        parts.append(f'<text x="{x:.1f}" y="246" text-anchor="middle">{tokens / 1e6:.0f}M</text>')
+    for side, line in sides.items():
+        placed = [place(*point) for point in line]
+        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        parts.append(f'<polyline points="{way}" fill="none" stroke="{COLOURS[side]}"/>')
+        for (x, y), (_, fvu) in zip(placed, line, strict=True):
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[side]}"/>')
+            parts.append(f'<text x="{x + 5:.1f}" y="{y - 5:.1f}">{fvu:.3f}</text>')
+    return "".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="results, which are added to")
@@ -238,6 +290,7 @@ def main() -> None:
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())
     if args.show:
+        args.out.with_suffix(".svg").write_text(plot(results), encoding="utf-8")
         return show(results)
     results |= {"machine": machine("cpu"), "reference": REFERENCE}
     args.work.mkdir(parents=True, exist_ok=True)
@@ -259,6 +312,8 @@ def main() -> None:
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(results, indent=1) + "\n")
+    if args.out:
+        args.out.with_suffix(".svg").write_text(plot(results), encoding="utf-8")
     show(results)
 
 

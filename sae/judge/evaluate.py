@@ -65,10 +65,13 @@ def mixing_table(evaluation: Evaluation) -> str:
 
 def crosscoder_table(evaluation: Evaluation) -> str:
     """How crosscoders do at each hookpoint, a line for each; nothing where there are none."""
-    rows = [["coder", "hookpoint", "FVU", "decoder share"]]
+    rows = [["coder", "hookpoint", "FVU", "decoder share", "recovered", "KL"]]
     for name, figures in evaluation.coders.items():
         for part in figures.hookpoints or ():
-            rows.append([name, part.hookpoint, _cell(part.fvu), _cell(part.decoder_share, "%")])
+            p = part.predictions
+            predicted = [_cell(p.ce_recovered), _cell(p.kl)] if p else ["", ""]
+            share = _cell(part.decoder_share, "%")
+            rows.append([name, part.hookpoint, _cell(part.fvu), share, *predicted])
     return _in_columns(rows) if len(rows) > 1 else ""
 
 

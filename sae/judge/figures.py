@@ -27,7 +27,14 @@ from ..placement.exchange import no_rows
 from ..runs.checkpoint import check_room
 from ..training.state import TrainingState
 from .mixing import DENSE, Mixing, dense_errors, explained, mixing
-from .predictions import Predictions, predictions
+from .predictions import (
+    Predictions,
+    everything_spliced,
+    place_key,
+    predictions,
+    prefix_key,
+    split_parts,
+)
 
 _BINS = torch.linspace(-6, 0, 25, dtype=torch.float64)
 
@@ -64,6 +71,9 @@ class HookpointFigures:
 
     decoder_share: float
     """Mean over latents of the part that its norm has in the sum of decoder norms."""
+
+    predictions: Predictions | None = None
+    """What the LM predicts with the reconstruction there alone, of the first LM's hookpoints."""
 
 
 @dataclass(frozen=True)
@@ -241,15 +251,11 @@ def _predictions(
     `predict_prefixes`: with each prefix too.
     """
     lm, bank, exchange = capture.lm, state.bank, state.exchange
-    # A crosscoder needs all hookpoints before it can replace one.
-    if lm is None or exchange.distributed or not has_head(lm) or isinstance(capture, Joined):
+    if lm is None or exchange.distributed or not has_head(lm):
         return {}
-    replace = {name: {bank.hookpoint[name]: coder} for name, coder in bank.items()}
-    if len(set(bank.hookpoint.values())) == len(bank.hookpoint):
-        replace[""] = {bank.hookpoint[name]: coder for name, coder in bank.items()}
-    for name, coder in bank.items() if predict_prefixes else ():
-        for latents in coder.prefixes[:-1]:
-            replace[_prefix_key(name, latents)] = {bank.hookpoint[name]: coder.first(latents)}
+    replace = everything_spliced(bank, capture, predict_prefixes)
+    if isinstance(capture, Joined):
+        means = split_parts(next(iter(means.values())), capture.parts)
     return predictions(
         *(lm, replace, means, source, order, real, capture.rule, state.exchange.ranks)
     )
@@ -275,19 +281,20 @@ def _with_mixing(
     return figures
 
 
-def _prefix_key(name: str, latents: int) -> str:
-    return f"{name} first {latents}"  # which no hookpoint is called
-
-
 def _with(predicted: dict[str, Predictions], name: str, figures: CoderFigures) -> CoderFigures:
     """The figures of a coder with what the LM predicts with it, and with its prefixes."""
     prefixes, whole = figures.prefixes, predicted.get(name)
+    parts = tuple(
+        dataclasses.replace(p, predictions=predicted.get(place_key(name, p.hookpoint)))
+        for p in figures.hookpoints or ()
+    )
     if prefixes is not None:
-        keys = [_prefix_key(name, prefix.latents) for prefix in prefixes[:-1]]
+        keys = [prefix_key(name, prefix.latents) for prefix in prefixes[:-1]]
         found = [*(predicted.get(key) for key in keys), whole]
         pairs = zip(prefixes, found, strict=True)
         prefixes = tuple(dataclasses.replace(p, predictions=of_one) for p, of_one in pairs)
-    return dataclasses.replace(figures, predictions=whole, prefixes=prefixes)
+    found = {"predictions": whole, "prefixes": prefixes, "hookpoints": parts or None}
+    return dataclasses.replace(figures, **found)
 
 
 def rehearse_end(

@@ -1,6 +1,9 @@
 """What the LM predicts with something in place of its activations."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -9,8 +12,11 @@ from transformers import PreTrainedModel
 
 from ..batch import TokenBatch
 from ..coders.across.cross_layer import CrossLayerTranscoder, forget, sources_of
+from ..coders.bank import CoderBank
 from ..coders.sparse_coder import SparseCoder
+from ..config import Columns
 from ..data.blocks import TokenSource
+from ..lm.capture import RowReader
 from ..lm.head import (
     agreement,
     check_head,
@@ -19,6 +25,7 @@ from ..lm.head import (
     last_hidden_state,
     predictions_made,
 )
+from ..lm.joined import Joined
 from ..lm.rows import RowRule
 from ..lm.splice import Replacement, spliced
 from ..placement.ranks import Ranks
@@ -50,10 +57,86 @@ class Predictions:
     """Share of positions at which the most likely next token stays the same."""
 
 
+class Spliced(NamedTuple):
+    """What goes into the LM in place of its activations."""
+
+    widths: dict[str, int]
+    """Hookpoint -> how wide its rows are."""
+    at: Callable[[TokenBatch], dict[str, Replacement]]
+    """For some tokens, what is put in at each hookpoint."""
+    coders: list[SparseCoder]
+    """Whose reconstructions they are."""
+
+
+def of_coders(coders: dict[str, SparseCoder]) -> Spliced:
+    """The reconstructions of coders, each at its hookpoint."""
+    widths = {hookpoint: coder.d_out for hookpoint, coder in coders.items()}
+    return Spliced(widths, lambda tokens: _reconstruction(coders), [*coders.values()])
+
+
+def of_crosscoder(coder: SparseCoder, capture: Joined, hookpoints: Sequence[str]) -> Spliced:
+    """The reconstruction of a crosscoder at some hookpoints, from the rows of the LM as it is."""
+
+    def at(tokens: TokenBatch) -> dict[str, Replacement]:
+        ((rows, _),) = capture(tokens).values()
+        out = split_parts(coder.errors(rows, rows).sae_out, coder.cfg.parts)
+        return {name: partial(_given, out[name]) for name in hookpoints}
+
+    widths = {part.hookpoint: part.width for part in coder.cfg.parts}
+    return Spliced({name: widths[name] for name in hookpoints}, at, [coder])
+
+
+def everything_spliced(
+    bank: CoderBank, capture: RowReader, with_prefixes: bool = False
+) -> dict[str, Spliced]:
+    """Every coder by its name, and all at once by "" where there is one per hookpoint.
+
+    A crosscoder at all hookpoints of the first LM, and at each of them by `place_key`;
+    `with_prefixes`: with every prefix too, by `prefix_key`.
+    """
+    found: dict[str, Spliced] = {}
+    for name, coder in bank.items():
+        shown = {name: coder}
+        if with_prefixes:
+            shown |= {prefix_key(name, n): coder.first(n) for n in coder.prefixes[:-1]}
+        for key, one in shown.items():
+            if isinstance(capture, Joined):
+                places = [part.hookpoint for part in capture.parts if not part.lm]
+                found[key] = of_crosscoder(one, capture, places)
+                alone = {place_key(key, place): [place] for place in places}
+                found |= {n: of_crosscoder(one, capture, at) for n, at in alone.items()}
+            else:
+                found[key] = of_coders({bank.hookpoint[name]: one})
+    several = len(set(bank.hookpoint.values())) < len(bank.hookpoint)
+    if not several and not isinstance(capture, Joined):
+        found[""] = of_coders({bank.hookpoint[name]: coder for name, coder in bank.items()})
+    return found
+
+
+def prefix_key(name: str, latents: int) -> str:
+    """What a prefix of a coder is called here."""
+    return f"{name} first {latents}"  # which no hookpoint is called
+
+
+def place_key(name: str, hookpoint: str) -> str:
+    """What a crosscoder at one of its hookpoints is called here."""
+    return f"{name} at {hookpoint}"
+
+
+def split_parts(rows: Tensor, parts: tuple[Columns, ...]) -> dict[str, Tensor]:
+    """By hookpoint the columns of a crosscoder's rows, in the unit of the hookpoint."""
+    columns = rows.split([part.width for part in parts], dim=-1)
+    return {p.hookpoint: of_one * p.rms for p, of_one in zip(parts, columns, strict=True)}
+
+
+def _given(rows: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
+    return rows
+
+
 @torch.no_grad()
 def predictions(
     lm: PreTrainedModel,
-    replace: dict[str, dict[str, SparseCoder]],
+    replace: dict[str, Spliced],
     means: dict[str, Tensor],
     source: TokenSource,
     order: Int[Tensor, " n"],
@@ -61,7 +144,7 @@ def predictions(
     rule: RowRule,
     ranks: Ranks,
 ) -> dict[str, Predictions]:
-    """What the LM predicts with each set of coders, and with zeros and means in their place.
+    """What the LM predicts with each kind of rows spliced in, and with zeros and means instead.
 
     `means` are the mean outputs of the hookpoints. Of `order` the blocks after the first `real`
     only keep ranks in step and do not count.
@@ -79,14 +162,14 @@ def predictions(
         clean, made = last_hidden_state(lm, tokens), predictions_made(tokens)
         ce_clean = cross_entropy(lm, clean, tokens)
         constant: dict[tuple[str, ...], list[Tensor]] = {}
-        for name, coders in replace.items():
-            if tuple(coders) not in constant:
-                kinds = [_constant(coders), _constant(coders, means)]
+        for name, (widths, at, coders) in replace.items():
+            if tuple(widths) not in constant:
+                kinds = [_constant(widths), _constant(widths, means)]
                 states = (hidden_with(kind, tokens) for kind in kinds)
-                constant[tuple(coders)] = [cross_entropy(lm, state, tokens) for state in states]
-            hidden = hidden_with(_reconstruction(coders), tokens)
-            forget(coders.values())
-            found = [ce_clean, cross_entropy(lm, hidden, tokens), *constant[tuple(coders)]]
+                constant[tuple(widths)] = [cross_entropy(lm, state, tokens) for state in states]
+            hidden = hidden_with(at(tokens), tokens)
+            forget(coders)
+            found = [ce_clean, cross_entropy(lm, hidden, tokens), *constant[tuple(widths)]]
             found += [kl_divergence(lm, hidden, clean, tokens)]
             found += [agreement(lm, hidden, clean, tokens)]
             found += [torch.tensor(count, device=clean.device) for count in made]
@@ -138,7 +221,7 @@ def _reconstruction(coders: dict[str, SparseCoder]) -> dict[str, Replacement]:
 
 
 def _constant(
-    coders: dict[str, SparseCoder], rows: dict[str, Tensor] | None = None
+    widths: dict[str, int], rows: dict[str, Tensor] | None = None
 ) -> dict[str, Replacement]:
     """Zeros, or a row for each hookpoint, whatever the activations are."""
 
@@ -146,4 +229,4 @@ def _constant(
         row = torch.zeros(width) if rows is None else rows[hookpoint]
         return lambda x, y: row.to(x).expand(len(x), width)
 
-    return {name: of(name, coder.d_out) for name, coder in coders.items()}
+    return {name: of(name, width) for name, width in widths.items()}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_runs import call
 from conftest import tiny_lm
+from tiny_lms import WITH_HEAD, make_with_head
 from torch import Tensor
 from training_runs import (
     Settings,
@@ -375,6 +376,58 @@ def test_commands_read_crosscoders(
     assert call(monkeypatch, "push", folder, "someone/coders", "--dry_run", str(hub)) == 0
     assert "- Hookpoints: `layers.0`, `layers.1`, `layers.2`" in (hub / "README.md").read_text()
     assert torch.equal(load_many(hub)["crosscoder"].W_dec, step.W_dec)  # type: ignore[arg-type]  # both have one
+
+
+@pytest.mark.parametrize("matryoshka", [(), (0.25, 0.75)])
+@torch.no_grad()
+def test_predictions_are_those_with_its_reconstruction_spliced_in(
+    tokens: Tensor, settings: Settings, tmp_path: Path, matryoshka: tuple[float, ...]
+) -> None:
+    """At each hookpoint alone, and at all; its latents come from the LM as it is."""
+    lm = make_with_head(WITH_HEAD["llama"][0])
+    lm.save_pretrained(tmp_path / "lm")
+    tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
+    at = {"model": str(tmp_path / "lm"), "dataset": str(tmp_path / "ids.bin")}
+    flags = {**settings, **FLAGS, **at, "run_name": "a", "eval_every": 1000}
+    with torch.enable_grad():
+        summary = train(from_flags(TrainConfig, {**flags, "matryoshka": matryoshka}))
+    figures = summary["hookpoints"]["crosscoder"]
+    coder, ids = SparseCoder.load_from_disk(figures["path"]), tokens[:16]
+    names = [part.hookpoint for part in coder.cfg.parts]
+    seen: dict[str, Tensor] = {}
+
+    def loss(change: dict[str, Tensor]) -> float:
+        def hook(name: str, y: Any) -> Any:
+            rows = y if isinstance(y, Tensor) else y[0]
+            seen.setdefault(name, rows)
+            new = change.get(name, rows)
+            return new if isinstance(y, Tensor) else (new, *y[1:])
+
+        modules = {name: lm.base_model.get_submodule(name) for name in names}
+        handles = [
+            module.register_forward_hook(lambda m, a, y, name=name: hook(name, y))
+            for name, module in modules.items()
+        ]
+        logits = lm(input_ids=ids).logits
+        for handle in handles:
+            handle.remove()
+        targets = ids[:, 1:].flatten()
+        return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets))
+
+    clean = loss({})
+    rows = torch.cat([seen[name].flatten(0, 1) for name in names], dim=1)
+    out = coder(rows).sae_out.split([part.width for part in coder.cfg.parts], dim=1)
+    new = {name: y.view_as(seen[name]) for name, y in zip(names, out, strict=True)}
+    zero = {name: torch.zeros_like(y) for name, y in new.items()}
+    sets = [(figures["predictions"], names)]
+    sets += [(f["predictions"], [f["hookpoint"]]) for f in figures["hookpoints"]]
+    for found, places in sets:
+        spliced = loss({name: new[name] for name in places})
+        zeros = loss({name: zero[name] for name in places})
+        assert found["ce_clean"] == pytest.approx(clean, rel=1e-5)
+        assert found["ce_spliced"] == pytest.approx(spliced, rel=1e-4)
+        recovered = (zeros - spliced) / (zeros - clean)
+        assert found["ce_recovered"] == pytest.approx(recovered, rel=1e-2, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import train_sae
-from benchmarks import families, quality, removals, run, targets
+from benchmarks import cross_layer, families, quality, removals, run, targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +24,7 @@ def test_benchmarks_run(tmp_path: Path) -> None:
     for script, flags in {
         "low_precision.py": [*small, *runs],
         "scaling.py": ["--knobs", "N", "--repeats", "1"],
+        "cross_layer.py": [*runs, "--k", "4", "--eval_tokens", "512"],
         "families.py": [*runs, "--k", "4", "--eval_tokens", "512", "--kinds", "topk", "jumprelu"],
     }.items():
         out = tmp_path / script.replace(".py", ".json")
@@ -164,6 +165,18 @@ def test_quality_in_the_documentation_is_what_was_measured() -> None:
     mean = sum(row["ratio"] for row in found) / len(found)
     assert len(found) == 7 and f"The mean ratio is {mean:.2f}." in text
     assert mean <= quality.GOALS["mean fvu"]
+
+
+def test_cross_layer_transcoders_in_the_documentation_are_what_was_measured() -> None:
+    """The table of docs/families.md is of the results checked in."""
+    results = json.loads((ROOT / "benchmarks/results/cross_layer.json").read_text())["results"]
+    text = (ROOT / "docs/families.md").read_text()
+    assert [found["side"] for found in results] == [*cross_layer.SIDES]
+    for found in results:
+        figures = f"{found['parameters']:,} | {found['mean_fvu']:.4f} | {found['dead_share']:.2%}"
+        predicted = f"{found['ce_recovered_all']:.4f} | {found['kl_all']:.4f}"
+        time = f"{found['seconds'] / results[0]['seconds']:.2f}"
+        assert f"| {found['side']} | {figures} | {predicted} | {time} |" in text
 
 
 def test_families_in_the_documentation_are_what_was_measured() -> None:

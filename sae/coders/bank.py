@@ -52,7 +52,7 @@ class CoderBank(nn.Module):
         """Whether some coder needs its module's input."""
         self.multi_topk = cfg.multi_topk
         self.hookpoint: dict[str, str] = {}
-        self._coders = nn.ModuleDict()
+        self._coders, self._post = nn.ModuleDict(), post
         for hookpoint, width in widths.items():
             d_in, group = _d_in(width, cfg), (groups or {}).get(hookpoint)
             if group is not None and cfg.cross_layer:
@@ -123,6 +123,8 @@ class CoderBank(nn.Module):
         for _, coder in self.items():
             if isinstance(coder, CrossLayerTranscoder):
                 coder.finish_()
+        if self._post is not None:
+            self._post.settle()
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

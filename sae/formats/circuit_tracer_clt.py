@@ -27,7 +27,6 @@ from .pieces import Part, Stored
 
 FILES = "config.yaml, W_enc_0.safetensors, W_dec_0.safetensors"
 _KIND = "cross_layer_transcoder"
-_INPUTS = ("mlp.hook_in", "ln2.hook_normalized")
 _OUTPUTS = ("mlp.hook_out", "hook_mlp_out")
 
 
@@ -42,8 +41,11 @@ def hookpoint_of(path: Path) -> str | None:
     if "hookpoint" in (said := said_in(path)):
         return said["hookpoint"]
     config = read_config(path.parent / "config.yaml", _KIND)
-    known = config.get("feature_input_hook") in _INPUTS
-    if not known or config.get("feature_output_hook") not in _OUTPUTS:
+    # ln2.hook_normalized is before the weights of an RMSNorm, and so not what an MLP reads.
+    if (
+        config.get("feature_input_hook") != INPUT
+        or config.get("feature_output_hook") not in _OUTPUTS
+    ):
         return None
     return mlp_of_layer(_layer(path), config.get("model_name"))
 

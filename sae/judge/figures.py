@@ -210,6 +210,8 @@ def held_out_figures(
                     if errors.prefix_errors is not None:
                         of_prefixes[name] += errors.prefix_errors
         totals = [t for seen in moments.values() for t in seen]
+        if exchange.post is not None:
+            exchange.post.settle()
         by_coder = [*sums.values(), *fired.values(), *of_prefixes.values(), *of_columns.values()]
         exchange.sum_replicas_(*totals, *by_coder)
         figures: dict[str, CoderFigures] = {}

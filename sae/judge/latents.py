@@ -203,15 +203,16 @@ def _ahead(
     """By hookpoint ahead the tokens that latents of a cross-layer transcoder promote from there."""
     if not isinstance(coder, CrossLayerTranscoder):
         return {}
-    written = zip(coder.cfg.targets, coder.decoders()[1:], strict=True)
-    return {name: logit_effects(lm, name, W[latents], 5) for name, W in written}
+    written = zip(sorted(coder.targets), coder.decoders()[1:], strict=True)
+    pairs = ((coder.cfg.targets[distance - 1], W) for distance, W in written)
+    return {name: logit_effects(lm, name, W[latents], 5) for name, W in pairs}
 
 
 def _shares(coder: SparseCoder, hookpoint: str, latents: Tensor) -> list[list[tuple[str, float]]]:
     """Of each latent that writes at several hookpoints these, with their share in its norms."""
     assert coder.W_dec is not None
     if isinstance(coder, CrossLayerTranscoder):
-        names = [hookpoint, *coder.cfg.targets]
+        names = [hookpoint, *(coder.cfg.targets[i - 1] for i in sorted(coder.targets))]
         rows = [torch.linalg.vector_norm(W[latents], dim=1) for W in coder.decoders()]
         norms = torch.stack(rows, dim=1)
     elif coder.cfg.parts:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from tyro.conf import Positional, arg
 
+from ..coders.across.cross_layer import CrossLayerTranscoder, link
 from ..coders.across.crosscoder import Crosscoder
 from ..coders.bank import CoderBank
 from ..coders.sparse_coder import SparseCoder
@@ -104,6 +105,10 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     for coder in coders.values():
         if isinstance(coder, Crosscoder):
             coder.use_scaled_rows_(parts)
+    link(coders, hookpoint)
+    for coder in coders.values():
+        if isinstance(coder, CrossLayerTranscoder):
+            coder.check_linked()
     before, given = flags_of_run(run), {n: v for n, v in vars(cfg).items() if v is not None}
     held_out = bool(before) and is_text_of_run(given, before)
     flags: dict[str, Any] = {n: v for n, v in {**before, **given}.items() if v is not None}

@@ -74,7 +74,9 @@ def label(lm: str) -> str:
 
 def others_of(cfg: ModelConfig) -> dict[str, ModelConfig]:
     """By name the LMs beside the first. Raises UsageError for two of one name."""
-    given = [lm for lm in dict.fromkeys(cfg.models) if lm != cfg.model]
+    given = list(dict.fromkeys(cfg.models))
+    if own := [lm for lm in given if Path(lm).resolve() == Path(cfg.model).resolve()]:
+        raise UsageError(f"--models {own[0]}: is MODEL itself: name the others alone")
     found = {label(lm): replace(cfg, model=lm, models=(), revision=None) for lm in given}
     if len(found) < len(given):
         raise UsageError(f"--models {' '.join(cfg.models)}: two of these folders have one name")
@@ -102,10 +104,13 @@ def read_beside(
         raise UsageError(f"--models: do not go with {what}: give the rows of all as activations")
     others: dict[str, RowReader] = {}
     for name, of_other in others_of(cfg).items():
-        skeleton, hookpoints = find_hookpoints(of_other)
-        main_first(fetch_weights, of_other, skeleton)
-        other = load_lm(of_other, skeleton, hookpoints, dtype, lm.device)
-        _check_tokens(cfg.model, lm, of_other.model, other)
+        try:
+            skeleton, hookpoints = find_hookpoints(of_other)
+            main_first(fetch_weights, of_other, skeleton)
+            other = load_lm(of_other, skeleton, hookpoints, dtype, lm.device)
+        except UsageError as error:
+            raise UsageError(f"--models {of_other.model}: {error}") from None
+        _check_tokens(replace(cfg, model=lm.name_or_path or cfg.model), lm, of_other, other)
         rule = RowRule(cfg.exclude_tokens, cfg.exclude_positions)
         capture = checked(Capture(other, hookpoints, rule, inputs=False), ctx_len)
         others[name] = capture
@@ -114,15 +119,18 @@ def read_beside(
     return Beside(first, others), widths
 
 
-def _check_tokens(name: str, lm: PreTrainedModel, other_name: str, other: PreTrainedModel) -> None:
+def _check_tokens(
+    cfg: ModelConfig, lm: PreTrainedModel, of_other: ModelConfig, other: PreTrainedModel
+) -> None:
     """Raise UsageError unless a token id of the one LM is that of the other."""
+    name, other_name = cfg.model, of_other.model
     ids, theirs = token_limits(lm)[0], token_limits(other)[0]
     if theirs < ids:
         raise UsageError(
             f"--models {other_name}: knows {theirs} token ids, and MODEL {name} {ids}: give the "
             f"one with fewer as MODEL"
         )
-    words, others = _vocabulary(name), _vocabulary(other_name)
+    words, others = _vocabulary(cfg), _vocabulary(of_other)
     if words and others and words.items() - others.items():
         strange = min(words.items() - others.items(), key=lambda item: item[1])
         raise UsageError(
@@ -131,9 +139,10 @@ def _check_tokens(name: str, lm: PreTrainedModel, other_name: str, other: PreTra
         )
 
 
-def _vocabulary(lm: str) -> dict[str, int]:
+def _vocabulary(cfg: ModelConfig) -> dict[str, int]:
     """Token -> id; nothing where an LM has no tokenizer, as one that was trained on ids."""
+    how = {"revision": cfg.revision, "token": cfg.hf_token, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(lm, trust_remote_code=False).get_vocab()
+        return AutoTokenizer.from_pretrained(cfg.model, **how).get_vocab()
     except Exception:  # of any library
         return {}

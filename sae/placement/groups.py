@@ -1,8 +1,8 @@
 """The ranks that hold one coder together, and what they send each other."""
 
-import zlib
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -69,9 +69,8 @@ class Mail:
 
     def send(self, rank: int, key: str, tensors: list[Tensor]) -> None:
         """Send up to three tensors of one or two dimensions without waiting for it."""
-        self._on_the_way = [(w, t) for w, t in self._on_the_way if not w.is_completed()]
         header = torch.zeros(_HEADER, dtype=torch.int64)
-        header[0], header[1] = zlib.crc32(key.encode()), len(tensors)
+        header[0], header[1] = _number(key), len(tensors)
         for i, tensor in enumerate(tensors):
             shape = [_DTYPES.index(tensor.dtype), *tensor.shape, -1][:3]
             header[2 + 3 * i : 5 + 3 * i] = torch.tensor(shape)
@@ -84,9 +83,15 @@ class Mail:
             work = dist.isend(tensor, rank, group=self._ranks.on_host)
             self._on_the_way.append((work, tensor))
 
+    def settle(self) -> None:
+        """Wait until all that was sent has been taken, and let go of it."""
+        for work, _ in self._on_the_way:
+            work.wait()
+        self._on_the_way.clear()
+
     def receive(self, rank: int, key: str) -> list[Tensor]:
         """What a rank has sent under this key; waits until it comes."""
-        wanted = rank, zlib.crc32(key.encode())
+        wanted = rank, _number(key)
         while wanted not in self._arrived:
             header = torch.zeros(_HEADER, dtype=torch.int64)
             dist.recv(header, rank, group=self._ranks.on_host)
@@ -100,8 +105,13 @@ class Mail:
                     dist.recv(tensor, rank, group=self._ranks.on_host)
                 found.append(tensor.to(self._ranks.device))
             self._ranks.count_bytes(0, sum(t.nbytes for t in found))
+            assert (rank, number) not in self._arrived, "a key is used once"
             self._arrived[rank, number] = found
         return self._arrived.pop(wanted)
+
+
+def _number(key: str) -> int:
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def connect_groups(owner: dict[str, range], ranks: Ranks) -> dict[str, Group]:

@@ -54,6 +54,9 @@ class Layers:
         """Not asked for."""
         raise AssertionError("a plan receives nothing")
 
+    def settle(self) -> None:
+        """There is nothing."""
+
 
 class RankMemory(NamedTuple):
     """Bytes of the tensors that live on one rank through a step.
@@ -228,7 +231,7 @@ def _rank_memory(
     if steps > 1:
         rows = -(-batch // (steps if rank is not None else steps * world))
     piece = -(-rows // training.micro_acc_steps)
-    working = max((step_bytes(cfg, coder, piece, item) for coder in coders), default=0)
+    working = max((step_bytes(cfg, coder, piece, item, steps) for coder in coders), default=0)
     if groups:  # candidates of 8 bytes: sent, received, in order, sent, received
         k = cfg.coder.k * (4 if cfg.coder.multi_topk else 1)
         if training.auxk_alpha > 0:
@@ -253,10 +256,11 @@ def _batch(cfg: Any, world: int) -> tuple[int, int]:
     return sequences * length, dealing(cfg, sequences, length).steps
 
 
-def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
+def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 1) -> int:
     """The most bytes that a forward and backward of `rows` rows hold beside weights and gradients.
 
-    `item` is the size of the encoder's factors. A block of pre_acts comes on top.
+    `item` is the size of the encoder's factors, `dealt` the steps of a batch. A block of pre_acts
+    comes on top.
     """
     training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
     k = Schedule(training, 1, rows).k(0, coder)
@@ -277,10 +281,15 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int) -> int:
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
     entry += _ENTRY_BY_PREFIX if coder.prefixes else 0
     found = rows * (4 * floats + inputs + entry * active) + of_dead
-    if sources := len(coder.cfg.sources):  # their latents and inputs wait, for their gradients
+    # Latents and inputs of layers before wait for their gradients, of all pieces and seeds; where
+    # other ranks read them those of this layer too, of all forwards.
+    owners = cfg.machine.distribute_modules and bool(coder.cfg.targets)
+    if layers := max(len(coder.cfg.sources), int(owners)):
         waiting = inputs + _WAITING_ENTRY * active
         of_dead = max(of_dead - rows * _ENTRY * dead, 0) + rows * _WAITING_ENTRY * dead
-        found += sources * (rows * waiting + of_dead) + rows * 4 * d_out
+        parts = training.micro_acc_steps * len(training.init_seeds)
+        parts *= training.grad_acc_steps if owners and dealt == 1 else 1
+        found += layers * parts * (rows * waiting + of_dead) + rows * 4 * d_out
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
         found += 4 * coder.num_latents * max(d_in, d_out)
     if in_triton:

@@ -4,13 +4,13 @@ RUN/best/<coder>/   with --save_best: cfg.json, sae.safetensors, fvu.json
 RUN/summary.json    at the end of the run
 """
 
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..coders.bank import CoderBank
 from ..formats.pieces import is_first
 from ..training.state import TrainingState
 from .json_files import disk_errors, read_json, write_json
@@ -23,7 +23,8 @@ def keep_best(run: Path, step: int, fvu: dict[str, float], state: TrainingState)
     decides for all. Raises UsageError, on all ranks, if the disk does not take it.
     """
     exchange, bank = state.exchange, state.bank
-    fvu = _of_stacks(fvu, bank)
+    if any(coder.cfg.sources or coder.cfg.targets for _, coder in bank.items()):
+        fvu = _of_stacks(fvu, list(exchange.owner))
     mine = [name for name, hookpoint in bank.hookpoint.items() if exchange.owns(hookpoint)]
     # Ranks that share a coder write together; the first of them decides nothing alone.
     first = {name for name in mine if is_first(bank[name].piece)}
@@ -49,15 +50,17 @@ def keep_best(run: Path, step: int, fvu: dict[str, float], state: TrainingState)
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _of_stacks(fvu: dict[str, float], bank: CoderBank) -> dict[str, float]:
-    """FVU by coder; of the layers of a cross-layer transcoder the mean."""
-    found, stacks = dict(fvu), dict[str, list[str]]()
-    for name, coder in bank.items():
-        if coder.cfg.sources or coder.cfg.targets:
-            stacks.setdefault(name.removeprefix(bank.hookpoint[name]), []).append(name)
-    for names in stacks.values():
-        found |= dict.fromkeys(names, fmean(fvu[name] for name in names))
-    return found
+def _of_stacks(fvu: dict[str, float], hookpoints: list[str]) -> dict[str, float]:
+    """By coder the mean FVU of the layers that it works with: those of its seed."""
+    ends = {name: name.removeprefix(h) for h in hookpoints for name in fvu if _is_at(name, h)}
+    stacks = {
+        end: fmean(fvu[n] for n, other in ends.items() if other == end) for end in ends.values()
+    }
+    return {name: stacks[ends[name]] for name in fvu}
+
+
+def _is_at(name: str, hookpoint: str) -> bool:
+    return re.fullmatch(re.escape(hookpoint) + r"(\.seed-?\d+)?", name) is not None
 
 
 def _aside(run: Path, name: str) -> Path:

@@ -34,6 +34,7 @@ from sae.coders.moments import Scale
 from sae.config import KernelChoice, Widths
 from sae.flag_checks import from_flags
 from sae.kernels.twins import Kernels
+from sae.runs.outcome import _of_stacks
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from train_sae import TrainConfig, train
 
@@ -219,6 +220,9 @@ class Post:
             assert there, key
             return self.letters.sent.pop((rank, self.rank, key))
 
+    def settle(self) -> None:
+        """What is sent is there at once."""
+
 
 @pytest.mark.parametrize("owners", [(0, 0, 1, 1), (0, 1, 0, 1), (1, 0, 0, 1)])
 @pytest.mark.parametrize("activation", ["topk", "groupmax", "batchtopk", "jumprelu"])
@@ -333,6 +337,10 @@ def test_files_hold_every_decoder(tmp_path: Path) -> None:
         assert torch.equal(found.sae_out, expected.sae_out) and torch.equal(found.fvu, expected.fvu)
     with pytest.raises(UsageError, match="take the same rows, one after the other in the order"):
         back[NAMES[1]](*rows[1])
+    for name, (x, y) in zip(NAMES[:1] * 3 + NAMES[1:2], [rows_of(1)[0]] * 2 + rows, strict=False):
+        found = back[name](x, y)  # only what the layer before left last is read
+    bank[NAMES[0]](*rows[0])
+    assert torch.equal(found.sae_out, bank[NAMES[1]](*rows[1]).sae_out)
     alone = SparseCoder.load_from_disk(tmp_path / "coders" / NAMES[1])
     linked = back[NAMES[1]].encode(rows[1][0]).top_acts
     assert torch.equal(alone.encode(rows[1][0]).top_acts, linked)
@@ -487,9 +495,18 @@ def test_commands_read_cross_layer_transcoders(
     assert torch.equal(
         load_many(hub)[names[1]].state_dict()["W_from.1"], coders[names[1]].state_dict()["W_from.1"]
     )
-    alone = (str(folder), "--hookpoint", names[1], "--out", str(tmp_path / "e2.json"))
-    assert call(monkeypatch, "evaluate", *alone) == 2
-    assert "goes with those of" in capsys.readouterr().err
+    for command in ("evaluate", "features"):
+        alone = (str(folder), "--hookpoint", names[1], "--out", str(tmp_path / "e2.json"))
+        assert call(monkeypatch, command, *alone) == 2
+        assert "take all of them, by load_many or without" in capsys.readouterr().err
+
+
+def test_layers_are_kept_together_when_their_mean_is_lowest() -> None:
+    """By seed, over the layers of all ranks, whatever else a name ends with."""
+    fvu = {f"layers.{i}.mlp.seed{s}": 0.1 * i + s for i in (0, 1, 10) for s in (0, 7)}
+    found = _of_stacks(fvu, ["layers.0.mlp", "layers.1.mlp", "layers.10.mlp"])
+    for name, value in found.items():
+        assert value == pytest.approx(1.1 / 3 + (7 if name.endswith("seed7") else 0))
 
 
 @torch.no_grad()
@@ -545,6 +562,7 @@ def _loss(
             {"distribute_modules": True, "ranks_per_coder": 2},
             "--ranks_per_coder 2: --cross_layer all has a coder of each layer",
         ),
+        ({"rms_units": False}, "--rms_units False: --cross_layer all weighs its layers"),
         ({"cross_layer": -1}, "--cross_layer -1: must be at least 0"),
         ({"cross_layer": "some"}, "--cross_layer 'some': is not of the type"),
     ],
@@ -558,7 +576,10 @@ def test_flags_that_do_not_go_with_it_are_refused(flags: dict[str, Any], message
 @pytest.mark.parametrize(
     ("hookpoints", "message"),
     [
-        (("layers.0.mlp",), "--cross_layer: takes the same module of several layers, not layers.0"),
+        (
+            ("layers.0.mlp",),
+            "--cross_layer: takes the same module of several layers, in order, not layers.0",
+        ),
         (("layers.0.mlp", "layers.1.self_attn"), "not layers.0.mlp, layers.1.self_attn: name them"),
     ],
 )
@@ -573,3 +594,13 @@ def test_hookpoints_that_are_no_stack_are_refused(
     flags = {**FLAGS, "hookpoints": hookpoints, "multi_topk": False}
     with pytest.raises(UsageError, match=message):
         run(lm, tokens, settings, run_name="r", **flags)
+
+
+def test_layers_out_of_order_are_refused(tmp_path: Path) -> None:
+    """Rows made elsewhere come in the order of their names, numbers as numbers."""
+    pair = (torch.randn(16, 8), torch.randn(16, 8))
+    rows = Rows([{name: pair for name in ("l.0", "l.10", "l.2")} for _ in range(40)])
+    flags = {"save_dir": str(tmp_path), "run_name": "a", "log_with": "none", "k": 3}
+    flags |= {"cross_layer": "all", "transcode": True, "num_latents": 32, "eval_tokens": 16}
+    with pytest.raises(UsageError, match="in order, not l.0, l.10, l.2"):
+        train(from_flags(TrainConfig, {**flags, "batch_size": 4}), activations=rows)

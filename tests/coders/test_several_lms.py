@@ -171,8 +171,12 @@ def test_lms_that_read_other_tokens_are_refused(
     cases: list[tuple[dict[str, Any], str]] = [
         ({"models": (str(few),)}, "knows 60 token ids, and MODEL .* 64: give the one with fewer"),
         ({"models": (at["other"], str(twin))}, "two of these folders have one name"),
+        ({"models": (at["lm"] + "/",)}, "--models .*: is MODEL itself: name the others alone"),
         ({"crosscoder": False}, "--models .*: are for a crosscoder over several LMs: add"),
-        ({"models": (str(tmp_path / "none"),)}, "MODEL .*none: no such language model"),
+        (
+            {"models": (str(tmp_path / "none"),)},
+            "--models .*none: MODEL .*none: no such language model",
+        ),
     ]
     for more, message in cases:
         with pytest.raises(UsageError, match=message):

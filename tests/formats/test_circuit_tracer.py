@@ -171,7 +171,7 @@ def test_cross_layer_transcoders_of_others_are_read_as_their_config_says(tmp_pat
         save_file({k: t for k, t in load_file(file).items() if "threshold" not in k}, file)
     config = yaml.safe_load((out / "config.yaml").read_text())
     said = {**config, "model_name": "openai-community/gpt2"}
-    said |= {"feature_input_hook": "ln2.hook_normalized", "feature_output_hook": "hook_mlp_out"}
+    said |= {"feature_output_hook": "hook_mlp_out"}
     (out / "config.yaml").write_text(yaml.safe_dump(said))
     theirs = load_many(out)
     assert list(theirs) == [f"h.{i}.mlp" for i in range(6)]
@@ -180,7 +180,11 @@ def test_cross_layer_transcoders_of_others_are_read_as_their_config_says(tmp_pat
     for coder, x, latents, y in zip(theirs.values(), rows, acts, outs, strict=True):
         for found, expected in zip(dense(coder, x), (latents, y), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    for other in ({"feature_input_hook": "hook_resid_mid"}, {"model_name": "someone/else"}):
+    for other in (
+        {"feature_input_hook": "hook_resid_mid"},
+        {"feature_input_hook": "ln2.hook_normalized"},
+        {"model_name": "someone/else"},
+    ):
         (out / "config.yaml").write_text(yaml.safe_dump({**said, **other}))
         with pytest.raises(UsageError, match="say which modules it reads"):
             load_many(out)

@@ -120,9 +120,9 @@ def test_the_dry_run_knows_what_a_step_holds(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("auxk_alpha", [0.0, 1 / 32])
+@pytest.mark.parametrize(("auxk_alpha", "pieces"), [(0.0, 1), (1 / 32, 1), (1 / 32, 4)])
 def test_the_dry_run_knows_what_waits_for_layers_ahead(
-    auxk_alpha: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    auxk_alpha: float, pieces: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last layer of a cross-layer transcoder holds the latents of all, and its own target."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -134,14 +134,16 @@ def test_the_dry_run_knows_what_waits_for_layers_ahead(
 
     def step() -> None:
         for _, coder in bank.items():
-            errors = coder.errors(x, y, dead)
-            (errors.objective + auxiliary_loss(errors, auxk_alpha)).backward()
-            del errors
+            for x_rows, y_rows in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+                errors = coder.errors(x_rows, y_rows, dead)
+                (errors.objective + auxiliary_loss(errors, auxk_alpha)).backward()
+                del errors
 
     gradients = sum(p.nbytes for p in bank.parameters())
     pre_acts = 1024 * 512 * dtype.itemsize
-    plan = TrainConfig(coder=cfg, training=TrainingConfig(auxk_alpha=auxk_alpha))
-    expected = max(step_bytes(plan, coder, rows, dtype.itemsize) for _, coder in bank.items())
+    training = TrainingConfig(auxk_alpha=auxk_alpha, micro_acc_steps=pieces)
+    plan, piece = TrainConfig(coder=cfg, training=training), rows // pieces
+    expected = max(step_bytes(plan, coder, piece, dtype.itemsize) for _, coder in bank.items())
     found = peak_bytes(step) - gradients
     assert 0.65 * expected < found < 1.02 * expected + pre_acts
 

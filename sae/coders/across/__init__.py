@@ -1,5 +1,5 @@
 """Coders over several hookpoints: crosscoders, and cross-layer transcoders.
 
-Imports config, kernels and what is beside it in coders. One coder of one hookpoint never needs
-anything from here.
+Imports config, kernels, formats and what is beside it in coders. Nothing of a launch, of an LM or
+of a run's files is here: what other ranks send comes through `passing.Post`.
 """

@@ -33,6 +33,7 @@ from ...config import SparseCoderConfig
 from ...flag_checks import UsageError
 from ...kernels.twins import Latents
 from ..moments import Scale
+from ..outputs import CoderOutput
 from ..sparse_coder import SparseCoder
 from .crosscoder import Crosscoder
 from .passing import ORDER, Elsewhere, Left, Post, Waiting, as_sent
@@ -107,7 +108,7 @@ class CrossLayerTranscoder(SparseCoder):
         self, latents: Latents, of_dead: Latents | None
     ) -> tuple[Latents, Latents | None]:
         """The latents for this layer's own target; the same are left for those ahead."""
-        self._check_linked()
+        self.check_linked()
         trains, abroad = latents.acts.requires_grad, bool(self.abroad)
         left = Left(latents, of_dead, 1 + len(self.targets), trains, abroad=abroad)
         self.waiting.put(self.targets, left)
@@ -119,6 +120,11 @@ class CrossLayerTranscoder(SparseCoder):
             if trains:
                 self._unfinished.append((key, left))
         return left.read(), left.dead_for_reading()
+
+    def forward(self, *args: Any, **kwargs: Any) -> CoderOutput:
+        """As of every coder; what it left before and nothing has read is dropped."""
+        self.waiting.clear()
+        return super().forward(*args, **kwargs)
 
     def finish_(self) -> None:
         """Take the gradients that other ranks return for this coder's latents to its encoder."""
@@ -144,13 +150,14 @@ class CrossLayerTranscoder(SparseCoder):
         """The latents that were left first for the layer so far ahead."""
         return self.waiting.take(distance)
 
-    def _check_linked(self) -> None:
+    def check_linked(self) -> None:
+        """Raise UsageError where coders of other layers are not there."""
         here = self.post is None
         for mine, names in ((self.sources, self.cfg.sources), (self.targets, self.cfg.targets)):
             if here and len(mine) != len(names):
                 raise UsageError(
                     f"this is one layer of a cross-layer transcoder, which goes with those of "
-                    f"{', '.join(names)}: load all of them, by load_many"
+                    f"{', '.join(names)}: take all of them, by load_many or without --hookpoint"
                 )
 
     def directions(self) -> Float[Tensor, "L D"]:

@@ -48,6 +48,8 @@ def _check_cross_layer(cfg: Any) -> None:
     if cfg.model.exclude_norm is not None:
         why = f"{name} needs the same rows at every hookpoint: use --exclude_positions"
         refuse(cfg.model, "exclude_norm", why)
+    if not training.rms_units:
+        refuse(training, "rms_units", f"{name} weighs its layers in that unit: leave it out")
     if cfg.machine.ranks_per_coder > 1:
         why = f"{name} has a coder of each layer, which one rank has whole: leave it out"
         refuse(cfg.machine, "ranks_per_coder", why)

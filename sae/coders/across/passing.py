@@ -41,6 +41,10 @@ class Post(Protocol):
         """What a rank has sent under this key, whenever it did."""
         ...
 
+    def settle(self) -> None:
+        """Wait until all that was sent has been taken."""
+        ...
+
 
 class Left:
     """The latents of some rows for all that read them: those here, one after the other.

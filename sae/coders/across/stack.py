@@ -3,6 +3,8 @@
 import re
 from dataclasses import replace
 
+from natsort import natsorted
+
 from ...config import SparseCoderConfig, Widths
 from ...flag_checks import UsageError
 
@@ -22,12 +24,13 @@ def at(cfg: SparseCoderConfig, layers: list[str], hookpoint: str) -> SparseCoder
 
 
 def check(widths: dict[str, Widths]) -> None:
-    """Raise UsageError unless hookpoints are one module of two layers or more, all of one width."""
+    """Raise UsageError unless these are one module of several layers, in order, of one width."""
     names = list(widths)
     kinds = {re.sub(r"\d+", "N", name, count=1) for name in names}
-    if len(kinds) > 1 or len(names) < 2:
+    if len(kinds) > 1 or len(names) < 2 or names != natsorted(names):
         raise UsageError(
-            f"--cross_layer: takes the same module of several layers, not {', '.join(names)}: "
+            f"--cross_layer: takes the same module of several layers, in order, not "
+            f"{', '.join(names)}: "
             f'name them by one pattern, such as --hookpoints "layers.*.mlp"'
         )
     if len({width.d_out for width in widths.values()}) > 1:

@@ -63,6 +63,7 @@ def trained(side: str, text: Path, flags: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--steps", type=int, default=304, help="of 4,096 rows")
     parser.add_argument("--num_latents", type=int, default=1536)
@@ -81,7 +82,7 @@ def main() -> None:
         sys.exit(f"{args.out} has results of other flags: {found['flags']}; give another --out")
     with tempfile.TemporaryDirectory() as text:
         write_text(Path(text))
-        for side in SIDES:
+        for side in args.sides:
             if any(r["side"] == side for r in found["results"]):
                 continue
             result = trained(side, Path(text), flags)

@@ -2,9 +2,10 @@
 
     python benchmarks/families.py --out benchmarks/results/families.json
 
-Every kind that --activation names, and topk with the prefixes of --matryoshka, is trained on the
-demo LM with each --k, by the script itself and its default recipe. A plot of the same name ends in
-.svg. Results are added to the file as they come, and what is there already is not trained again.
+Every kind that --activation names, topk with the prefixes of --matryoshka, and a crosscoder over
+three layers are trained on the demo LM with each --k, by the script itself and its default recipe.
+A plot of the same name ends in .svg. Results are added to the file as they come, and what is there
+already is not trained again.
 """
 
 import argparse
@@ -31,6 +32,8 @@ COLOURS = ("#1b6ca8", "#d1495b", "#3a9d5d", "#8e5ea2", "#e08e29", "#555555")
 MATRYOSHKA = (0.0625, 0.0625, 0.125, 0.25, 0.5)
 KINDS: dict[str, dict[str, Any]] = {kind: {"activation": kind} for kind in get_args(Activation)}
 KINDS["matryoshka"] = {"matryoshka": MATRYOSHKA}
+# Over the hookpoint and the layers beside it; FVU and CE recovered are those at the hookpoint.
+KINDS["crosscoder"] = {"crosscoder": True}
 PANELS = {"ce_recovered": "CE recovered", "fvu": "FVU"}
 
 
@@ -40,7 +43,7 @@ def trained(kind: str, k: int, hookpoint: str, text: Path, flags: dict[str, Any]
         given = {
             "model": str(ROOT / "demo/lm"),
             "dataset": str(text / "train.jsonl"),
-            "hookpoints": (hookpoint,),
+            "hookpoints": beside(hookpoint) if kind == "crosscoder" else (hookpoint,),
             **KINDS[kind],
             "k": k,
             "save_dir": folder,
@@ -49,10 +52,19 @@ def trained(kind: str, k: int, hookpoint: str, text: Path, flags: dict[str, Any]
             **flags,
         }
         summary = train(from_flags(TrainConfig, given))
-    figures = summary["hookpoints"][hookpoint]
+    (figures,) = summary["hookpoints"].values()
     found = {name: figures[name] for name in ("fvu", "l0", "dead_share")}
+    if kind == "crosscoder":
+        (figures,) = (p for p in figures["hookpoints"] if p["hookpoint"] == hookpoint)
+        found["fvu"] = figures["fvu"]
     found["ce_recovered"] = figures["predictions"]["ce_recovered"]
     return {"kind": kind, "k": k, "steps": summary["step"], "tokens": summary["tokens"], **found}
+
+
+def beside(hookpoint: str) -> tuple[str, ...]:
+    """A layer's hookpoint, and those of the layers before and behind it."""
+    stem, _, layer = hookpoint.rpartition(".")
+    return tuple(f"{stem}.{int(layer) + i}" for i in (-1, 0, 1))
 
 
 def plot(results: list[dict[str, Any]]) -> str:

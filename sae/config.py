@@ -137,8 +137,6 @@ class ModelConfig:
 
     model: Annotated[str, Positional, arg(metavar="MODEL")] = "HuggingFaceTB/SmolLM2-135M"
     """Hub id or folder of the language model."""
-    models: tuple[str, ...] = ()
-    """Further LMs that read the same tokens: one crosscoder is over MODEL and these."""
     hookpoints: tuple[str, ...] = ()
     """Globs over the base model's modules ("layers.*.mlp", or "layers.*.self_attn.o_proj:input" for
     what enters one); default: residual streams."""
@@ -160,6 +158,8 @@ class ModelConfig:
     """Hub token; never written to disk. HF_TOKEN in the environment works too."""
     load_in_8bit: bool = False
     """Load the LM with 8-bit weights (needs bitsandbytes and a GPU)."""
+    models: tuple[str, ...] = ()
+    """Further LMs that read the same tokens: one crosscoder is over MODEL and these."""
 
     def __post_init__(self) -> None:
         check_values(self)

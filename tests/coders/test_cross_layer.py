@@ -370,7 +370,7 @@ def test_a_start_from_trained_coders_is_the_same_function(tmp_path: Path) -> Non
         assert torch.equal(other[name](x, y).sae_out, bank[name](x, y).sae_out)
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "groupmax"])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
 def test_runs_in_pieces_and_resumed_ones_are_the_same(
     lm: PreTrainedModel,
     tokens: Tensor,

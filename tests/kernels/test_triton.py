@@ -130,7 +130,7 @@ def test_the_largest_are_exact(triton_products: ModuleType, width: int, dtype: t
     values[4, 1::4] = torch.nan
     values[5] = torch.nan
     values = values.to(dtype)
-    for k in {1, min(5, width), min(40, width), width}:
+    for k in {1, min(5, width), min(40, width), width} if width < 4096 else {1, 40, width}:
         order = values.float().sort(dim=1, descending=True, stable=True).indices  # NaN come first
         expected = order[:, :k].sort(dim=1).values
         top, columns = torch.full((7, k), 9.0), torch.full((7, k), -1)

@@ -152,7 +152,8 @@ class CoderBank(nn.Module):
             try:
                 tensors = _weights_for(coder, name, source)
             except UsageError as error:
-                raise UsageError(f"--finetune {source}: {error}") from None
+                said = str(error).replace("give --allow_pt, or write", "a run opens none: write")
+                raise UsageError(f"--finetune {source}: {said}") from None
             if coder.cfg.parts:
                 tensors = unfolded(tensors, coder.cfg.parts)
             coder.load_state_dict(tensors)

@@ -142,4 +142,5 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
     config = {"model_kind": _KIND, "model_name": origin.model}
     config |= {"feature_input_hook": INPUT, "feature_output_hook": OUTPUT}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return []
+    lost = "the sizes of its prefixes have no place in circuit-tracer's files"
+    return [f"{name}: {lost}" for name, coder in coders.items() if coder.cfg.matryoshka]

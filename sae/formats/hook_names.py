@@ -9,7 +9,7 @@ blocks.3.attn.hook_z       what its heads give, one after the other, before W_O
 import re
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 
 class _Modules(NamedTuple):
@@ -67,22 +67,39 @@ class HookNames(NamedTuple):
     """The attention head, where it is one of those that TransformerLens' name stands for."""
 
 
-def about_lm(model: str | None) -> tuple[str | None, int | None]:
-    """model_type and number of blocks of an LM by its name, if its config is at hand."""
+class AboutLM(NamedTuple):
+    """What the config of an LM says, as far as it is at hand."""
+
+    kind: str | None = None
+    """model_type."""
+    layers: int | None = None
+    """Its blocks."""
+    prefix: str | None = None
+    """What the LM with its head calls its base model."""
+
+
+def about_lm(model: str | None) -> AboutLM:
+    """The same of an LM by its name."""
     if model is None:
-        return None, None
+        return AboutLM()
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception:  # not at hand, or this transformers cannot read it
-        return None, None
-    return config.model_type, getattr(config, "num_hidden_layers", None)
+        return AboutLM()
+    with_head = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    prefix = getattr(with_head, "base_model_prefix", None) or None
+    return AboutLM(config.model_type, getattr(config, "num_hidden_layers", None), prefix)
 
 
-def their_names(hookpoint: str, kind: str | None) -> HookNames:
-    """The names of a hookpoint's output in an LM whose model_type is `kind`."""
+def their_names(hookpoint: str, kind: str | None, prefix: str | None = None) -> HookNames:
+    """The names of a hookpoint's output in an LM whose model_type is `kind`.
+
+    `prefix`: what it calls its base model, of LMs that have no clear names in TransformerLens.
+    """
     modules = next((m for m in _KINDS if kind in m.types), None)
     if modules is None:
-        return HookNames(None, None)
+        plain = prefix is not None and ":" not in hookpoint
+        return HookNames(None, f"{prefix}.{hookpoint}" if plain else None)
     heads = rf"{modules.blocks}\.(\d+)\.{re.escape(modules.W_O)}:input(?::head(\d+))?"
     if z := re.fullmatch(heads, hookpoint):
         return HookNames(f"blocks.{z[1]}.attn.hook_z", None, int(z[2]) if z[2] else None)

@@ -91,8 +91,14 @@ KINDS = {
 
 
 def kind_of(path: Path) -> str | None:
-    """The program whose files of one coder these are; None where they are none."""
-    return next((name for name, kind in KINDS.items() if kind.is_coder(path)), None)
+    """The program whose files of one coder these are; None where they are none.
+
+    Raises UsageError for the files of two programs in one folder.
+    """
+    found = [name for name, kind in KINDS.items() if kind.is_coder(path)]
+    if len(found) > 1:
+        raise UsageError(f"{path} has the files of {' and of '.join(found)}: keep one of them")
+    return found[0] if found else None
 
 
 def read(path: Path, allow_pt: bool = False, *, decoder: bool = True) -> CoderFile:

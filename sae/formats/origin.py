@@ -2,7 +2,14 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+
+def without_folder(name: str) -> str:
+    """A name without the folders of this machine, which mean nothing elsewhere."""
+    here = Path(name).is_absolute() or ("/" in name and Path(name).exists())
+    return Path(name).name if here else name
 
 
 @dataclass(frozen=True)
@@ -12,6 +19,8 @@ class Origin:
     model: str | None = None
     model_type: str | None = None
     """What the LM's config says it is."""
+    prefix: str | None = None
+    """What the LM with its head calls its base model."""
     dataset: str | None = None
     ctx_len: int | None = None
     tokens: int | None = None

@@ -217,6 +217,8 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
         if not unit:
             rows = "decoder rows are not of unit norm"
             notes.append(f"{name}: {rows}, which SAEDashboard cannot fold")
+    if cfg.matryoshka:
+        notes.append(f"{name}: the sizes of its prefixes have no place in SAELens' files")
     if kind in _TRANSCODERS:
         values["d_out"] = coder.d_out
     if folder is None:
@@ -244,7 +246,7 @@ def _needs_threshold(coder: CoderFile) -> str | None:
 
 def _metadata(name: str, coder: CoderFile, origin: Origin) -> dict[str, Any]:
     hookpoint = origin.hookpoint(name)
-    there = their_names(hookpoint, origin.model_type)
+    there = their_names(hookpoint, origin.model_type, origin.prefix)
     about = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
     about |= {"model_name": origin.model}
     outs = {"hook_name": there.transformer_lens, "hf_hook_name": there.huggingface}

@@ -140,13 +140,16 @@ class Judged(NamedTuple):
 
 def judged(cfg: CompareConfig) -> list[Judged]:
     """All coders that `cfg` names on the same text. Raises UsageError for what does not fit."""
-    before = flags_of_run(Path(cfg.runs[0])) if cfg.runs else {}
+    known = (flags_of_run(Path(run)) for run in cfg.runs)
+    before = next((flags for flags in known if flags), {})
     shared: dict[str, Any] = {"model": cfg.model or before.get("model"), "dataset": cfg.dataset}
     shared |= {"ctx_len": cfg.ctx_len or before.get("ctx_len"), "tokens": cfg.tokens}
-    found = []
-    for source in cfg.runs:
+    found, first = list[Judged](), None
+    # The first run says which rows of the text are read; of coders without one it is all.
+    for source in sorted(cfg.runs, key=lambda run: not flags_of_run(Path(run))):
         of_one = {"hookpoint": cfg.hookpoint, "allow_pt": cfg.allow_pt}
-        trained = load_trained(CodersConfig(source, **shared, **of_one))
+        trained = load_trained(CodersConfig(source, **shared, **of_one), like=first)
+        first = first or trained
         # Without --tokens a run held out a number of its own: the others read the same.
         shared["tokens"] = shared["tokens"] or len(trained.blocks) * trained.source.block_len
         start = time.monotonic()
@@ -155,7 +158,7 @@ def judged(cfg: CompareConfig) -> list[Judged]:
         for name, coder in trained.state.bank.items():
             where = trained.state.bank.hookpoint[name]
             found.append(Judged(source, name, where, coder, evaluation.coders[name], rate))
-    return found
+    return sorted(found, key=lambda one: cfg.runs.index(one.source))
 
 
 def shared_latents(coders: list[Judged], near: float) -> list[dict[str, Any]]:

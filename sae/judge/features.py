@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..coders.sparse_coder import SparseCoder
 from ..data.tokenizing import load_tokenizer
 from ..flag_checks import UsageError
+from ..formats.origin import without_folder
 from ..runs.json_files import check_target
 from .compare import figures_of, summary_of
 from .contexts import Contexts
@@ -132,11 +133,11 @@ def page_data(cfg: FeaturesConfig) -> dict[str, Any]:
             }
         )
     tokens = len(trained.blocks) * trained.source.block_len
-    read = f"{tokens:,} tokens of {trained.data.dataset}"
+    read = f"{tokens:,} tokens of {without_folder(trained.data.dataset)}"
     whose = "Coders of" if cfg.prefix is None else f"The first {cfg.prefix:,} latents of coders of"
     return {
         "title": Path(cfg.coders).name,
-        "about": f"{whose} {trained.model.model}, looked at on {read}.",
+        "about": f"{whose} {without_folder(trained.model.model)}, looked at on {read}.",
         "names": _NAMES,
         "vocabulary": words.texts,
         "curves": curves(Path(cfg.coders)),

@@ -38,6 +38,8 @@ from ..runs.norm_limits import norm_limits_of
 from ..runs.provenance import data_of_run, flags_of_run, held_out_blocks, is_text_of_run
 from ..training.state import TrainingState
 
+_EXCLUSIONS = ("exclude_tokens", "exclude_positions", "exclude_norm")
+
 
 @dataclass(frozen=True)
 class CodersConfig:
@@ -96,8 +98,11 @@ class TrainedCoders:
     """The checkpoint, if it is a run's."""
 
 
-def load_trained(cfg: CodersConfig) -> TrainedCoders:
-    """Load what `cfg` names. Raises UsageError for what cannot be found or does not fit."""
+def load_trained(cfg: CodersConfig, like: TrainedCoders | None = None) -> TrainedCoders:
+    """Load what `cfg` names, on the same rows of the same text as `like` where that is given.
+
+    Raises UsageError for what cannot be found or does not fit.
+    """
     coders, run = named_coders(cfg), Path(cfg.coders)
     hookpoint = {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
     if parts := _parts(coders, cfg.coders):
@@ -110,6 +115,8 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
         if isinstance(coder, CrossLayerTranscoder):
             coder.check_linked()
     before, given = flags_of_run(run), {n: v for n, v in vars(cfg).items() if v is not None}
+    if like is not None:
+        given |= {"text_column": like.data.text_column, "split": like.data.split}
     held_out = bool(before) and is_text_of_run(given, before)
     flags: dict[str, Any] = {n: v for n, v in {**before, **given}.items() if v is not None}
     for name in ("model", "dataset"):
@@ -119,6 +126,9 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
     if before and not held_out:
         other = {f: getattr(DataConfig, f) for f in flags_marked(data, OF_ONE_DATA_SET)}
         data = replace(data, **other)
+    if like is not None:
+        data = replace(like.data, eval_tokens=data.eval_tokens)
+        flags |= {name: getattr(like.model, name) for name in _EXCLUSIONS}
     model = replace(
         from_flags(ModelConfig, flags),
         **{"hookpoints": _read_at(hookpoint, parts), "layers": (), "layer_stride": 1}
@@ -135,9 +145,12 @@ def load_trained(cfg: CodersConfig) -> TrainedCoders:
         print(note)
     widths = measure_widths(lm, names)
     bank = CoderBank.holding(coders, hookpoint, ranks.device, dtype)
-    rule = RowRule(
-        model.exclude_tokens, model.exclude_positions, norm_limits_of(run, model.exclude_norm)
+    limits = (
+        norm_limits_of(run, model.exclude_norm)
+        if like is None
+        else {n: v for n, v in like.capture.rule.norm_limits.items() if n in names}
     )
+    rule = RowRule(model.exclude_tokens, model.exclude_positions, limits)
     capture = checked(Capture(lm, names, rule, inputs=bank.transcode), data.ctx_len)
     reader: RowReader = capture
     if parts:

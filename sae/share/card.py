@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import SparseCoderConfig
 from ..formats.coder_file import CoderFile
+from ..formats.origin import without_folder
 
 _PACKAGES = ("train-sae", "torch", "transformers", "accelerate", "datasets")
 _FIGURES = ("fvu", "l0", "dead_share", "ce_recovered")
@@ -95,7 +96,7 @@ def command(flags: dict[str, Any], defaults: dict[str, Any]) -> str:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
             values = value if isinstance(value, (list, tuple)) else [value]
-            words += [f"--{name}", *(_without_folder(str(v)) for v in values)]
+            words += [f"--{name}", *(without_folder(str(v)) for v in values)]
     return shlex.join(words)
 
 
@@ -108,13 +109,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _shown(name: Any) -> str:
-    return "unknown" if name is None else _without_folder(str(name))
-
-
-def _without_folder(value: str) -> str:
-    """A value without the folders of this machine."""
-    here = Path(value).is_absolute() or ("/" in value and Path(value).exists())
-    return Path(value).name if here else value
+    return "unknown" if name is None else without_folder(str(name))
 
 
 def _number(value: Any) -> str:

@@ -7,7 +7,7 @@ from ..config import ModelConfig
 from ..data.tokenizing import leading_tokens, load_tokenizer
 from ..flag_checks import UsageError
 from ..formats.hook_names import about_lm
-from ..formats.origin import Origin
+from ..formats.origin import Origin, without_folder
 from ..runs.json_files import read_json
 from ..runs.provenance import flags_of_run
 
@@ -18,12 +18,13 @@ def origin_of(run: Path, model: str | None = None) -> Origin:
     summary = next((f for f in (run, run.parent) if (f / "summary.json").is_file()), None)
     tokens = read_json(summary / "summary.json").get("tokens") if summary and flags else None
     model = model or flags.get("model")
-    kind, layers = about_lm(model)
+    lm, dataset = about_lm(model), flags.get("dataset")
     return Origin(
-        model=_without_folder(model),
-        model_type=kind,
-        layers=layers,
-        dataset=_without_folder(flags.get("dataset")),
+        model=model and without_folder(model),
+        model_type=lm.kind,
+        prefix=lm.prefix,
+        layers=lm.layers,
+        dataset=dataset and without_folder(dataset),
         ctx_len=flags.get("ctx_len"),
         tokens=tokens,
         begins_with_bos=_begins_with_bos(flags, model) if flags else None,
@@ -41,8 +42,3 @@ def _begins_with_bos(flags: dict[str, Any], model: str | None) -> bool | None:
     except UsageError:  # an LM that was trained on token ids may have none
         return None
     return bool(leading_tokens(tokenizer)) and not flags.get("bos_per_document")
-
-
-def _without_folder(name: str | None) -> str | None:
-    """A name without the folders of this machine, which mean nothing elsewhere."""
-    return Path(name).name if name is not None and Path(name).is_absolute() else name

@@ -30,6 +30,7 @@ from ..flag_checks import UsageError, flags_of
 from ..formats import kinds
 from ..formats.coder_file import CoderFile
 from ..formats.hub import patiently, response_of
+from ..formats.origin import without_folder
 from ..formats.pieces import Stored
 from ..formats.sparsify import newest_coders, read_config
 from ..judge.compare import figures_of, summary_of
@@ -108,6 +109,8 @@ def _described(path: Path) -> CoderFile:
 def _of_no_machine(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """Figures without the paths of the machine that they were computed on."""
     found = json.loads(_without_paths(json.dumps(values), flags))
+    if isinstance(of := found.get("of"), dict):  # what it was judged on may be other text
+        found["of"] = {n: without_folder(v) if isinstance(v, str) else v for n, v in of.items()}
     for figures in found.get("hookpoints", {}).values():
         figures.pop("path", None)
     return found

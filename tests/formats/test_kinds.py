@@ -1,6 +1,8 @@
 """Which program wrote a coder is recognized from its files; all commands take any of them."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,22 @@ def test_coders_of_several_programs_lie_in_one_folder(tmp_path: Path) -> None:
     cfg.write_text(json.dumps(values))
     with pytest.raises(UsageError, match="holds two coders of layers.1"):
         load_many(tmp_path / "all", allow_pt=True)
+    shutil.copy(cfg.parent / "sae_weights.safetensors", run / "step_5/layers.1")
+    with pytest.raises(UsageError, match="has the files of sparsify and of sae_lens: keep one"):
+        load_many(run / "step_5")
+
+
+@pytest.mark.parametrize("to", ["sae_lens", "dictionary_learning", "circuit_tracer"])
+def test_what_is_lost_of_prefixes_is_said(tmp_path: Path, to: Program) -> None:
+    """A line for every coder, whatever the program."""
+    kind = JUMPRELU["transcoder"] if to == "circuit_tracer" else KINDS["sae"]
+    coder = random_coder(replace(kind, matryoshka=(0.25, 0.75)))
+    names = [f"layers.{i}.mlp" for i in range(6)] if to == "circuit_tracer" else ["layers.1"]
+    run = save_run(tmp_path / "run", dict.fromkeys(names, coder))
+    (run / "run.json").write_text(json.dumps({"model": LM, "dataset": "x"}))
+    _, notes = export(ExportConfig(str(run), out=str(tmp_path / "out"), to=to))
+    for name in names:
+        assert any(n.startswith(f"{name}: the sizes of its prefixes have no place") for n in notes)
 
 
 @pytest.mark.parametrize("to", ["sae_lens", "dictionary_learning", "circuit_tracer"])
@@ -69,8 +87,9 @@ def test_runs_start_from_coders_of_any_program(tmp_path: Path, to: str) -> None:
     export(ExportConfig(str(run), out=str(tmp_path / "out"), to=to))
     bank = CoderBank({"layers.1": Widths(8, 8)}, KINDS["sae"], (0,), "cpu")
     if to == "dictionary_learning":
-        with pytest.raises(UsageError, match="--finetune .* is a pickle"):
+        with pytest.raises(UsageError, match="--finetune .* is a pickle") as caught:
             bank.load_pretrained(str(tmp_path / "out"))
+        assert "a run opens none: write safetensors of it once and for all by" in str(caught.value)
         return
     bank.load_pretrained(str(tmp_path / "out"))
     assert torch.equal(bank["layers.1"].encoder.weight, coder.encoder.weight)

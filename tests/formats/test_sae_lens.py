@@ -20,6 +20,14 @@ from other_programs import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+)
 
 from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError, load_many
 
@@ -65,6 +73,52 @@ def test_what_is_written_is_the_same_function_there(
     assert_same_coder(coder, load_many(out)["layers.3"])
 
 
+@pytest.mark.parametrize(
+    ("config", "hookpoint", "expected"),
+    [
+        (
+            OPTConfig(hidden_size=8, ffn_dim=16, num_attention_heads=2, num_hidden_layers=3),
+            "decoder.layers.1",
+            (None, "model.decoder.layers.1"),
+        ),
+        (LlamaConfig(), "layers.1", ("blocks.1.hook_resid_post", "model.layers.1")),
+        (GPT2Config(), "h.1.mlp", ("blocks.1.hook_mlp_out", "transformer.h.1.mlp")),
+        (
+            Gemma2Config(),
+            "layers.1.post_feedforward_layernorm",
+            ("blocks.1.hook_mlp_out", "model.layers.1.post_feedforward_layernorm"),
+        ),
+    ],
+)
+def test_modules_are_named_in_every_lm(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    config: PretrainedConfig,
+    hookpoint: str,
+    expected: tuple[str | None, str],
+) -> None:
+    """As the causal LM of transformers has them; where TransformerLens has none, a note says it."""
+    config.save_pretrained(tmp_path / "lm")
+    coders = {hookpoint: random_coder(KINDS["sae"])}
+    out = exported(tmp_path, monkeypatch, coders, model=str(tmp_path / "lm"))
+    about = parts(out / hookpoint)[0]["metadata"]
+    assert (about["hook_name"], about["hf_hook_name"]) == expected
+    assert ("has no name in TransformerLens" in capsys.readouterr().out) is (expected[0] is None)
+    lm = AutoModelForCausalLM.from_config(small(config))
+    assert lm.get_submodule(about["hf_hook_name"]) is lm.base_model.get_submodule(hookpoint)
+
+
+def small(config: PretrainedConfig) -> PretrainedConfig:
+    """The same kind of LM, of few and narrow layers."""
+    sizes = {"vocab_size": 16, "num_hidden_layers": 2, "n_layer": 2, "head_dim": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "n_head": 2}
+    sizes |= {"hidden_size": 8, "n_embd": 8, "intermediate_size": 16, "ffn_dim": 16}
+    sizes |= {"word_embed_proj_dim": 8, "layer_types": None}
+    known = config.to_dict()
+    return type(config)(**{**known, **{n: v for n, v in sizes.items() if n in known}})
+
+
 def test_metadata_has_the_names_of_transformer_lens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +148,7 @@ def test_metadata_has_the_names_of_transformer_lens(
     shaped = [n for n in coders if parts(out / n)[0]["reshape_activations"] == "hook_z"]
     assert shaped == ["layers.2.attention.dense:input"]
     assert list(load_many(out)) == natsorted(coders)
-    said = {"model_name": "demo/lm", "dataset_path": "some/text", "context_size": 64}
+    said = {"model_name": "lm", "dataset_path": "some/text", "context_size": 64}
     said |= {"prepend_bos": False, "exclude_special_tokens": [5], "neuronpedia_id": None}
     said |= {"training_architecture": "topk", "l0": 3, "model_class_name": "HookedTransformer"}
     assert {name: about["layers.3"][name] for name in said} == said

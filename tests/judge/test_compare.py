@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from command_runs import call
-from other_programs import random_coder
+from other_programs import random_coder, save_run
 from torch import Tensor
 from training_runs import Settings, run
 from transformers import PreTrainedModel
@@ -103,6 +103,33 @@ def test_coders_of_several_programs_are_judged_on_one_text(
     texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert {"CE recovered", "FVU", "L0", "1: narrow layers.1", "2: theirs layers.1"} <= {*texts}
     assert call(monkeypatch, "compare", "narrow", *where) == 2
+
+
+@pytest.mark.parametrize("order", [("run", "bare"), ("bare", "run")])
+def test_all_read_the_rows_that_the_run_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, str]
+) -> None:
+    """Tokens that a run leaves out, and its column, are those of coders without a run too."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": "no", "content": f"x = {i}\ny = x + {i}\n"}) for i in range(900)]
+    Path("text.jsonl").write_text("\n".join(lines))
+    coder = random_coder(SaeConfig(num_latents=24, k=3), 192)
+    save_run(tmp_path / "run", {"layers.1": coder})
+    coder.save_to_disk(tmp_path / "bare/layers.1")
+    flags = {"model": LM, "dataset": "other.jsonl", "ctx_len": 64, "exclude_positions": 8}
+    flags |= {"text_column": "content", "split": "train", "eval_tokens": 512}
+    Path("run/run.json").write_text(json.dumps(flags))
+    command = ("compare", *order, "--dataset", "text.jsonl", "--tokens", "512")
+    assert call(monkeypatch, *command) == 0
+    first, second = json.loads(Path("comparison.json").read_text())["coders"]
+    assert (first["source"], second["source"]) == order
+    for figure in ("fvu", "l0", "dead_share", "predictions"):
+        assert first[figure] == second[figure]
+    assert (
+        call(monkeypatch, "evaluate", "bare", "--model", LM, *command[3:], "--ctx_len", "64") == 0
+    )
+    plain = json.loads(Path("bare/eval_other_text.json").read_text())["coders"]["layers.1"]
+    assert plain["fvu"] != first["fvu"]
 
 
 def test_the_example_in_the_documentation_works(

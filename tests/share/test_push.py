@@ -15,6 +15,7 @@ from loopback_hub import READER, WRITER, Hub, Repo, loopback_hub
 from other_programs import KINDS, assert_same_coder, random_coder, save_run
 
 from sae import load_many
+from sae.formats.origin import without_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +44,8 @@ def finished(tmp_path: Path) -> Path:
     of_coders = {name: {**figures, "path": str(run / "step_5" / name)} for name in coders}
     summary = {"step": 5, "tokens": 640, "wall_seconds": 2.0, "tokens_per_second": 320.0}
     (run / "summary.json").write_text(json.dumps({**summary, "hookpoints": of_coders}))
-    of = {"model": "org/tiny-lm", "dataset": str(text), "step": "step_5", "held_out": True}
+    elsewhere = str(tmp_path / "models/finetuned")  # judged in another LM than trained on
+    of = {"model": elsewhere, "dataset": str(text), "step": "step_5", "held_out": True}
     (run / "eval.json").write_text(json.dumps({"of": of, "coders": {"layers.1": {"fvu": 0.25}}}))
     (run / "report.html").write_text(f"<p>looked at on 512 tokens of {text}.</p>")
     return run
@@ -79,6 +81,7 @@ def test_the_dry_run_is_what_would_be_uploaded(
         "sae_lens/layers.1/cfg.json",
     ):
         assert str(tmp_path) not in (out / file).read_text(), file
+    assert json.loads((out / "eval.json").read_text())["of"]["model"] == "finetuned"
     text = (out / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head) == {
@@ -96,6 +99,18 @@ def test_the_dry_run_is_what_would_be_uploaded(
     assert 'load_many("org/name")' in body and "sae_lens/layers.1" in body and "torch 2." in body
     assert call(monkeypatch, *push, "--dry_run", str(out)) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_names_that_are_folders_here_lose_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absolute or not; a Hub id keeps its owner."""
+    monkeypatch.chdir(tmp_path)
+    Path("secret").mkdir()
+    Path("secret/text.jsonl").write_text("")
+    for name in (str(tmp_path / "secret/text.jsonl"), "secret/text.jsonl", "./secret/text.jsonl"):
+        assert without_folder(name) == "text.jsonl"
+    assert without_folder("org/data") == "org/data"
 
 
 def test_mistakes_are_refused_before_anything_is_sent(

@@ -83,12 +83,14 @@ def test_what_is_no_set_is_refused(tmp_path: Path) -> None:
     """SAEs, a layer that is missing, several widths, and coders without thresholds: by name."""
     full = {f"layers.{i}.mlp": random_coder(JUMPRELU["transcoder"]) for i in range(6)}
     other = {**full, "layers.5.mlp": random_coder(JUMPRELU["skip transcoder"])}
+    wider = replace(JUMPRELU["transcoder"], num_latents=32)
     topk = {name: random_coder(KINDS["transcoder"]) for name in full}
     cases = {
         "takes transcoders of MLPs": {**full, "layers.5.mlp": random_coder(JUMPRELU["sae"])},
         "takes transcoders of MLPs, of": {"layers.5": random_coder(JUMPRELU["transcoder"])},
         "a transcoder for each of 6 layers": dict([*full.items()][:5]),
         "all or none with a skip": other,
+        "takes transcoders of one width": {**full, "layers.5.mlp": random_coder(wider)},
         "reads a local TopK set as plain ReLU": topk,
     }
     for i, (why, coders) in enumerate(cases.items()):
@@ -129,6 +131,7 @@ def test_a_cross_layer_transcoder_is_the_same_function_there(
     """Two files per layer with exactly circuit-tracer's keys, and config.yaml; back it is exact."""
     cfg = TranscoderConfig(num_latents=24, k=3, activation="jumprelu", cross_layer=ahead)
     coders = cross_layer_coders(cfg)
+    coders["layers.2.mlp"].threshold.data[:12] = -0.5  # there they would let negative ones through
     run, out = run_with(tmp_path / "run", coders), tmp_path / "out"
     flags = ("--to", "circuit_tracer", "--out", str(out))
     assert call(monkeypatch, "export", str(run), *flags) == 0
@@ -157,7 +160,8 @@ def test_a_cross_layer_transcoder_is_the_same_function_there(
         assert torch.equal(again, latents) and torch.equal(y_again, y)
         assert back[name].cfg == coder.cfg
         for key, tensor in coder.state_dict().items():
-            assert torch.equal(back[name].state_dict()[key], tensor)
+            expected_there = tensor.clamp(min=0) if key == "threshold" else tensor
+            assert torch.equal(back[name].state_dict()[key], expected_there)
     assert call(monkeypatch, "export", str(run), *flags) == 2
 
 

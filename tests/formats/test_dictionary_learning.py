@@ -42,6 +42,7 @@ def test_what_is_written_is_the_same_function_there(
         "k": ((), torch.int32),
         "threshold": ((), f32),
     }
+    assert float(found["threshold"]) == -1  # it selects by k until a threshold is set
     config = json.loads((folder / "config.json").read_text())
     trainer = config["trainer"]
     expected = {"dict_class": "AutoEncoderTopK", "trainer_class": "TopKTrainer", "k": 3}

@@ -86,6 +86,12 @@ def assemble(cfg: PushConfig, folder: Path) -> None:
         if program != "sparsify":
             export_as_can_be(ExportConfig(cfg.run, out=str(folder / program), to=program))
     write_json(folder / "summary.json", _of_no_machine(summary, flags))
+    for file, command in (
+        ("eval.json", "evaluate RUN"),
+        (_PAGE, f"features RUN --out RUN/{_PAGE}"),
+    ):
+        if not (run / file).is_file():
+            print(f"note  {run} has no {file}, which python -m sae {command} makes: not in it")
     if evaluated:
         write_json(folder / "eval.json", _of_no_machine(evaluated, flags))
     if (run / _PAGE).is_file():

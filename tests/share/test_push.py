@@ -90,6 +90,8 @@ def test_the_dry_run_is_what_would_be_uploaded(
         "tags": ["sparse-autoencoder"],
         "base_model": "org/tiny-lm",
     }
+    assert "- Base model: org/tiny-lm" in body and "- Data set: text.txt" in body
+    assert "- Hookpoints: `layers.1`, `layers.3`" in body
     assert "| layers.1 | 24 | 3 | 0.25 | 2.5 | 0.01 | 0.9 |" in body
     assert "| layers.3 | 24 | 3 | 0.125 | 2.5 | 0.01 | 0.9 |" in body
     words = body.split("```bash\n")[1].split("```")[0].split()
@@ -99,6 +101,11 @@ def test_the_dry_run_is_what_would_be_uploaded(
     assert 'load_many("org/name")' in body and "sae_lens/layers.1" in body and "torch 2." in body
     assert call(monkeypatch, *push, "--dry_run", str(out)) == 2
     assert "is not empty" in capsys.readouterr().err
+    (finished / "report.html").unlink()
+    assert call(monkeypatch, *push, "--dry_run", str(tmp_path / "without")) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert len(said) == 1 and "has no report.html, which python -m sae features" in said[0]
+    assert not (tmp_path / "without/report.html").exists()
 
 
 def test_names_that_are_folders_here_lose_them(

@@ -145,7 +145,8 @@ def test_the_dry_run_knows_what_waits_for_layers_ahead(
     plan, piece = TrainConfig(coder=cfg, training=training), rows // pieces
     expected = max(step_bytes(plan, coder, piece, dtype.itemsize) for _, coder in bank.items())
     found = peak_bytes(step) - gradients
-    assert 0.65 * expected < found < 1.02 * expected + pre_acts
+    least = 0.65 if pieces == 1 else 0.5  # of several, what was read is freed on the way
+    assert least * expected < found < 1.02 * expected + pre_acts
 
 
 def test_the_dry_run_knows_that_a_gradient_waits_to_be_added(

@@ -144,5 +144,5 @@ def _vocabulary(cfg: ModelConfig) -> dict[str, int]:
     how = {"revision": cfg.revision, "token": cfg.hf_token, "trust_remote_code": False}
     try:
         return AutoTokenizer.from_pretrained(cfg.model, **how).get_vocab()
-    except Exception:  # of any library
+    except Exception:  # each tokenizer's backend has errors of its own
         return {}

@@ -193,7 +193,7 @@ class _Weighted(torch.autograd.Function):
 
 
 def _weighted(acts: Tensor, weight: float) -> Tensor:
-    return acts if weight == 1 else _Weighted.apply(acts, weight)  # type: ignore[no-any-return]
+    return acts if weight == 1 else _Weighted.apply(acts, weight)
 
 
 def coder_class(cfg: SparseCoderConfig) -> type[SparseCoder]:

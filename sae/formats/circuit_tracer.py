@@ -100,27 +100,37 @@ def read_config(path: Path, kind: str) -> dict[str, Any]:
     return config
 
 
+def coders_by_layer(
+    coders: dict[str, CoderFile], origin: Origin, what: str, instead: str
+) -> dict[int, str]:
+    """Layer -> the name of the coder of its MLP, of all layers.
+
+    Raises UsageError, which calls them `what`, unless there is one for each and no other.
+    """
+    found: dict[int, str] = {}
+    for name, coder in coders.items():
+        hook = input_of_mlp(origin.hookpoint(name), origin.model_type)
+        if not coder.cfg.transcode or hook is None or coder.d_in != coder.d_out:
+            raise UsageError(
+                f"{name}: circuit-tracer takes {what} of MLPs, of equal widths: {instead}"
+            )
+        found[int(hook.split(".")[1])] = name
+    layers = origin.layers or len(found)
+    if len(coders) != len(found) or sorted(found) != list(range(layers)):
+        raise UsageError(
+            f"circuit-tracer takes {what} of all {layers} layers, and these are of "
+            f"{sorted(found)}: train the others, too, with one seed, or {instead}"
+        )
+    return found
+
+
 def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[str]:
     """Write a set into `folder`; return notes.
 
     Raises NeedsThreshold for coders without thresholds, and UsageError where they are no set: not
     one transcoder for the MLP of every layer, all of one width.
     """
-    by_layer: dict[int, str] = {}
-    for name, coder in coders.items():
-        hook = input_of_mlp(origin.hookpoint(name), origin.model_type)
-        if not coder.cfg.transcode or hook is None or coder.d_in != coder.d_out:
-            raise UsageError(
-                f"{name}: circuit-tracer takes transcoders of MLPs, of equal widths: "
-                f"try --to sae_lens"
-            )
-        by_layer[int(hook.split(".")[1])] = name
-    layers = origin.layers or len(by_layer)
-    if len(coders) != len(by_layer) or sorted(by_layer) != list(range(layers)):
-        raise UsageError(
-            f"circuit-tracer takes a transcoder for each of {layers} layers, and there are some "
-            f"for {sorted(by_layer)}: train the others, too, with one seed"
-        )
+    by_layer = coders_by_layer(coders, origin, "transcoders", "try --to sae_lens")
     kinds = {(c.cfg.latents(c.d_in), c.cfg.skip_connection) for c in coders.values()}
     if len(kinds) > 1:
         raise UsageError("circuit-tracer takes transcoders of one width, all or none with a skip")

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
-from .circuit_tracer import INPUT, OUTPUT, read_config, said_in
+from .circuit_tracer import INPUT, OUTPUT, coders_by_layer, read_config, said_in
 from .coder_file import CoderFile, NeedsThreshold, check_floats, check_shapes, mean_l0
-from .hook_names import input_of_mlp, mlp_of_layer
+from .hook_names import mlp_of_layer
 from .origin import Origin
 from .pieces import Part, Stored
 
@@ -120,20 +120,11 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
     Raises NeedsThreshold for coders without thresholds, and UsageError where some of its layers
     are not there, or one has what these files cannot hold.
     """
-    by_layer: dict[int, str] = {}
-    for name, coder in coders.items():
-        hook = input_of_mlp(origin.hookpoint(name), origin.model_type)
-        if hook is None or coder.d_in != coder.d_out or coder.cfg.skip_connection:
-            raise UsageError(
-                f"{name}: circuit-tracer takes cross-layer transcoders of MLPs, of equal widths, "
-                f"without a skip: keep it as it is, or --to sparsify"
-            )
-        by_layer[int(hook.split(".")[1])] = name
-    layers = origin.layers or len(by_layer)
-    if len(coders) != len(by_layer) or sorted(by_layer) != list(range(layers)):
+    instead = "keep it as it is, or --to sparsify"
+    by_layer = coders_by_layer(coders, origin, "cross-layer transcoders", instead)
+    if skips := [name for name, coder in coders.items() if coder.cfg.skip_connection]:
         raise UsageError(
-            f"circuit-tracer takes a cross-layer transcoder of all {layers} layers, and this is of "
-            f"{sorted(by_layer)}, with one seed: train one of all, or --to sparsify"
+            f"{skips[0]}: circuit-tracer takes cross-layer transcoders without a skip: {instead}"
         )
     if bare := [name for name, coder in coders.items() if not coder.cfg.has_threshold]:
         raise NeedsThreshold(f"{bare[0]}: circuit-tracer has no TopK cross-layer transcoders")
@@ -148,7 +139,7 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
         plain = {key: t.contiguous() for key, t in W_enc.items()}
         save_file(plain, folder / f"W_enc_{layer}.safetensors", metadata=about)
         W_dec = [found["W_dec"]]
-        for i in range(1, layers - layer):
+        for i in range(1, len(by_layer) - layer):
             there = coders[by_layer[layer + i]].tensors
             W_dec.append(there.get(f"W_from.{i}", torch.zeros_like(W_dec[0])))
         stacked = {f"W_dec_{layer}": torch.stack(W_dec, dim=1)}

@@ -88,7 +88,9 @@ def test_what_is_no_set_is_refused(tmp_path: Path) -> None:
     cases = {
         "takes transcoders of MLPs": {**full, "layers.5.mlp": random_coder(JUMPRELU["sae"])},
         "takes transcoders of MLPs, of": {"layers.5": random_coder(JUMPRELU["transcoder"])},
-        "a transcoder for each of 6 layers": dict([*full.items()][:5]),
+        "takes transcoders of all 6 layers, and these are of .0, 1, 2, 3, 4.: train": dict(
+            [*full.items()][:5]
+        ),
         "all or none with a skip": other,
         "takes transcoders of one width": {**full, "layers.5.mlp": random_coder(wider)},
         "reads a local TopK set as plain ReLU": topk,

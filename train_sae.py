@@ -156,7 +156,7 @@ def train(
         schedule.check()
         bank.center_(*first_moments(capture, first_batches(), ranks), training.rms_units)
     if not resumes and training.finetune is not None:
-        ranks.main_first(bank.load_pretrained, training.finetune)
+        ranks.main_first(bank.load_pretrained, training.finetune, training.allow_pt)
         bank.normalize_decoders_()
     end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None
     bad_steps = BadSteps(training.max_bad_steps, ranks)

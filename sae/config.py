@@ -277,6 +277,8 @@ class TrainingConfig:
     """Sequences whose rows in a step share a selection (batchtopk); default: to give 256 rows."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
     """Steps with NaN or Inf that are skipped before the run ends."""
+    allow_pt: Annotated[bool, MAY_CHANGE] = False
+    """Open files of --finetune that are pickles (.pt), which can run code: of people you trust."""
 
     @property
     def uses_lm_loss(self) -> bool:

@@ -143,17 +143,17 @@ class CoderBank(nn.Module):
             if isinstance(coder, CrossLayerTranscoder) and rms_units:
                 coder.scale_sources_({name: Scale.of(x[name], y[name]) for name in y})
 
-    def load_pretrained(self, source: str) -> None:
+    def load_pretrained(self, source: str, allow_pt: bool = False) -> None:
         """Copy the weights of trained coders of the same names, from a folder or the Hub.
 
-        Raises UsageError where a hookpoint is missing there or a shape or kind differs.
+        Pickles are opened only with `allow_pt`. Raises UsageError where a hookpoint is missing
+        there or a shape or kind differs.
         """
         for name, coder in self.items():
             try:
-                tensors = _weights_for(coder, name, source)
+                tensors = _weights_for(coder, name, source, allow_pt)
             except UsageError as error:
-                said = str(error).replace("give --allow_pt, or write", "a run opens none: write")
-                raise UsageError(f"--finetune {source}: {said}") from None
+                raise UsageError(f"--finetune {source}: {error}") from None
             if coder.cfg.parts:
                 tensors = unfolded(tensors, coder.cfg.parts)
             coder.load_state_dict(tensors)
@@ -166,15 +166,15 @@ class CoderBank(nn.Module):
             coder.normalize_decoder_()
 
 
-def _weights_for(coder: SparseCoder, name: str, source: str) -> dict[str, Tensor]:
+def _weights_for(coder: SparseCoder, name: str, source: str, allow_pt: bool) -> dict[str, Tensor]:
     """Of the weights of a trained coder those that `coder` has here."""
-    found = _files_of(name, source)
+    found = _files_of(name, source, allow_pt)
     mine = shapes_of(coder.cfg, coder.d_in, coder.d_out)
     if kinds.kind_of(found) in ("sparsify", None):  # a coder in pieces is never whole in memory
         with opened(found) as (cfg, _, _, stored):
             _check_kind(name, cfg, coder.cfg, stored.shapes, mine)
             return stored.read_all(coder.piece)
-    cfg, _, _, tensors, _ = kinds.read(found)
+    cfg, _, _, tensors, _ = kinds.read(found, allow_pt)
     shapes = {key: tuple(t.shape) for key, t in tensors.items()}
     _check_kind(name, cfg, coder.cfg, shapes, mine)
     parts = {key: coder.piece and coder.piece.part_of(key) for key in tensors}
@@ -186,14 +186,14 @@ def _weights_for(coder: SparseCoder, name: str, source: str) -> dict[str, Tensor
     }
 
 
-def _files_of(name: str, source: str) -> Path:
+def _files_of(name: str, source: str, allow_pt: bool) -> Path:
     """The folder of the coder of this name; of a single one that does not say where it reads."""
     named = Path(source).exists() or HubName.parse(source).folder is not None
-    folder = coders_folder(source, pattern=None if named else name)
+    folder = coders_folder(source, None, None if named else name, allow_pt)
     if (folder / name).is_dir():
         return folder / name
     if not named:  # other programs' folders have names of their own
-        folder = coders_folder(source)
+        folder = coders_folder(source, allow_pt=allow_pt)
     found = kinds.list_coders(folder)
     if len(found) == 1 and not kinds.says_hookpoint(next(iter(found.values()))):
         return next(iter(found.values()))

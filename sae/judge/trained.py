@@ -213,7 +213,15 @@ def named_coders(cfg: CodersConfig) -> dict[str, SparseCoder]:
             f"one coder, and --hookpoint"
         )
     load = SparseCoder.load_from_disk
-    return {name: load(path, allow_pt=cfg.allow_pt) for name, path in paths.items()}
+    coders = {name: load(path, allow_pt=cfg.allow_pt) for name, path in paths.items()}
+    for name, path in paths.items():
+        if coders[name].cfg.transcode and (kinds.kind_of(path) or "").startswith("Gemma Scope"):
+            raise UsageError(
+                f"{cfg.coders}: {name} is a transcoder of Gemma Scope, from what "
+                f"pre_feedforward_layernorm gives to what post_feedforward_layernorm gives: two "
+                f"modules, and a hookpoint here is one. Load it by load_many, or export it"
+            )
+    return coders
 
 
 def _is_silent(path: Path, folder: Path) -> bool:

@@ -42,18 +42,15 @@ def evaluated(
     return json.loads(out.read_text())["coders"]
 
 
-def test_commands_take_coders_of_any_program(
+def test_coders_whose_files_say_no_hookpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The figures of ours, of SAELens' and of dictionary_learning's files are the same."""
+    """--hookpoint says where they read, and their figures are those of the coder; else refused."""
     ours = tmp_path / "ours"
     random_coder(KINDS["sae"], 192).save_to_disk(ours / "layers.1")
     figures = evaluated(monkeypatch, ours)
-    for program in ("sae_lens", "dictionary_learning"):
-        out = tmp_path / program / "coders"
-        assert call(monkeypatch, "export", str(ours), "--to", program, "--out", str(out)) == 0
-        assert evaluated(monkeypatch, out, "--allow_pt") == figures
-    # Files that do not say where the coder reads.
+    out = str(tmp_path / "sae_lens/coders")
+    assert call(monkeypatch, "export", str(ours), "--to", "sae_lens", "--out", out) == 0
     cfg = tmp_path / "sae_lens/coders/layers.1/cfg.json"
     cfg.write_text(json.dumps({**json.loads(cfg.read_text()), "metadata": {}}))
     silent = tmp_path / "silent"

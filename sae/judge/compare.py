@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from tyro.conf import Positional, arg
 
 from ..coders.sparse_coder import SparseCoder
@@ -20,9 +21,10 @@ from ..runs.json_files import check_target, read_json, write_json
 from ..runs.provenance import flags_of_run
 from .evaluate import evaluate_loaded
 from .figures import CoderFigures
-from .trained import CodersConfig, load_trained
+from .trained import CodersConfig, TrainedCoders, load_trained
 from .twins import NEAR, nearest_twins
 
+_SEQUENCES_TIMED = 4
 _FIGURES = ("fvu", "l0", "ce_recovered", "kl", "dead_share")
 
 
@@ -136,6 +138,7 @@ class Judged(NamedTuple):
     coder: SparseCoder
     figures: CoderFigures
     tokens_per_second: float
+    """Of the coder alone, without the LM."""
 
 
 def judged(cfg: CompareConfig) -> list[Judged]:
@@ -152,13 +155,29 @@ def judged(cfg: CompareConfig) -> list[Judged]:
         first = first or trained
         # Without --tokens a run held out a number of its own: the others read the same.
         shared["tokens"] = shared["tokens"] or len(trained.blocks) * trained.source.block_len
-        start = time.monotonic()
-        evaluation = evaluate_loaded(trained)
-        rate = shared["tokens"] / (time.monotonic() - start)
+        evaluation, rate = evaluate_loaded(trained), rates(trained)
         for name, coder in trained.state.bank.items():
             where = trained.state.bank.hookpoint[name]
-            found.append(Judged(source, name, where, coder, evaluation.coders[name], rate))
+            found.append(Judged(source, name, where, coder, evaluation.coders[name], rate[name]))
     return sorted(found, key=lambda one: cfg.runs.index(one.source))
+
+
+@torch.no_grad()
+def rates(trained: TrainedCoders) -> dict[str, float]:
+    """Rows of the text that each coder alone reconstructs in a second; the best of three."""
+    bank, found = trained.state.bank, dict[str, float]()
+    first = next(trained.source.batches(trained.blocks, _SEQUENCES_TIMED))
+    for _ in range(3):
+        pairs = trained.capture(first.to(trained.lm.device))
+        for name, coder in bank.items():
+            x, y = pairs[bank.hookpoint[name]]
+            start = time.monotonic()
+            float(
+                coder.errors(x if coder.cfg.transcode else y, y).squared_error
+            )  # waits for the device
+            rate = len(y) / (time.monotonic() - start)
+            found[name] = max(rate, found.get(name, 0.0))
+    return found
 
 
 def shared_latents(coders: list[Judged], near: float) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from tyro.conf import Positional, arg
 
 from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
+from ..runs.folder import NOT_FLAGS
 from ..runs.json_files import check_target, read_json, write_json
 from ..runs.provenance import flags_of_run
 from .evaluate import evaluate_loaded
@@ -86,8 +87,12 @@ def figures_of(run: str, prefix: int | None = None) -> dict[str, dict[str, float
     return found
 
 
+def _said(value: Any) -> str:
+    return ", ".join(map(" ".join, value.items())) if isinstance(value, dict) else json.dumps(value)
+
+
 def differing_flags(runs: tuple[str, ...]) -> dict[str, list[Any]]:
-    """The flags that are not the same in all runs, and what each run was given."""
+    """The flags that are not the same in all runs, processes and versions, and what each had."""
     given = [read_json(Path(run) / "run.json") for run in runs]
     names = dict.fromkeys(name for flags in given for name in flags)
     values = {name: [flags.get(name) for flags in given] for name in names}
@@ -111,7 +116,8 @@ def comparison(runs: tuple[str, ...], near: float) -> str:
                 cells = ("" if value is None else f"{value:.4f}" for value in values)
                 rows.append([f"{coder} {figure.replace('_', ' ')}", *cells])
     for name, values in differing_flags(runs).items():
-        rows.append([f"--{name}", *(json.dumps(value) for value in values)])
+        label = name.replace("_", " ") if name in NOT_FLAGS else f"--{name}"
+        rows.append([label, *map(_said, values)])
     first = SparseCoder.load_many(runs[0])
     others = [SparseCoder.load_many(run) for run in runs[1:]]
     for coder, ours in first.items():

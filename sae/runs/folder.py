@@ -1,6 +1,6 @@
 """The folder of a run: what was asked for, whether it may go on, which checkpoints are whole.
 
-RUN/run.json   the run's flags (never the token)
+RUN/run.json   the run's flags (never the token); of its first launch, processes and versions
 """
 
 import json
@@ -19,6 +19,8 @@ from .json_files import read_json, write_json
 from .lock import lock
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
+NOT_FLAGS = ("sequences_per_batch", "processes", "versions")
+"""What run.json says beside flags."""
 
 
 def run_folder(cfg: Any) -> Path:
@@ -49,14 +51,15 @@ def open_run(folder: Path, flags: dict[str, Any], cfg: Any, ranks: Ranks) -> boo
     another process writes to, or that holds a run which is not resumed or had other flags. `flags`
     are those recorded, of `cfg`.
     """
-    versions = {f"the version of {package}": _version(package) for package in _PACKAGES}
+    versions = {package: _version(package) for package in _PACKAGES}
     # Machines may differ in their number of cores, which is this flag's default.
     given = {f"--{n}": v for n, v in flags.items() if n != "data_preprocessing_num_proc"}
-    ranks.same({**given, **versions})
+    ranks.same({**given, **{f"the version of {name}": v for name, v in versions.items()}})
+    launch = {"processes": ranks.world, "versions": {n: v for n, v in versions.items() if v}}
     found: dict[str, bool] = {}
     with ranks.together():
         if ranks.main:
-            found["resumes"] = _open_run(folder, flags, cfg)
+            found["resumes"] = _open_run(folder, flags, cfg, launch)
     return ranks.merge(found)["resumes"]
 
 
@@ -67,7 +70,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _open_run(folder: Path, flags: dict[str, Any], cfg: Any) -> bool:
+def _open_run(folder: Path, flags: dict[str, Any], cfg: Any, launch: dict[str, Any]) -> bool:
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
@@ -86,7 +89,7 @@ def _open_run(folder: Path, flags: dict[str, Any], cfg: Any) -> bool:
     if flags["resume"]:
         print(f"--resume: {folder} holds no checkpoint yet; the run starts from the beginning")
     with _writable(folder):
-        write_json(folder / "run.json", flags)
+        write_json(folder / "run.json", {**flags, **launch})
     return False
 
 

@@ -72,7 +72,10 @@ def card(
         lines += ["", "In SAELens:", "", "```python", "from sae_lens import SAE", ""]
         lines += [f'sae = SAE.from_pretrained("{repo}", "sae_lens/{first}")', "```"]
     lines += ["", "## How they were trained", "", "```bash", command(flags, defaults), "```"]
-    return "\n".join([*lines, "", f"With {', '.join(_versions())}.", ""])
+    recorded = flags.get("versions")
+    versions = [f"{n} {v}" for n, v in recorded.items()] if recorded else _versions()
+    when = "" if recorded else " (when this page was made)"
+    return "\n".join([*lines, "", f"With {', '.join(versions)}{when}.", ""])
 
 
 def _kind(cfg: SparseCoderConfig) -> str:
@@ -85,7 +88,9 @@ def _kind(cfg: SparseCoderConfig) -> str:
 
 def command(flags: dict[str, Any], defaults: dict[str, Any]) -> str:
     """The command of a run: the flags that are not as they are if left out."""
-    words = ["python", "train_sae.py"]
+    processes = flags.get("processes", 1)
+    several = ["accelerate", "launch", "--num_processes", str(processes)]
+    words = [*(several if processes > 1 else ["python"]), "train_sae.py"]
     words += [_shown(flags.get(name)) for name in ("model", "dataset")]
     for name, value in flags.items():
         if name in _NOT_SHOWN or name not in defaults:

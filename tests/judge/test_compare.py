@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -52,6 +53,10 @@ def test_comparison_shows_figures_flags_and_shared_latents(
         "lr": [None, 0.02],
         "run_name": ["a", "b"],
     }
+    recorded = json.loads((Path(folders[1]) / "run.json").read_text())
+    assert recorded["processes"] == 1 and recorded["versions"]["torch"] == version("torch")
+    recorded["versions"] = {"torch": "2.9.1"}
+    (Path(folders[1]) / "run.json").write_text(json.dumps(recorded))
     judged = {"layers.1": {"predictions": {"ce_recovered": 0.9, "kl": 0.25}}}
     for folder, step, held_out in ((folders[0], "step_20", False), (folders[1], "step_20", True)):
         of = {"step": step, "held_out": held_out}
@@ -63,6 +68,9 @@ def test_comparison_shows_figures_flags_and_shared_latents(
         other = second["hookpoints"][hookpoint]["fvu"]
         assert f"{figures['fvu']:.4f}" in row and row.endswith(f"{other:.4f}")
     text = "\n".join(lines.values())
+    assert any(
+        row.startswith("versions ") and row.endswith("torch 2.9.1") for row in lines.values()
+    )
     assert text.count("0.9000") == 1 and "0.2500" in text and "--lr" in text and "2,560" in text
     same = comparison((folders[0], folders[0]), near=0.999)
     assert same.count("128 (mean 1.000)") == 3

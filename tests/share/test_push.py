@@ -39,6 +39,7 @@ def finished(tmp_path: Path) -> Path:
     flags = {"model": "org/tiny-lm", "dataset": str(text), "ctx_len": 64, "k": 3, "lr": 0.004}
     flags |= {"optimizer": "adam", "normalize_decoder": False, "hookpoints": ["layers.1"]}
     flags |= {"eval_tokens": 512, "split": "train", "text_column": None}
+    flags |= {"processes": 2, "versions": {"torch": "2.9.1", "transformers": "5.1"}}
     (run / "run.json").write_text(json.dumps(flags))
     figures = {"fvu": 0.125, "l0": 2.5, "dead_share": 0.01, "predictions": {"ce_recovered": 0.9}}
     of_coders = {name: {**figures, "path": str(run / "step_5" / name)} for name in coders}
@@ -95,17 +96,24 @@ def test_the_dry_run_is_what_would_be_uploaded(
     assert "| layers.1 | 24 | 3 | 0.25 | 2.5 | 0.01 | 0.9 |" in body
     assert "| layers.3 | 24 | 3 | 0.125 | 2.5 | 0.01 | 0.9 |" in body
     words = body.split("```bash\n")[1].split("```")[0].split()
-    assert words[:4] == ["python", "train_sae.py", "org/tiny-lm", "text.txt"]
+    launch = "accelerate launch --num_processes 2 train_sae.py org/tiny-lm text.txt"
+    assert words[:7] == launch.split()
     given = "--ctx_len 64 --eval_tokens 512 --k 3 --lr 0.004 --no-normalize_decoder"
-    assert sorted(words[4:]) == sorted([*given.split(), "--hookpoints", "layers.1"])
-    assert 'load_many("org/name")' in body and "sae_lens/layers.1" in body and "torch 2." in body
+    assert sorted(words[7:]) == sorted([*given.split(), "--hookpoints", "layers.1"])
+    assert 'load_many("org/name")' in body and "sae_lens/layers.1" in body
+    assert "With torch 2.9.1, transformers 5.1." in body
     assert call(monkeypatch, *push, "--dry_run", str(out)) == 2
     assert "is not empty" in capsys.readouterr().err
     (finished / "report.html").unlink()
+    flags = json.loads((finished / "run.json").read_text())
+    del flags["processes"], flags["versions"]  # as older runs have it
+    (finished / "run.json").write_text(json.dumps(flags))
     assert call(monkeypatch, *push, "--dry_run", str(tmp_path / "without")) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert len(said) == 1 and "has no report.html, which python -m sae features" in said[0]
     assert not (tmp_path / "without/report.html").exists()
+    text = (tmp_path / "without/README.md").read_text()
+    assert "python train_sae.py" in text and "(when this page was made)." in text
 
 
 def test_names_that_are_folders_here_lose_them(

@@ -6,6 +6,7 @@ CODERS/<name>/sae_weights.safetensors   W_enc [D L], b_enc, W_dec [L D_out], b_d
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .coder_file import (
     mean_l0,
     whole_number,
 )
-from .hook_names import input_of_mlp, our_name, their_names
+from .hook_names import input_of_mlp, mlp_of_layer, our_name, their_names
 from .origin import Origin
 from .pieces import Stored
 
@@ -40,6 +41,19 @@ _TRANSCODERS = (
     *("transcoder", "skip_transcoder"),
     *("jumprelu_transcoder", "jumprelu_skip_transcoder"),
 )
+
+
+_PER_ROW = "which scales every row on its own: no weights do the same"
+_FOLD = "fold it in SAELens, by {}, and save again"
+_LOST = f"without its norm_scaling_factor: {_FOLD.format('fold_activation_norm_scaling_factor')}"
+_NORMALIZATIONS = {
+    True: _LOST,
+    "expected_average_only_in": _LOST,
+    "constant_norm_rescale": _PER_ROW,
+    "layer_norm": _PER_ROW,
+    "covariance_whitening": "without its matrix: " + _FOLD.format("fold_activation_whitening"),
+}
+"""Of activations, and why a coder with it cannot be read."""
 
 
 def is_coder(path: Path) -> bool:
@@ -65,8 +79,13 @@ def _place(cfg: dict[str, Any]) -> tuple[str | None, bool]:
         transcode = said
     if isinstance(ours := about.get("hookpoint"), str):
         return ours, transcode
-    head = about.get("hook_head_index")
-    return None if transcode else our_name(*names, about.get("model_name"), head), transcode
+    head, model = about.get("hook_head_index"), about.get("model_name")
+    if not transcode:
+        return our_name(*names, model, head), False
+    layer = re.fullmatch(r"blocks\.(\d+)\.mlp\.hook_in", str(names[0]))
+    if layer is None or outs[0] != f"blocks.{layer[1]}.hook_mlp_out":
+        return None, True
+    return mlp_of_layer(int(layer[1]), model), True
 
 
 def read(path: Path) -> CoderFile:
@@ -86,6 +105,7 @@ def read(path: Path) -> CoderFile:
         check_shapes(stored.path, stored.shapes, shapes)
         found = stored.read_all(None)
         check_floats(stored.path, found)
+    norms = torch.linalg.vector_norm(found["W_dec"], dim=1)  # before they are scaled
     _fold_scaling_(file, cfg, found)
     W_enc, b_enc, threshold = found["W_enc"].T, found.get("b_enc"), found.get("threshold")
     about = cfg["metadata"]
@@ -99,8 +119,7 @@ def read(path: Path) -> CoderFile:
         threshold = torch.zeros_like(b_enc)
     if kind == "topk":
         k = whole_number(file, cfg, "k")  # where it is missing, SAELens takes 100
-        if cfg.get("rescale_acts_by_decoder_norm", False) and not has_unit_rows(W_dec):
-            norms = torch.linalg.vector_norm(W_dec, dim=1)
+        if cfg.get("rescale_acts_by_decoder_norm", False) and not _are_ones(norms):
             W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
     return coder_file(
         *(W_enc, b_enc, W_dec, found["b_dec"]),
@@ -112,6 +131,10 @@ def read(path: Path) -> CoderFile:
         W_skip=found.get("W_skip"),
         hookpoint=hookpoint,
     )
+
+
+def _are_ones(norms: Tensor) -> bool:
+    return has_unit_rows(norms[:, None])
 
 
 def _is_batchtopk(cfg: dict[str, Any], threshold: Tensor | None) -> bool:
@@ -149,15 +172,8 @@ def _fold_scaling_(path: Path, cfg: dict[str, Any], found: dict[str, Tensor]) ->
         return
     factor = cfg.get("norm_scaling_factor")
     if kind not in (True, "expected_average_only_in") or not isinstance(factor, (int, float)):
-        raise UsageError(
-            f"{path}: normalize_activations is {kind!r}, "
-            + (
-                "without its norm_scaling_factor: fold it in SAELens, by "
-                "fold_activation_norm_scaling_factor, and save again"
-                if kind in (True, "expected_average_only_in")
-                else "which scales every row on its own: no weights do the same"
-            )
-        )
+        why = _NORMALIZATIONS.get(kind, "which is not known here")
+        raise UsageError(f"{path}: normalize_activations is {kind!r}, {why}")
     found["W_enc"] = found["W_enc"] * factor
     found["W_dec"], found["b_dec"] = found["W_dec"] / factor, found["b_dec"] / factor
 

@@ -289,6 +289,8 @@ REFUSED = {
     "k is missing": ({"k": None}, "k is None"),
     "per-row scaling": ({"normalize_activations": "constant_norm_rescale"}, "every row on its own"),
     "layer norm": ({"normalize_activations": "layer_norm"}, "every row on its own"),
+    "whitening": ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
+    "unheard of": ({"normalize_activations": "mean"}, "'mean', which is not known here"),
     "lost scale": ({"normalize_activations": "expected_average_only_in"}, "norm_scaling_factor"),
     "architecture": ({"architecture": "matching_pursuit"}, "those that can be read are standard"),
     "finetuned": ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
@@ -307,11 +309,12 @@ def test_what_cannot_be_held_is_refused_by_name(tmp_path: Path, kind: str) -> No
         load_many(tmp_path)
 
 
-def test_a_known_scale_is_folded(tmp_path: Path) -> None:
-    """Activations that SAELens scaled by one factor are read as they are."""
+@pytest.mark.parametrize("rescale", [True, False])
+def test_a_known_scale_is_folded(tmp_path: Path, rescale: bool) -> None:
+    """Activations that SAELens scaled by one factor are read as they are, with its latents."""
     scaled = {"normalize_activations": "expected_average_only_in", "norm_scaling_factor": 2.5}
     cfg, tensors = write(tmp_path / "c", "topk", apply_b_dec_to_input=True, **scaled)
-    cfg["rescale_acts_by_decoder_norm"] = False
+    cfg["rescale_acts_by_decoder_norm"] = rescale
     (tmp_path / "c/cfg.json").write_text(json.dumps(cfg))
     inner = sae_lens(cfg, tensors)
 
@@ -354,6 +357,26 @@ NAMES = {
     "unknown model": ({"hook_name": "blocks.2.hook_attn_out", "model_name": "mamba"}, "c"),
     "embeddings": ({"hook_name": "blocks.0.hook_resid_pre", "model_name": "gpt2"}, "c"),
 }
+
+
+MLPS = {
+    "what enters": (("blocks.7.mlp.hook_in", "blocks.7.hook_mlp_out", "gpt2-small"), "h.7.mlp"),
+    "of Llama": (("blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out", "Llama-3"), "layers.2.mlp"),
+    "before the norm's weights": (("blocks.7.ln2.hook_normalized", "blocks.7.hook_mlp_out"), "c"),
+    "another layer": (("blocks.7.mlp.hook_in", "blocks.8.hook_mlp_out"), "c"),
+    "behind a norm": (("blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out", "gemma-2-2b"), "c"),
+    "unknown model": (("blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out", "mamba"), "c"),
+}
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_the_mlp_of_a_transcoder_comes_from_the_metadata(tmp_path: Path, kind: str) -> None:
+    """Where it goes from what enters one MLP to what leaves it; else the folder's name stands."""
+    (into, out, *model), name = MLPS[kind]
+    about = {"hook_name": into, "hook_name_out": out, "model_name": (*model, "gpt2")[0]}
+    write(tmp_path / "coders" / "c", "transcoder", metadata=about)
+    ((found, coder),) = load_many(tmp_path / "coders").items()
+    assert found == name and coder.cfg.transcode
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -27,9 +27,6 @@ class CoderFile(NamedTuple):
     """The module of the base model that it reads, where its files say so clearly."""
 
 
-FOLDED = "b_dec is folded into the encoder's bias, exact but for float32's rounding"
-
-
 class NeedsThreshold(UsageError):
     """A program can hold a coder only with a threshold for every latent, instead of its k."""
 
@@ -82,6 +79,16 @@ def coder_file(
         tensors["threshold"] = threshold.float()
     plain = {name: t.contiguous() for name, t in tensors.items()}
     return CoderFile(cfg, W_enc.shape[1], W_dec.shape[1], plain, hookpoint)
+
+
+def fold_b_dec(tensors: dict[str, Tensor], adds: bool) -> tuple[Float[Tensor, " L"], str]:
+    """The encoder's bias with W_enc b_dec added or subtracted, and what that rounds, as a note."""
+    W_enc, bias, b_dec = (tensors[n] for n in ("encoder.weight", "encoder.bias", "b_dec"))
+    sign = 1 if adds else -1
+    folded = bias + sign * (W_enc @ b_dec)
+    exact = bias.double() + sign * (W_enc.double() @ b_dec.double())
+    moved = float((folded - exact).abs().max())
+    return folded, f"b_dec is folded into the encoder's bias, which is rounded by up to {moved:.1e}"
 
 
 def has_unit_rows(W_dec: Float[Tensor, "L D"]) -> bool:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..flag_checks import UsageError
 from .coder_file import (
-    FOLDED,
     CoderFile,
     NeedsThreshold,
     at_least_float32,
     check_floats,
     check_shapes,
     coder_file,
+    fold_b_dec,
     json_object,
     mean_l0,
     whole_number,
@@ -188,9 +188,8 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
         found = at_least_float32(found)
     bias, notes = found["encoder.bias"], []
     if centred == cfg.transcode:  # what is subtracted there is not here, or the other way round
-        shift = found["encoder.weight"] @ found["b_dec"]
-        bias = bias + (shift if centred else -shift)
-        notes.append(f"{name}: {FOLDED}")
+        bias, note = fold_b_dec(found, adds=centred)
+        notes.append(f"{name}: {note}")
     if cfg.matryoshka and kind != "MatryoshkaBatchTopKSAE":
         notes.append(f"{name}: the sizes of its prefixes have no place in {kind}")
     if kind in _PLAIN:

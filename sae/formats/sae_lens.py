@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..flag_checks import UsageError
 from .coder_file import (
-    FOLDED,
     CoderFile,
     NeedsThreshold,
     at_least_float32,
     check_floats,
     check_shapes,
     coder_file,
+    fold_b_dec,
     has_unit_rows,
     json_object,
     mean_l0,
@@ -208,9 +208,9 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
     elif cfg.has_threshold:
         kind = f"jumprelu{'_skip' if cfg.skip_connection else ''}_transcoder"
         if apply_b_dec:  # such a coder reads x as it is
-            bias = bias - found["encoder.weight"] @ found["b_dec"]
+            bias, note = fold_b_dec(found, adds=False)
             apply_b_dec = False
-            notes.append(f"{name}: {FOLDED}")
+            notes.append(f"{name}: {note}")
     tensors = {"W_enc": found["encoder.weight"].T, "b_enc": bias}
     tensors |= {"W_dec": found["W_dec"], "b_dec": found["b_dec"]}
     if cfg.has_threshold:

@@ -1,6 +1,7 @@
 """Files of dictionary_learning, and that no pickle is opened without being asked for."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,23 @@ def test_what_is_written_is_the_same_function_there(
     if kind == "transcoder":  # its bias was folded and unfolded
         return assert_same_function(back, dictionary_learning(trainer, found))
     return assert_same_coder(coder, back)
+
+
+@torch.no_grad()
+def test_what_a_fold_rounds_is_said_in_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest difference between the bias in the file and the one in float64."""
+    coder = random_coder(JUMPRELU["sae"])
+    run, out = save_run(tmp_path / "run", {"layers.3": coder}), tmp_path / "out"
+    flags = ("--to", "dictionary_learning", "--out", str(out))
+    assert call(monkeypatch, "export", str(run), *flags) == 0
+    W_enc, b_enc, b_dec = coder.encoder.weight, coder.encoder.bias, coder.b_dec
+    exact = b_enc.double() - W_enc.double() @ b_dec.double()
+    written = torch.load(out / "layers.3/ae.pt", weights_only=True)["b_enc"]
+    said = re.search(r"which is rounded by up to (\S+)\n", capsys.readouterr().out)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(float((written - exact).abs().max()), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["sae", "one threshold", "batchtopk", "matryoshka", "transcoder"])

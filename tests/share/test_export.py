@@ -25,6 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from sae import SaeConfig, SparseCoder, TranscoderConfig, UsageError, load_many
 from sae.config import Columns
 from sae.formats.coder_file import NeedsThreshold
+from sae.judge.trained import CodersConfig, load_trained
 from sae.share.export import ExportConfig, Program, export
 from sae.share.origins import origin_of
 
@@ -100,6 +101,33 @@ def test_thresholds_are_made_where_a_program_has_no_k(
     theirs = load_many(tmp_path / "set")
     assert list(theirs) == [f"layers.{i}.mlp" for i in range(6)]
     assert torch.equal(theirs["layers.3.mlp"].threshold, load_many(out)["layers.3.mlp"].threshold)
+
+
+def test_thresholds_are_made_on_what_the_run_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the folder of a run: each latent is active there as often as before."""
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n\n\nfor i in range(7):\n    print(f(i))\n" * 400)
+    coder = random_coder(SaeConfig(num_latents=24, k=3, activation="groupmax"), 192)
+    run = save_run(tmp_path / "run", {"layers.1": coder})
+    flags = {"model": LM, "dataset": str(text), "ctx_len": 64, "eval_tokens": 512}
+    flags |= {"split": "train", "text_column": None, "batch_size": 1, "grad_acc_steps": 1}
+    (run / "run.json").write_text(json.dumps(flags))
+    command = ("export", str(run), "--to", "dictionary_learning", "--out", str(tmp_path / "out"))
+    assert call(monkeypatch, *command) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.startswith("layers.1 ")]
+    groupmax, jumprelu = (next(r for r in rows if r[1] == k) for k in ("groupmax", "jumprelu"))
+    assert groupmax[4] == jumprelu[4] == "3.0"  # L0
+    trained = load_trained(CodersConfig(str(run)))
+    assert trained.held_out and len(trained.blocks) == 8
+    made = load_many(tmp_path / "out", allow_pt=True)["layers.1"]
+    y = torch.cat(
+        [trained.capture(b)["layers.1"][1] for b in trained.source.batches(trained.blocks, 1)]
+    )
+    before, after = ((dense(c, y)[0] > 0).sum(0) for c in (coder, made))
+    assert int((before - after).abs().max()) <= 1
 
 
 def test_what_begins_every_sequence_is_known(tmp_path: Path) -> None:

@@ -98,11 +98,14 @@ def test_soap_is_adam_in_the_eigenbasis_of_the_columns() -> None:
 
 
 def test_default_learning_rates() -> None:
-    """Signum 5e-3 over sqrt(L / 2^14), soap 1.5 times adam's; a rate that is given is taken."""
-    adam, soap = (
-        Schedule(TrainingConfig(optimizer=n), 700, 1).peak_lr(3072) for n in ("adam", "soap")
-    )
-    assert soap == 1.5 * adam
+    """By latents and steps as docs/recipes.md says; a rate that is given is taken."""
+    for optimizer in ("adam", "soap"):
+        cfg = TrainingConfig(optimizer=optimizer)
+        for latents, steps, expected in (
+            *((3072, 700, 1.16e-2), (12288, 700, 5.05e-3), (2**14, 2800, 2.125e-3)),
+            *((3072, 100, 1.7e-2), (2**20, 70000, 3.51e-5)),
+        ):
+            assert Schedule(cfg, steps, 1).peak_lr(latents) == pytest.approx(expected, rel=2e-3)
     assert Schedule(TrainingConfig(optimizer="signum"), 9, 1).peak_lr(2**14) == 5e-3
     assert math.isclose(Schedule(TrainingConfig(optimizer="signum"), 9, 1).peak_lr(2**16), 2.5e-3)
     assert Schedule(TrainingConfig(lr=0.5), 9, 1).peak_lr(7) == 0.5

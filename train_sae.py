@@ -156,7 +156,8 @@ def train(
         schedule.check()
         bank.center_(*first_moments(capture, first_batches(), ranks), training.rms_units)
     if not resumes and training.finetune is not None:
-        ranks.main_first(bank.load_pretrained, training.finetune, training.allow_pt)
+        from_where = training.finetune, training.allow_pt, cfg.model.hf_token
+        ranks.main_first(bank.load_pretrained, *from_where)
         bank.normalize_decoders_()
     end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None
     bad_steps = BadSteps(training.max_bad_steps, ranks)
@@ -239,8 +240,7 @@ def train(
 
     evaluation = evaluate()
     log.evaluation(total_steps, evaluation.scalars())
-    figures, all_at_once = evaluation.by_coder(), evaluation.all_at_once()
-    summary = summarize(folder, total_steps, log.seconds, figures, all_at_once, state)
+    summary = summarize(folder, total_steps, log.seconds, *evaluation.as_json(), state)
     log.close()
     unlock(folder)
     if ranks.main:

@@ -143,7 +143,9 @@ class CoderBank(nn.Module):
             if isinstance(coder, CrossLayerTranscoder) and rms_units:
                 coder.scale_sources_({name: Scale.of(x[name], y[name]) for name in y})
 
-    def load_pretrained(self, source: str, allow_pt: bool = False) -> None:
+    def load_pretrained(
+        self, source: str, allow_pt: bool = False, token: str | None = None
+    ) -> None:
         """Copy the weights of trained coders of the same names, from a folder or the Hub.
 
         Pickles are opened only with `allow_pt`. Raises UsageError where a hookpoint is missing
@@ -151,7 +153,9 @@ class CoderBank(nn.Module):
         """
         for name, coder in self.items():
             try:
-                tensors = _weights_for(coder, name, source, allow_pt)
+                tensors = _weights_for(
+                    coder, _files_of(name, source, allow_pt, token), name, allow_pt
+                )
             except UsageError as error:
                 raise UsageError(f"--finetune {source}: {error}") from None
             if coder.cfg.parts:
@@ -166,9 +170,8 @@ class CoderBank(nn.Module):
             coder.normalize_decoder_()
 
 
-def _weights_for(coder: SparseCoder, name: str, source: str, allow_pt: bool) -> dict[str, Tensor]:
+def _weights_for(coder: SparseCoder, found: Path, name: str, allow_pt: bool) -> dict[str, Tensor]:
     """Of the weights of a trained coder those that `coder` has here."""
-    found = _files_of(name, source, allow_pt)
     mine = shapes_of(coder.cfg, coder.d_in, coder.d_out)
     if kinds.kind_of(found) in ("sparsify", None):  # a coder in pieces is never whole in memory
         with opened(found) as (cfg, _, _, stored):
@@ -186,14 +189,14 @@ def _weights_for(coder: SparseCoder, name: str, source: str, allow_pt: bool) -> 
     }
 
 
-def _files_of(name: str, source: str, allow_pt: bool) -> Path:
+def _files_of(name: str, source: str, allow_pt: bool, token: str | None) -> Path:
     """The folder of the coder of this name; of a single one that does not say where it reads."""
     named = Path(source).exists() or HubName.parse(source).folder is not None
-    folder = coders_folder(source, None, None if named else name, allow_pt)
+    folder = coders_folder(source, None, None if named else name, allow_pt, token)
     if (folder / name).is_dir():
         return folder / name
     if not named:  # other programs' folders have names of their own
-        folder = coders_folder(source, allow_pt=allow_pt)
+        folder = coders_folder(source, allow_pt=allow_pt, token=token)
     found = kinds.list_coders(folder)
     if len(found) == 1 and not kinds.says_hookpoint(next(iter(found.values()))):
         return next(iter(found.values()))

@@ -358,14 +358,16 @@ class SparseCoder(nn.Module):
         decoder: bool = True,
         pattern: str | None = None,
         allow_pt: bool = False,
+        token: str | None = None,
     ) -> dict[str, "SparseCoder"]:
         """Every coder of a folder or Hub repository by its hookpoint, in natural order.
 
         A run's folder stands for its newest whole checkpoint; of the Hub, `name` is a repository,
         with `@revision` and `/folder` behind it where wanted. `layers` names hookpoints, `pattern`
-        is a glob over them; `local` forces (True) or forbids (False) reading `name` as a folder.
+        is a glob over them; `local` forces (True) or forbids (False) reading `name` as a folder;
+        `token` stands in for HF_TOKEN.
         """
-        folder = hub.coders_folder(name, local, pattern, allow_pt)
+        folder = hub.coders_folder(name, local, pattern, allow_pt, token)
         found = {
             hookpoint: SparseCoder.load_from_disk(path, device, decoder=decoder, allow_pt=allow_pt)
             for hookpoint, path in kinds.list_coders(folder, layers, pattern).items()
@@ -381,7 +383,8 @@ class SparseCoder(nn.Module):
         *,
         decoder: bool = True,
         allow_pt: bool = False,
+        token: str | None = None,
     ) -> "SparseCoder":
         """The coder of one hookpoint of a Hub repository (or its only one)."""
-        folder = hub.coder_folder(name, hookpoint, allow_pt)
+        folder = hub.coder_folder(name, hookpoint, allow_pt, token)
         return SparseCoder.load_from_disk(folder, device, decoder=decoder, allow_pt=allow_pt)

@@ -45,22 +45,29 @@ class HubName(NamedTuple):
 
 
 def coders_folder(
-    name: str | Path, local: bool | None = None, pattern: str | None = None, allow_pt: bool = False
+    name: str | Path,
+    local: bool | None = None,
+    pattern: str | None = None,
+    allow_pt: bool = False,
+    token: str | None = None,
 ) -> Path:
     """The folder of the coders of a folder, a run or a Hub repository.
 
     `local` forces (True) or forbids (False) reading `name` as a folder. Of a repository only the
-    folders that the glob `pattern` matches are downloaded, and pickles only with `allow_pt`.
+    folders that the glob `pattern` matches are downloaded, and pickles only with `allow_pt`;
+    `token` stands in for HF_TOKEN.
     """
     if local or (local is None and Path(name).exists()):
         return newest_coders(Path(name))
-    return _snapshot(str(name), pattern, allow_pt)
+    return _snapshot(str(name), pattern, allow_pt, token)
 
 
-def coder_folder(name: str, hookpoint: str | None = None, allow_pt: bool = False) -> Path:
+def coder_folder(
+    name: str, hookpoint: str | None = None, allow_pt: bool = False, token: str | None = None
+) -> Path:
     """The folder of one coder of a Hub repository, downloaded; its only one without a name."""
     check_name(hookpoint or "")
-    root = _snapshot(name, hookpoint, allow_pt)
+    root = _snapshot(name, hookpoint, allow_pt, token)
     folder = root if hookpoint is None else root / hookpoint
     if kinds.kind_of(folder) is None:
         what = "is not one coder" if hookpoint is None else f"has no coder at hookpoint {hookpoint}"
@@ -68,7 +75,7 @@ def coder_folder(name: str, hookpoint: str | None = None, allow_pt: bool = False
     return folder
 
 
-def _snapshot(name: str, pattern: str | None, allow_pt: bool) -> Path:
+def _snapshot(name: str, pattern: str | None, allow_pt: bool, token: str | None) -> Path:
     repo, revision, folder = HubName.parse(name)
     inside = "/".join(part for part in (folder, pattern) if part)
     files = (*_FILES, *(("*.pt",) if allow_pt else ()))
@@ -78,7 +85,11 @@ def _snapshot(name: str, pattern: str | None, allow_pt: bool) -> Path:
         root = Path(
             patiently(
                 lambda: snapshot_download(
-                    repo, revision=revision, allow_patterns=wanted, ignore_patterns=files_of_runs
+                    repo,
+                    revision=revision,
+                    allow_patterns=wanted,
+                    ignore_patterns=files_of_runs,
+                    token=token,
                 )
             )
         )

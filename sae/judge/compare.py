@@ -6,7 +6,7 @@ python -m sae compare checkpoints/A CODERS_OF_OTHERS --dataset DATA     all on t
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import combinations
 from pathlib import Path
@@ -51,6 +51,8 @@ class CompareConfig:
     """With --dataset: file for the figures; a plot of the same name ends in .svg."""
     near: float = NEAR
     """Cosine of decoder rows from which two latents count as twins."""
+    hf_token: str | None = field(default=None, repr=False)
+    """Hub token."""
 
 
 def summary_of(run: str) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def judged(cfg: CompareConfig) -> list[Judged]:
     found, first = list[Judged](), None
     # The first run says which rows of the text are read; of coders without one it is all.
     for source in sorted(cfg.runs, key=lambda run: not flags_of_run(Path(run))):
-        of_one = {"hookpoint": cfg.hookpoint, "allow_pt": cfg.allow_pt}
+        of_one = {"hookpoint": cfg.hookpoint, "allow_pt": cfg.allow_pt, "hf_token": cfg.hf_token}
         trained = load_trained(CodersConfig(source, **shared, **of_one), like=first)
         first = first or trained
         # Without --tokens a run held out a number of its own: the others read the same.

@@ -109,7 +109,8 @@ def as_json(trained: TrainedCoders, found: Evaluation) -> dict[str, Any]:
     of |= {"split": trained.data.split, "ctx_len": trained.data.ctx_len}
     of |= {"tokens": len(trained.blocks) * trained.source.block_len}
     of |= {"step": trained.step, "held_out": trained.held_out}
-    return {"of": of, "coders": found.by_coder(), "all_at_once": found.all_at_once()}
+    coders, all_at_once = found.as_json()
+    return {"of": of, "coders": coders, "all_at_once": all_at_once}
 
 
 def main(cfg: EvaluateConfig) -> None:

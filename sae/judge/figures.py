@@ -139,27 +139,24 @@ class Evaluation(NamedTuple):
 
     def scalars(self) -> dict[str, float]:
         """Every figure that is a number, by `figure/coder`; of all at once by `figure/all`."""
-        found: dict[str, float] = {}
-        for name, figures in self.by_coder().items():
+        found, (by_coder, all_at_once) = dict[str, float](), self.as_json()
+        for name, figures in by_coder.items():
             values = {**figures, **(figures["predictions"] or {})}
             found |= {f"{n}/{name}": v for n, v in values.items() if isinstance(v, float)}
             for part in figures["hookpoints"] or ():
                 found[f"fvu_of_{part['hookpoint']}/{name}"] = part["fvu"]
             for prefix in figures["prefixes"] or ():
                 found[f"fvu_of_first_{prefix['latents']}/{name}"] = prefix["fvu"]
-        return found | {f"{n}/all": v for n, v in (self.all_at_once() or {}).items()}
+        return found | {f"{n}/all": v for n, v in (all_at_once or {}).items()}
 
     def fvu(self) -> dict[str, float]:
         """Held-out FVU by coder."""
         return {name: found.fvu for name, found in self.coders.items()}
 
-    def by_coder(self) -> dict[str, dict[str, Any]]:
-        """The figures of every coder, as JSON."""
-        return {name: dataclasses.asdict(found) for name, found in self.coders.items()}
-
-    def all_at_once(self) -> dict[str, float] | None:
-        """The figures with all coders spliced in at once, as JSON."""
-        return None if self.together is None else dataclasses.asdict(self.together)
+    def as_json(self) -> tuple[dict[str, dict[str, Any]], dict[str, float] | None]:
+        """The figures of every coder, and those with all spliced in at once."""
+        by_coder = {name: dataclasses.asdict(found) for name, found in self.coders.items()}
+        return by_coder, None if self.together is None else dataclasses.asdict(self.together)
 
 
 @torch.no_grad()

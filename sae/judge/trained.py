@@ -199,7 +199,7 @@ def named_coders(cfg: CodersConfig) -> dict[str, SparseCoder]:
 
     Raises UsageError for one coder that does not say where it reads.
     """
-    folder = coders_folder(cfg.coders, pattern=None, allow_pt=cfg.allow_pt)
+    folder = coders_folder(cfg.coders, allow_pt=cfg.allow_pt, token=cfg.hf_token)
     paths = kinds.chosen(kinds.list_coders(folder), cfg.hookpoint)
     silent = [name for name, path in paths.items() if _is_silent(path, folder)]
     if silent and cfg.hookpoint is None:

@@ -56,7 +56,7 @@ def export(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
     Raises UsageError for what is no coder or cannot be held there, a target that is there already,
     or a full disk; NeedsThreshold where thresholds would do, before anything is written.
     """
-    folder = coders_folder(cfg.coders, allow_pt=cfg.allow_pt)
+    folder = coders_folder(cfg.coders, allow_pt=cfg.allow_pt, token=cfg.hf_token)
     paths = kinds.chosen(kinds.list_coders(folder), cfg.hookpoint)
     for name, path in paths.items():
         target = Path(cfg.out) / name

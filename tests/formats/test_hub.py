@@ -26,6 +26,7 @@ import json, os, sys
 from sae import Sae, SaeConfig, UsageError, load_many
 from sae.coders.bank import CoderBank
 from sae.config import Widths
+from sae.judge.trained import CodersConfig, named_coders
 for call, name, arguments, environment in json.load(sys.stdin):
     os.environ.pop("HF_TOKEN", None)
     os.environ.update(environment)
@@ -35,8 +36,10 @@ for call, name, arguments, environment in json.load(sys.stdin):
         elif call == "finetune":
             cfg = SaeConfig(num_latents=24, k=3)
             bank = CoderBank({"layers.3": Widths(8, 8)}, cfg, (0,), "cpu")
-            bank.load_pretrained(name)
+            bank.load_pretrained(name, **arguments)
             print(json.dumps(bank["layers.3"].b_dec.tolist()))
+        elif call == "evaluate":
+            print(json.dumps(list(named_coders(CodersConfig(name, **arguments)))))
         else:
             print(json.dumps(Sae.load_from_hub(name, **arguments).num_latents))
     except UsageError as error:
@@ -131,20 +134,22 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: Hub, tmp_path: Path) -> N
     """401, 403, 404: the line names the repository and the way out; 429 is waited for."""
     files = coders(tmp_path / "c", "layers.3")
     hub.repos = {"org/gated": Repo({"main": files}, gated=True), "org/open": Repo({"main": files})}
-    hub.repos["org/private"] = Repo({"main": files}, private=True)
+    private = coders(tmp_path / "p", "layers.3", latents=24)
+    hub.repos["org/private"] = Repo({"main": private}, private=True)
     hub.repos |= {f"org/{name}": Repo({"main": files}) for name in ("busy", "scoped", "new")}
     hub.busy |= {"GET /api/models/org/open/revision": 2, "GET /api/models/org/busy/revision": 99}
     hub.retry_after = "0"
     hub.forbidden["GET /api/models/org/scoped/revision"] = 1
-    reader, writer = {"HF_TOKEN": READER}, {"HF_TOKEN": WRITER}
+    reader = {"HF_TOKEN": READER}
     found = load(
         *(hub, tmp_path / "cache"),
         ("many", "org/absent"),
         ("many", "org/private"),
         ("many", "org/gated", {}, reader),
         ("many", "org/open"),
-        ("many", "org/gated", {}, writer),
-        ("many", "org/private", {}, writer),
+        ("many", "org/gated", {"token": WRITER}),
+        ("finetune", "org/private", {"token": WRITER}),
+        ("evaluate", "org/private", {"hf_token": WRITER}),
         ("many", "org/busy"),
         ("many", "org/scoped", {}, reader),
         ("many", "org/new", {}, {"HF_TOKEN": "hf_wrong"}),
@@ -152,12 +157,13 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: Hub, tmp_path: Path) -> N
     assert "org/absent is neither a folder here nor on the Hub" in found[0]
     assert "org/private" in found[1] and "set HF_TOKEN" in found[1]
     assert "org/gated is gated" in found[2] and "set HF_TOKEN" in found[2]
-    assert found[3:6] == [["layers.3"]] * 3
-    assert "org/busy: the Hub takes no more requests for now (429); try again later" in found[6]
+    assert found[3:5] == [["layers.3"]] * 2
+    assert (found.pop(5), found.pop(5)) == ([0.0] * 8, ["layers.3"])
+    assert "org/busy: the Hub takes no more requests for now (429); try again later" in found[5]
     asked = [line for line in hub.requests if "org/busy" in line]
     assert 5 <= len(asked) < 50
-    assert "org/scoped: HF_TOKEN is one that the Hub does not know, or that" in found[7]
-    assert "org/new: HF_TOKEN is one that the Hub does not know" in found[8]
+    assert "org/scoped: HF_TOKEN is one that the Hub does not know, or that" in found[6]
+    assert "org/new: HF_TOKEN is one that the Hub does not know" in found[7]
     secrets = (READER, WRITER, "hf_wrong")
     assert not any(token in line for token in secrets for line in map(str, found))
 

@@ -87,11 +87,10 @@ class Schedule:
                 f"a share such as 0.2",
             )
 
-    def peak_lr(self, num_latents: int, crosscoder: bool = False) -> float:
+    def peak_lr(self, num_latents: int) -> float:
         """The flag, or by optimizer, where s = sqrt(L / 2^14):
 
-            adam and soap 4.25e-3 / s^1.2 sqrt(700 / steps), at most 1.7e-2;
-                          of crosscoders, of which more latents die, 0.7 times that
+            adam and soap 4.25e-3 / s^1.2 sqrt(700 / steps), at most 1.2e-2
             signum 5e-3 / s;   muon 2e-2
 
         For an end-to-end loss, which is for finetuning, adam 2e-4 / s. signum's and that one are
@@ -100,8 +99,8 @@ class Schedule:
         if self.cfg.lr is not None:
             return self.cfg.lr
         s = math.sqrt(num_latents / 2**14)
-        adam = min(4.25e-3 / s**1.2 * math.sqrt(700 / self.total_steps), 1.7e-2)
-        adam = 2e-4 / s if self.cfg.uses_lm_loss else 0.7 * adam if crosscoder else adam
+        adam = min(4.25e-3 / s**1.2 * math.sqrt(700 / self.total_steps), 1.2e-2)
+        adam = 2e-4 / s if self.cfg.uses_lm_loss else adam
         others = {"signum": 5e-3 / s, "muon": 2e-2}
         return others.get(self.cfg.optimizer, adam)
 

@@ -100,6 +100,15 @@ def read_config(path: Path, kind: str) -> dict[str, Any]:
     return config
 
 
+def elsewhere(folder: Path) -> list[str]:
+    """The coders in other repositories that the config.yaml of a set names, if it does."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return []
+    named = read_config(file, _KIND).get("transcoders")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
+
 def coders_by_layer(
     coders: dict[str, CoderFile], origin: Origin, what: str, instead: str
 ) -> dict[int, str]:

@@ -145,6 +145,11 @@ def list_coders(
         if absent := [name for name in names if name not in found]:
             raise UsageError(f"{folder} has no coder {absent[0]}; it has {', '.join(found)}")
         return {name: found[name] for name in natsorted(names)}
+    if not found and (named := circuit_tracer.elsewhere(folder)):
+        raise UsageError(
+            f"{folder / 'config.yaml'} only names coders in other places, as {named[0]}: give one "
+            f"of these, or its repository"
+        )
     kept = [name for name in found if pattern is None or fnmatch(name, pattern)]
     if not kept:
         matching = "" if pattern is None else f" that match {pattern!r}"

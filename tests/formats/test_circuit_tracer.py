@@ -167,6 +167,15 @@ def test_a_cross_layer_transcoder_is_the_same_function_there(
     assert call(monkeypatch, "export", str(run), *flags) == 2
 
 
+def test_a_set_whose_coders_lie_elsewhere_says_where(tmp_path: Path) -> None:
+    """A config.yaml of the Hub may name files of other repositories: these are to be given."""
+    config = {"model_kind": "transcoder_set", "model_name": "gpt2"}
+    named = ["hf://org/one/layer_0.safetensors", "hf://org/one/layer_1.safetensors"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "transcoders": named}))
+    with pytest.raises(UsageError, match="only names coders in other places, as hf://org/one/la"):
+        load_many(tmp_path)
+
+
 def test_cross_layer_transcoders_of_others_are_read_as_their_config_says(tmp_path: Path) -> None:
     """Modules by the LM's name where what is read and predicted is an MLP's; else refused."""
     cfg = TranscoderConfig(num_latents=24, k=3, activation="jumprelu", cross_layer="all")

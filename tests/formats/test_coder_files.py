@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae import Sae, SaeConfig, SparseCoder, UsageError, load_many
+from sae.formats.coder_file import has_unit_rows
 
 # Modules of Python that Windows lacks.
 POSIX = ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog", "readline")
@@ -149,3 +150,11 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
             load_many(tmp_path / "coders", layers=[name])
     with pytest.raises(UsageError, match="holds no sparse coders"):
         load_many(tmp_path / "coders")
+
+
+def test_rows_count_as_unit_to_1e_5() -> None:
+    """What docs/files.md promises of saved decoders is what decides how others' are read."""
+    rows = torch.eye(4)
+    assert has_unit_rows(rows * (1 + 8e-6)) and has_unit_rows(rows * (1 - 8e-6))
+    rows[2] *= 1 + 1.2e-5
+    assert not has_unit_rows(rows)

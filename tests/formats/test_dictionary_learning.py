@@ -28,6 +28,7 @@ def test_what_is_written_is_the_same_function_there(
     """Names, shapes and types are AutoEncoderTopK's; a forward by hand agrees, and back too."""
     coder = random_coder(KINDS[kind])
     run, out = save_run(tmp_path / "run", {"layers.3": coder}), tmp_path / "out"
+    (run / "run.json").write_text(json.dumps({"model": "org/lm", "dataset": "x", "ctx_len": 64}))
     flags = ("--to", "dictionary_learning", "--out", str(out))
     assert call(monkeypatch, "export", str(run), *flags) == 0
     folder = out / "layers.3"
@@ -47,7 +48,8 @@ def test_what_is_written_is_the_same_function_there(
     config = json.loads((folder / "config.json").read_text())
     trainer = config["trainer"]
     expected = {"dict_class": "AutoEncoderTopK", "trainer_class": "TopKTrainer", "k": 3}
-    expected |= {"activation_dim": 8, "dict_size": 24, "layer": 3}
+    expected |= {"activation_dim": 8, "dict_size": 24, "layer": 3, "lm_name": "org/lm"}
+    assert config["buffer"]["ctx_len"] == 64
     assert {name: trainer[name] for name in expected} == expected and "ctx_len" in config["buffer"]
     assert_same_function(coder, dictionary_learning(trainer, found))
     back = load_many(out, allow_pt=True)["layers.3"]

@@ -82,6 +82,8 @@ def test_the_dry_run_is_what_would_be_uploaded(
         "sae_lens/layers.1/cfg.json",
     ):
         assert str(tmp_path) not in (out / file).read_text(), file
+    about = json.loads((out / "sae_lens/layers.1/cfg.json").read_text())["metadata"]
+    assert about["training_tokens"] == 640 and about["context_size"] == 64
     assert json.loads((out / "eval.json").read_text())["of"]["model"] == "finetuned"
     text = (out / "README.md").read_text()
     _, head, body = text.split("---\n", 2)

@@ -47,7 +47,7 @@ from sae.placement.exit_codes import Stopped
 from sae.runs import checkpoint
 from sae.runs.dry_run import show_plan
 from sae.runs.folder import open_run, recorded_flags, run_folder
-from sae.runs.lock import unlock
+from sae.runs.lock import unlock, unlock_all
 from sae.runs.norm_limits import limit_norms
 from sae.runs.outcome import keep_best, summarize
 from sae.runs.part_scales import coder_config, scale_parts
@@ -250,7 +250,7 @@ def train(
 
 def main() -> None:
     """Train what the command line asks for; docs/robustness.md lists the exit codes."""
-    with run_as_script():
+    with run_as_script(unlock_all):
         flat = (tyro.conf.OmitArgPrefixes,)
         cfg = tyro.cli(TrainConfig, description=__doc__, use_underscores=True, config=flat)
         show_plan(cfg) if cfg.run.dry_run else train(cfg)

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -15,8 +15,11 @@ from .secrets import hide_tokens
 
 
 @contextmanager
-def run_as_script() -> Iterator[None]:
-    """Run a script: signals, the launcher's death, and every error become a line and a code."""
+def run_as_script(on_mistake: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Run a script: signals, the launcher's death, and every error become a line and a code.
+
+    `on_mistake` is called where the user's mistake ends it.
+    """
     hide_tokens()
     signals.watch_for_signals()
     signals.watch_launcher()
@@ -24,6 +27,7 @@ def run_as_script() -> Iterator[None]:
         yield
         liveness.leave()
     except UsageError as error:
+        on_mistake()
         _end_by_mistake(str(error))
     except Stopped as stopped:
         together = liveness.ranks_watched() > 1

@@ -56,6 +56,12 @@ def lock(folder: Path) -> None:
     _locks[where] = descriptor
 
 
+def unlock_all() -> None:
+    """Give back every folder that this process writes to."""
+    for folder in [*_locks]:
+        unlock(folder)
+
+
 def unlock(folder: Path) -> None:
     """Give the folder back."""
     descriptor = _locks.pop(folder.resolve(), None)

@@ -132,7 +132,7 @@ MISTAKES = {
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
-    """Each mistake ends with code 2 and one line that names the flag and the way out."""
+    """Each ends with code 2 and one line that names the flag and the way out, and no lock."""
     (tmp_path / "FILE").write_text("")
     text = tmp_path / "text.txt"
     text.write_text("some words of text\n" * 500)
@@ -162,3 +162,4 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         lines = [x for x in found[name].splitlines() if x.startswith("error: ")]
         assert len(lines) == 1 and message in lines[0], (name, found[name])
         assert "CODE 2" in found[name] and "Traceback" not in found[name], name
+    assert (tmp_path / "lm/run.lock").read_text() == "" and "in order" not in done.stdout

@@ -246,7 +246,7 @@ class TrainingConfig:
     lr_decay: Annotated[float, AtLeast(0)] = 0.2
     """Share of the rest, or, above 1, steps at its end in which the rate falls to 0 (nor here)."""
     encoder_lr: Annotated[float | None, AtLeast(0)] = None
-    """The rate of W_enc over that of the other parameters; default: 0.5, of transcoders 0.18."""
+    """The rate of W_enc over that of the other parameters; default: 0.5, of transcoders 0.25."""
     rms_units: bool = True
     """Rates of biases, and how transcoders start, in units of the rms of their activations."""
     adam_beta1: Annotated[float, AtLeast(0)] = 0.8

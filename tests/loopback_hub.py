@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +39,11 @@ class Hub:
     busy: dict[str, int] = field(default_factory=dict)
     """Start of METHOD PATH -> how many such requests are answered by 429."""
     retry_after: str = "1"
-    """What such an answer asks for."""
+    """What such an answer asks for, in seconds."""
+    early: list[str] = field(default_factory=list)
+    """Requests that came again before that was over."""
+    not_before: dict[str, float] = field(default_factory=dict)
+    """METHOD PATH -> until when it was asked to wait."""
     forbidden: dict[str, int] = field(default_factory=dict)
     """The same for 403."""
     bodies: list[bytes] = field(default_factory=list)
@@ -87,7 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range", "")
         line = f"{self.command} {path}"
         self.hub.requests.append(f"{line} {asked}".strip())
+        if time.monotonic() < self.hub.not_before.get(line, 0):
+            self.hub.early.append(line)
         if self._counted(self.hub.busy, line):
+            self.hub.not_before[line] = time.monotonic() + float(self.hub.retry_after)
             return self._error(429, "TooManyRequests", {"Retry-After": self.hub.retry_after})
         if self._counted(self.hub.forbidden, line):
             return self._error(403, "")

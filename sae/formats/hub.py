@@ -80,25 +80,27 @@ def _snapshot(name: str, pattern: str | None, allow_pt: bool, token: str | None)
     inside = "/".join(part for part in (folder, pattern) if part)
     files = (*_FILES, *(("*.pt",) if allow_pt else ()))
     wanted = [f"{inside}/{file}" if inside else file for file in files]
-    files_of_runs = ["*resume*.safetensors"]
+    # A run that was pushed holds the same coders again in the files of other programs.
+    beside = [] if inside else [f"{kind}/*" for kind in kinds.KINDS if kind != "sparsify"]
     try:
-        root = Path(
-            patiently(
-                lambda: snapshot_download(
-                    repo,
-                    revision=revision,
-                    allow_patterns=wanted,
-                    ignore_patterns=files_of_runs,
-                    token=token,
-                )
-            )
-        )
+        root = _download(repo, revision, wanted, beside, token)
+        if beside and not kinds.holds_coders(root):
+            root = _download(repo, revision, wanted, [], token)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(_why_not(repo, revision, error)) from None
     found = root / folder if folder else root
     if folder and not found.is_dir():
         raise UsageError(f"{repo} has no folder {folder} with coders in it")
     return found
+
+
+def _download(
+    repo: str, revision: str | None, wanted: list[str], unwanted: list[str], token: str | None
+) -> Path:
+    """The folder with those files of a repository, but for what only exact resuming needs."""
+    ignored = ["*resume*.safetensors", *unwanted]
+    files = {"allow_patterns": wanted, "ignore_patterns": ignored}
+    return Path(patiently(lambda: snapshot_download(repo, revision=revision, token=token, **files)))
 
 
 def patiently(call: Callable[[], T]) -> T:

@@ -157,6 +157,11 @@ def list_coders(
     return {name: found[name] for name in natsorted(kept)}
 
 
+def holds_coders(folder: Path) -> bool:
+    """Whether a folder, if it is there, has any coder in it."""
+    return folder.is_dir() and any(True for _ in _coders_below(folder, 0))
+
+
 def chosen(paths: dict[str, Path], hookpoint: str | None) -> dict[str, Path]:
     """Of coders by name that at one hookpoint, or the only one under that name; without it all.
 

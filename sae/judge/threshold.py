@@ -7,6 +7,7 @@ python -m sae threshold CODERS --model gpt2 --dataset DATA --out DIR
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,40 @@ def of_coders(trained: TrainedCoders, coders: dict[str, SparseCoder]) -> Trained
     return replace(trained, state=replace(trained.state, bank=other))
 
 
+class Thresholded(NamedTuple):
+    """Coders with thresholds, and figures of those they were made of and of their own."""
+
+    coders: dict[str, SparseCoder]
+    before: Evaluation
+    after: Evaluation
+
+    def table(self, activation: dict[str, str]) -> str:
+        """Both figures of each coder, one line below the other."""
+        lines = {}
+        for name in self.coders:
+            lines[f"{name} {activation[name]}"] = self.before.coders[name]
+            lines[f"{name} jumprelu"] = self.after.coders[name]
+        return table(Evaluation(lines))
+
+
+def make_thresholds(trained: TrainedCoders) -> Thresholded:
+    """Coders with thresholds that were made on every other sequence, and figures on the rest.
+
+    Raises UsageError for text of one sequence.
+    """
+    if len(trained.blocks) < 2:
+        raise UsageError(
+            f"--tokens {len(trained.blocks) * trained.source.block_len}: thresholds are made on "
+            f"every other sequence and measured on the rest; give two or more of "
+            f"{trained.source.block_len} tokens"
+        )
+    bank = trained.state.bank
+    levels = thresholds(replace(trained, blocks=trained.blocks[::2]))
+    made = {name: with_thresholds(coder, levels[name]) for name, coder in bank.items()}
+    rest = replace(trained, blocks=trained.blocks[1::2])
+    return Thresholded(made, evaluate_loaded(rest), evaluate_loaded(of_coders(rest, made)))
+
+
 def main(cfg: ThresholdConfig) -> None:
     """Write coders with thresholds; print what they are worth beside those they were made of."""
     out = Path(cfg.out or cfg.folder / "thresholds")
@@ -142,16 +177,9 @@ def main(cfg: ThresholdConfig) -> None:
     for name, coder in trained.state.bank.items():
         if coder.cfg.activation == "jumprelu":
             raise UsageError(f"{name} is a jumprelu coder: each latent has its threshold already")
-    found = thresholds(trained)
-    made = {n: with_thresholds(coder, found[n]) for n, coder in trained.state.bank.items()}
-    before = evaluate_loaded(trained)
-    after = evaluate_loaded(of_coders(trained, made))
-    lines = {}
-    for name, coder in trained.state.bank.items():
-        lines[f"{name} {coder.cfg.activation}"] = before.coders[name]
-        lines[f"{name} jumprelu"] = after.coders[name]
-    print(table(Evaluation(lines)))
-    for name, coder in made.items():
+    made = make_thresholds(trained)
+    print(made.table({n: c.cfg.activation for n, c in trained.state.bank.items()}))
+    for name, coder in made.coders.items():
         try:
             coder.save_to_disk(out / name)
         except OSError as error:

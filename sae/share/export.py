@@ -24,9 +24,7 @@ from ..formats import (
 from ..formats.coder_file import CoderFile, NeedsThreshold
 from ..formats.hub import coders_folder
 from ..formats.origin import Origin
-from ..judge.evaluate import evaluate_loaded, table
-from ..judge.figures import Evaluation
-from ..judge.threshold import of_coders, thresholds, with_thresholds
+from ..judge.threshold import make_thresholds
 from ..judge.trained import CodersConfig, load_trained
 from ..runs.provenance import flags_of_run
 from .origins import origin_of
@@ -131,7 +129,7 @@ def _disk_errors(cfg: ExportConfig, name: str) -> Iterator[None]:
 def through_thresholds(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
     """Write JumpReLU coders in place of those that the program holds only so.
 
-    Their thresholds are made as python -m sae threshold does, on text that a run held out; its
+    Their thresholds are made as python -m sae threshold does, on text that a run held out; the
     figures before and after are printed, and written where the program's files have a place.
     """
     if not flags_of_run(Path(cfg.coders)) and (cfg.model is None or cfg.dataset is None):
@@ -141,18 +139,19 @@ def through_thresholds(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
         )
     names = (f.name for f in fields(CodersConfig))
     trained = load_trained(CodersConfig(**{name: getattr(cfg, name) for name in names}))
-    found = thresholds(trained)
-    made = {n: with_thresholds(c, found[n]) for n, c in trained.state.bank.items()}
-    before = evaluate_loaded(trained).coders
-    after = evaluate_loaded(of_coders(trained, made)).coders
-    lines, figures = {}, {}
-    for name, coder in trained.state.bank.items():
-        lines[f"{name} {coder.cfg.activation}"] = before[name]
-        lines[f"{name} jumprelu"] = after[name]
-        figures[name] = {"training_architecture": coder.cfg.activation, "l0": after[name].l0}
-        figures[name] |= {"l0_before_threshold": before[name].l0, "fvu": after[name].fvu}
-        figures[name] |= {"fvu_before_threshold": before[name].fvu}
-    print(table(Evaluation(lines)))
+    made, before, after = found = make_thresholds(trained)
+    activation = {name: coder.cfg.activation for name, coder in trained.state.bank.items()}
+    print(found.table(activation))
+    figures = {
+        name: {
+            "training_architecture": activation[name],
+            "l0": after.coders[name].l0,
+            "l0_before_threshold": before.coders[name].l0,
+            "fvu": after.coders[name].fvu,
+            "fvu_before_threshold": before.coders[name].fvu,
+        }
+        for name in made
+    }
     coders = {}
     for name, coder in made.items():
         tensors = {key: t.cpu() for key, t in coder.state_dict().items()}

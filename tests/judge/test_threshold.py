@@ -26,7 +26,7 @@ def test_every_latent_is_active_as_often_as_before(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """On as many rows, those of its largest pre-activations; all commands read the files."""
+    """On every other sequence; the rest is what figures are of. All commands read the files."""
     causal_lm.save_pretrained(tmp_path / "lm")
     tokens.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
     flags: dict[str, Any] = {**settings, "layers": (1, 2), "dataset": str(tmp_path / "ids.bin")}
@@ -38,7 +38,9 @@ def test_every_latent_is_active_as_often_as_before(
     assert call(monkeypatch, "threshold", str(folder)) == 0
     shown = capsys.readouterr().out
     grouped, coders = load_many(folder), load_many(folder / "thresholds")
-    rows = Capture(causal_lm, ["layers.1", "layers.2"])(tokens[:16])  # what the run held out
+    capture = Capture(causal_lm, ["layers.1", "layers.2"])
+    held_out = tokens[:16]
+    rows, others = capture(held_out[::2]), capture(held_out[1::2])
     for name, coder in coders.items():
         before, y = grouped[name], rows[name][1]
         with torch.no_grad():
@@ -60,18 +62,28 @@ def test_every_latent_is_active_as_often_as_before(
             assert torch.equal(coder.state_dict()[key], tensor), key
         lines = [line.split() for line in shown.splitlines() if line.startswith(name)]
         assert [line[1] for line in lines] == ["groupmax", "jumprelu"]
-        assert [float(line[4]) for line in lines] == [4.0, 4.0]
+        other = others[name][1]
+        l0 = (coder.encode(other).top_acts > 0).sum().item() / len(other)
+        assert [float(line[4]) for line in lines] == [4.0, round(l0, 1)]
+        error = (coder.decode(*coder.encode(other)) - other).square().sum()
+        fvu = (error / (other - other.mean(0)).square().sum()).item()
+        assert float(lines[1][2]) == pytest.approx(fvu, abs=6e-5)
 
     thresholded = str(folder / "thresholds")
     assert call(monkeypatch, "evaluate", thresholded) == 0
     figures = json.loads((folder / "thresholds" / "eval.json").read_text())
     assert figures["of"]["held_out"]
-    assert figures["coders"]["layers.2"]["l0"] == pytest.approx(4, abs=0.02)
+    whole = torch.cat([rows["layers.2"][1], others["layers.2"][1]])
+    l0 = (coders["layers.2"].encode(whole).top_acts > 0).sum().item() / len(whole)
+    assert figures["coders"]["layers.2"]["l0"] == pytest.approx(l0, abs=0.01)
     page = tmp_path / "page.html"
     assert call(monkeypatch, "features", thresholded, "--out", str(page)) == 0
     assert "layers.2" in page.read_text(encoding="utf-8")
 
     capsys.readouterr()
+    one = ("--tokens", "16", "--out", str(tmp_path / "of_one"))
+    assert call(monkeypatch, "threshold", str(folder), *one) == 2
+    assert "--tokens 16: thresholds are made on every other" in capsys.readouterr().err
     assert call(monkeypatch, "threshold", str(folder)) == 2
     assert "holds coders already" in capsys.readouterr().err
     assert call(monkeypatch, "threshold", thresholded) == 2

@@ -106,7 +106,7 @@ def test_thresholds_are_made_where_a_program_has_no_k(
 def test_thresholds_are_made_on_what_the_run_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the folder of a run: each latent is active there as often as before."""
+    """From the folder of a run: on every other sequence there each latent is active as before."""
     text = tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x + 1\n\n\nfor i in range(7):\n    print(f(i))\n" * 400)
     coder = random_coder(SaeConfig(num_latents=24, k=3, activation="groupmax"), 192)
@@ -119,15 +119,17 @@ def test_thresholds_are_made_on_what_the_run_held_out(
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if line.startswith("layers.1 ")]
     groupmax, jumprelu = (next(r for r in rows if r[1] == k) for k in ("groupmax", "jumprelu"))
-    assert groupmax[4] == jumprelu[4] == "3.0"  # L0
     trained = load_trained(CodersConfig(str(run)))
     assert trained.held_out and len(trained.blocks) == 8
     made = load_many(tmp_path / "out", allow_pt=True)["layers.1"]
-    y = torch.cat(
-        [trained.capture(b)["layers.1"][1] for b in trained.source.batches(trained.blocks, 1)]
+    y, others = (
+        torch.cat([trained.capture(b)["layers.1"][1] for b in trained.source.batches(half, 1)])
+        for half in (trained.blocks[::2], trained.blocks[1::2])
     )
     before, after = ((dense(c, y)[0] > 0).sum(0) for c in (coder, made))
     assert int((before - after).abs().max()) <= 1
+    l0 = (dense(made, others)[0] > 0).sum(1).double().mean()  # where figures are from
+    assert (groupmax[4], jumprelu[4]) == ("3.0", f"{l0:.1f}")
 
 
 def test_what_begins_every_sequence_is_known(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """The files that are written, opened by the programs that they are for: run by --formats."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_runs import call
+from loopback_hub import Repo, loopback_hub
 from other_programs import JUMPRELU, KINDS, cross_layer_coders, dense, random_coder, save_run
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae import SaeConfig, SparseCoder, TranscoderConfig
@@ -249,3 +255,53 @@ def test_what_sae_lens_saves_is_the_same_here(tmp_path: Path) -> None:
     theirs.save_model(str(tmp_path / "c"))
     acts = theirs.encode(ROWS)
     assert_same(SparseCoder.load_from_disk(tmp_path / "c"), acts, theirs.decode(acts))
+
+
+FROM_HUB = """
+import sys, torch
+from huggingface_hub import constants
+constants.HF_HUB_ENABLE_HF_TRANSFER = False  # circuit-tracer asks for it, today's hub has it no more
+from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
+from safetensors.torch import save_file
+from sae_lens import SAE
+rows = torch.randn(4096, 32, generator=torch.Generator().manual_seed(5))
+with torch.no_grad():
+    lens = SAE.from_pretrained("org/run", "sae_lens/layers.3.mlp", device="cpu")
+    found = {"sae_lens acts": lens.encode(rows), "sae_lens out": lens(rows)}
+    traced, config = load_transcoder_from_hub("org/run/circuit_tracer", torch.device("cpu"))
+    assert (len(traced), config["model_kind"]) == (6, "transcoder_set")
+    found |= {"traced acts": traced[3].encode(rows), "traced out": traced[3](rows)}
+    assert traced.feature_input_hook == "mlp.hook_in"
+    assert traced.feature_output_hook == "mlp.hook_out"
+save_file(found, sys.argv[1])
+"""
+
+
+def test_programs_pull_a_pushed_run_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SAE.from_pretrained and circuit-tracer's reading of config.yaml, by repository and folder."""
+    coders = {f"layers.{i}.mlp": random_coder(JUMPRELU["transcoder"], 32) for i in range(6)}
+    run, out = save_run(tmp_path / "run", coders), tmp_path / "out"
+    (run / "run.json").write_text(json.dumps({"model": LM, "dataset": "x"}))
+    figures = {name: {"fvu": 0.1, "l0": 3.0, "dead_share": 0.0} for name in coders}
+    summary = {"step": 5, "tokens": 640, "wall_seconds": 2.0, "hookpoints": figures}
+    (run / "summary.json").write_text(json.dumps(summary))
+    push = ("push", str(run), "org/run", "--as", "sae_lens", "circuit_tracer")
+    assert call(monkeypatch, *push, "--dry_run", str(out)) == 0
+    files = {f.relative_to(out).as_posix(): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    with loopback_hub() as hub:
+        hub.repos["org/run"] = Repo({"main": files})
+        theirs = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            *([sys.executable, "-c", FROM_HUB, str(tmp_path / "found.safetensors")],),
+            env={**os.environ, **theirs, "HF_HUB_DISABLE_XET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "found.safetensors")
+    for program in ("sae_lens", "traced"):
+        acts, outputs = found[f"{program} acts"], found[f"{program} out"]
+        assert_same(coders["layers.3.mlp"], acts, outputs)

@@ -1,6 +1,7 @@
 """Every command takes the files of every program that docs/files.md lists as read."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -162,9 +163,13 @@ def test_every_command_takes_them(
     assert call(monkeypatch, "compare", theirs, "ours", *alone, *pickle, *where) == 0
     compared = json.loads(Path("comparison.json").read_text())
     assert {(pair["of_a"], pair["of_b"]) for pair in compared["twins"]} == {(1.0, 1.0)}
-    page = ("--out", "page.html", "--latents", "3")
+    page = ("--out", "page.html", "--latents", "3", "--twins", "ours")
     assert call(monkeypatch, "features", *command, *where, *page) == 0
-    assert all(name in Path("page.html").read_text() for name in ours)
+    data = re.search(r'id="data">(.*?)</script>', Path("page.html").read_text(), re.S)
+    assert data is not None
+    shown = {coder["name"]: coder["twins"] for coder in json.loads(data[1])["coders"]}
+    assert shown.keys() == ours.keys()
+    assert all((twins["of_these"], twins["of_those"]) == (1, 1) for twins in shown.values())
 
     cfg = next(iter(ours.values())).cfg
     if kind == ACROSS:

@@ -260,7 +260,7 @@ def test_what_sae_lens_saves_is_the_same_here(tmp_path: Path) -> None:
 FROM_HUB = """
 import sys, torch
 from huggingface_hub import constants
-constants.HF_HUB_ENABLE_HF_TRANSFER = False  # circuit-tracer asks for it, today's hub has it no more
+constants.HF_HUB_ENABLE_HF_TRANSFER = False  # dropped, but circuit-tracer asks for it
 from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
 from safetensors.torch import save_file
 from sae_lens import SAE

@@ -94,22 +94,31 @@ def test_coders_of_several_programs_are_judged_on_one_text(
         coder.save_to_disk(tmp_path / name / "layers.1")
     export = ("export", "wide", "--to", "sae_lens", "--out", "theirs")
     assert call(monkeypatch, *export) == 0
+    export = ("export", "narrow", "--to", "dictionary_learning", "--out", "pickled")
+    assert call(monkeypatch, *export) == 0
+    sources = ("narrow", "theirs", "pickled")
     where = ("--model", LM, "--dataset", "text.txt", "--ctx_len", "64", "--tokens", "512")
-    assert call(monkeypatch, "compare", "narrow", "theirs", *where) == 0
+    where = (*where, "--hookpoint", "layers.1", "--allow_pt")
+    assert call(monkeypatch, "compare", *sources, *where) == 0
     printed = capsys.readouterr().out
     assert "50.0% of 1 in 2, 25.0% of 2 in 1" in printed
     found = json.loads(Path("comparison.json").read_text())
-    assert found["twins"] == [{"a": 0, "b": 1, "of_a": 0.5, "of_b": 0.25}]
-    assert [c["latents"] for c in found["coders"]] == [24, 48]
-    for source, compared in zip(("narrow", "theirs"), found["coders"], strict=True):
+    assert found["twins"] == [
+        {"a": 0, "b": 1, "of_a": 0.5, "of_b": 0.25},
+        {"a": 0, "b": 2, "of_a": 1.0, "of_b": 1.0},
+        {"a": 1, "b": 2, "of_a": 0.25, "of_b": 0.5},
+    ]
+    assert [c["latents"] for c in found["coders"]] == [24, 48, 24]
+    for source, compared in zip(sources, found["coders"], strict=True):
         assert call(monkeypatch, "evaluate", source, *where, "--out", "one.json") == 0
         alone = json.loads(Path("one.json").read_text())["coders"]["layers.1"]
         assert {name: compared[name] for name in alone} == alone
         assert f"{alone['fvu']:.4f}" in printed and compared["tokens_per_second"] > 0
     svg = ElementTree.fromstring(Path("comparison.svg").read_text())
-    assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 4
+    assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 6
     texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert {"CE recovered", "FVU", "L0", "1: narrow layers.1", "2: theirs layers.1"} <= {*texts}
+    assert "3: pickled layers.1" in texts
     assert call(monkeypatch, "compare", "narrow", *where) == 2
 
 

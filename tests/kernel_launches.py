@@ -37,6 +37,7 @@ import sae.kernels
 from sae.coders.bank import CoderBank
 from sae.config import OptimizerName, SparseCoderConfig, TrainingConfig, Widths
 from sae.kernels.backend import Backend
+from sae.kernels.entries import Entries
 from sae.training.losses import auxiliary_loss, divide_gradients_
 from sae.training.optim import CoderOptimizer
 from sae.training.schedules import Schedule
@@ -136,7 +137,18 @@ def training_launches() -> list[Launch]:
         for dtype, optimizer in itertools.product(dtypes, get_args(OptimizerName)):
             _step(largest, dtype, 4096, optimizer)
         _step(largest, torch.bfloat16, 4096, "signum", k=40960)  # as --k_decay_steps begins
+        for dtype in dtypes:
+            _entries(dtype)
     return launches
+
+
+def _entries(dtype: torch.dtype) -> None:
+    """What BatchTopK and JumpReLU coders launch, whose rows have active latents by their values."""
+    indices = torch.empty(16384 * 32, dtype=torch.int64, device="meta")
+    entries = Entries(Backend(), indices, torch.empty(16385, dtype=torch.int64, device="meta"), 9)
+    rows, table = (torch.empty(n, 2304, dtype=dtype, device="meta") for n in (16384, 65536))
+    entries.weighted_rows(torch.empty(16384 * 32, dtype=dtype, device="meta"), table)
+    entries.sampled_product(rows, table)
 
 
 def _step(

@@ -12,7 +12,7 @@ from torch import Tensor
 from .backend import Backend
 from .cpu import native
 from .selection import chunk_rows
-from .sparse_products import ByLatent, Sorted, sampled_product_by_rows
+from .sparse_products import ByLatent, Sorted, products_of_entries, row_of_entry, weighted_entries
 
 
 class Entries(ByLatent):
@@ -40,33 +40,19 @@ class Entries(ByLatent):
 
     def rows(self) -> Int[Tensor, " E"]:
         """The row of every entry."""
-        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.indices.device)
-        return rows.repeat_interleave(self.starts.diff(), output_size=len(self.indices))
+        return row_of_entry(self.starts, len(self.indices))
 
     def weighted_rows(
         self, weights: Float[Tensor, " E"], table: Float[Tensor, "L D"]
     ) -> Float[Tensor, "N D"]:
         """out_n = sum of weights_e table[indices_e] over the entries e of row n."""
-        if self.backend.in_c(weights, table):
-            where = self.starts.int(), self.indices.int()
-            return native.sum_rows(*where, weights.contiguous(), table.contiguous())
-        return F.embedding_bag(
-            self.indices,
-            table,
-            self.starts,
-            per_sample_weights=weights,
-            mode="sum",
-            include_last_offset=True,
-        )
+        return weighted_entries(self.backend, weights, self.indices, self.starts, table)
 
     def sampled_product(
         self, rows: Float[Tensor, "N D"], table: Float[Tensor, "L D"]
     ) -> Float[Tensor, " E"]:
         """out_e = <rows_n, table[indices_e]> of the entries e of row n."""
-        if self.backend.in_c(rows, table):
-            where = self.indices, table.contiguous(), self.starts
-            return native.sampled_product(rows.contiguous(), *where)
-        return sampled_product_by_rows(rows, table, self.indices, self.starts)
+        return products_of_entries(self.backend, rows, table, self.indices, self.starts)
 
 
 def entries_above(
@@ -171,8 +157,14 @@ def _farthest(
 
 def group_of_rows(groups: list[int], device: torch.device) -> Int[Tensor, " N"]:
     """The number of each row's group, where they have so many rows."""
-    numbers = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups, dtype=torch.int64))
-    return numbers.to(device, non_blocking=True)
+    numbers = torch.arange(len(groups), device=device)
+    return numbers.repeat_interleave(_sizes(groups, device), output_size=sum(groups))
+
+
+def _sizes(groups: list[int], device: torch.device) -> Int[Tensor, " G"]:
+    sizes = torch.tensor(groups, dtype=torch.int64)
+    pinned = sizes.pin_memory() if device.type == "cuda" else sizes  # so that no copy is waited for
+    return pinned.to(device, non_blocking=True)
 
 
 def largest_in_groups(
@@ -192,7 +184,7 @@ def largest_in_groups(
     longest, of_row = max(groups, default=0), group_of_rows(groups, device)
     if not longest:
         return top_acts.flatten(), top_indices.flatten(), top_indices.new_zeros(1)
-    sizes = torch.tensor(groups).to(device, non_blocking=True)
+    sizes = _sizes(groups, device)
     first = (sizes.cumsum(0) - sizes)[of_row]  # row of the group of each row
     padded = top_acts.new_zeros(len(groups), longest, top_acts.shape[1])
     padded[of_row, torch.arange(len(of_row), device=device) - first] = top_acts
@@ -200,7 +192,7 @@ def largest_in_groups(
     largest = padded.flatten(1).topk(k * longest).values
     level = largest.gather(1, (wanted - 1).clamp(min=0).unsqueeze(1))[of_row]  # [N 1]
     least = top_acts.amin(1, keepdim=True)
-    missed = ((least >= level) & (least > 0)).sum() * (not whole)
+    missed = ((least >= level) & (least > 0)).sum()
 
     def before(counts: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
         """Of a count by row the sum over the rows before it in its group."""
@@ -212,7 +204,7 @@ def largest_in_groups(
     taken = before(equal.sum(1)).unsqueeze(1) + equal.cumsum(1)
     kept = above | (equal & (taken <= room.unsqueeze(1)))
     missing, size = torch.stack([missed, kept.sum()]).tolist()
-    if missing:
+    if missing and not whole:
         return None
     found = kept.flatten().nonzero_static(size=size).squeeze(1)
     starts = F.pad(kept.sum(1).cumsum(0), (1, 0))

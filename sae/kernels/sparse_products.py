@@ -85,6 +85,48 @@ def sampled_product(backend: Backend, rows: Tensor, table: Tensor, indices: Tens
     return sampled_product_by_rows(rows, table, indices.flatten(), starts).view(n, k)
 
 
+def weighted_entries(
+    backend: Backend,
+    weights: Float[Tensor, " E"],
+    indices: Int[Tensor, " E"],
+    starts: Int[Tensor, " N+1"],
+    table: Float[Tensor, "L D"],
+) -> Float[Tensor, "N D"]:
+    """out_n = sum of weights_e table[indices_e] over the entries e of row n."""
+    if triton := _triton(backend, table.device):
+        counts = starts.diff()
+        pieces = triton.cut(counts, len(indices))
+        return triton.sum_by_latent(weights, indices, starts, counts, pieces, table)
+    if backend.in_c(weights, table):
+        where = starts.int(), indices.int()
+        return native.sum_rows(*where, weights.contiguous(), table.contiguous())
+    return F.embedding_bag(
+        indices, table, starts, per_sample_weights=weights, mode="sum", include_last_offset=True
+    )
+
+
+def products_of_entries(
+    backend: Backend,
+    rows: Float[Tensor, "N D"],
+    table: Float[Tensor, "L D"],
+    indices: Int[Tensor, " E"],
+    starts: Int[Tensor, " N+1"],
+) -> Float[Tensor, " E"]:
+    """out_e = <rows_n, table[indices_e]> of the entries e of row n."""
+    if triton := _triton(backend, table.device):
+        entry_rows = row_of_entry(starts, len(indices))
+        return triton.products_of_entries(rows, table, entry_rows, indices)
+    if backend.in_c(rows, table):
+        return native.sampled_product(rows.contiguous(), indices, table.contiguous(), starts)
+    return sampled_product_by_rows(rows, table, indices, starts)
+
+
+def row_of_entry(starts: Int[Tensor, " N+1"], entries: int) -> Int[Tensor, " E"]:
+    """The row of every entry."""
+    rows = torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device)
+    return rows.repeat_interleave(starts.diff(), output_size=entries)
+
+
 def sampled_product_by_rows(
     rows: Float[Tensor, "N D"],
     table: Float[Tensor, "L D"],

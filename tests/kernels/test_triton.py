@@ -19,6 +19,7 @@ from kernel_cases import (
 from sae.coders import functional
 from sae.kernels import dense_products, selection, sparse_products, updates
 from sae.kernels.backend import Backend
+from sae.kernels.entries import Entries
 from sae.kernels.twins import Kernels
 
 pytestmark = pytest.mark.skipif(
@@ -97,6 +98,31 @@ def test_sums_equal_those_of_index_add(triton_products: ModuleType) -> None:
     torch.testing.assert_close(ours.cpu(), plain)
     ours = triton_products.sampled_product(rows.to(DEVICE), table.to(DEVICE), indices.to(DEVICE))
     torch.testing.assert_close(ours.cpu(), (rows[:, None] * table[indices]).sum(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[3, 0, 20, 1, 9, 0], [0, 0], [17], [8, 9]])
+def test_products_of_entries_equal_their_definitions(
+    triton_products: ModuleType, lengths: list[int], dtype: torch.dtype
+) -> None:
+    """Rows of no entry, of few, and of so many that their sum is cut into pieces."""
+    generator = torch.Generator().manual_seed(0)
+    count, starts = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    indices = torch.randint(0, 9, (count,), generator=generator)
+    shapes = [(count,), (9, 37), (len(lengths), 37)]
+    given = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    entries = Entries(Backend(), indices.to(DEVICE), starts.to(DEVICE), 9)
+    weights, table, rows = (t.to(DEVICE) for t in given)
+    summed, products = entries.weighted_rows(weights, table), entries.sampled_product(rows, table)
+    assert (summed.dtype, products.dtype) == (dtype, dtype)
+    weights, table, rows = (t.double() for t in given)
+    of_row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    out = torch.zeros(len(lengths), 37).double()
+    out.index_add_(0, of_row, weights[:, None] * table[indices])
+    close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(summed.cpu().double(), out, rtol=close, atol=close)
+    out = (rows[of_row] * table[indices]).sum(1)
+    torch.testing.assert_close(products.cpu().double(), out, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("shape", UPDATED_SHAPES)

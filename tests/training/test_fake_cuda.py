@@ -23,6 +23,11 @@ from train_sae import TrainConfig, train
 LOG_EVERY = 3
 PADDED = {"exclude_positions": 1, "padded": True}
 MLPS = {"hookpoints": ("layers.0.mlp", "layers.1.mlp"), "transcode": True, "skip_connection": True}
+GROUPS = {"activation": "batchtopk", "group_sequences": 2}
+ACROSS = {"hookpoints": MLPS["hookpoints"], "transcode": True, "cross_layer": "all"}
+# Of two coders, how many latents are active. JumpReLU: that, and whether a row has too many.
+# BatchTopK: that, and in the same question whether candidates suffice; here they do when all are.
+QUESTIONS_OF_ENTRIES = {"jumprelu": 4, "batchtopk": 8}
 CASES: dict[str, dict[str, Any]] = {
     "signum": {},
     "float32": {"mixed_precision": "no"},
@@ -33,6 +38,15 @@ CASES: dict[str, dict[str, Any]] = {
         **LOSSES,
         "multi_topk": False,
     },
+    "soap": {"optimizer": "soap"},
+    "dealt": {"optimizer": "adam", "steps_per_batch": 2, "batch_size": 8, "max_examples": 72},
+    "jumprelu": {"optimizer": "adam", "activation": "jumprelu", **LOSSES, "multi_topk": False},
+    "batchtopk": {**GROUPS, **LOSSES, "multi_topk": False},
+    "prefixes": {"matryoshka": (0.25, 0.75), **LOSSES, "multi_topk": False},
+    "crosscoder": {"crosscoder": True, **LOSSES, "multi_topk": False},
+    "cross-layer transcoder": {**ACROSS, **LOSSES, "multi_topk": False},
+    "cross-layer transcoder, batchtopk": {**ACROSS, **GROUPS},
+    "cross-layer transcoder, jumprelu": {**ACROSS, "activation": "jumprelu"},
     "transcoders with a skip": {**MLPS, **LOSSES},
     "k decays, pieces, seeds": {
         **{"k_decay_steps": 9, "grad_acc_steps": 2, "micro_acc_steps": 2, "init_seeds": (0, 1)},
@@ -72,7 +86,9 @@ def gpu_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeCuda, list[in
         clear_traffic(ranks)
 
     with fake_cuda() as gpu, noted_launches() as launches:
-        monkeypatch.setattr(launch, "connect", lambda _, limit: Ranks(torch.device("cuda"), limit))
+        monkeypatch.setattr(
+            launch, "connect", lambda _, limit, *__: Ranks(torch.device("cuda"), limit)
+        )
         monkeypatch.setattr(launch, "shard", lambda _, lm, *__: lm)
         monkeypatch.setattr(Ranks, "clear_traffic", step_begins)
         yield gpu, begun
@@ -114,6 +130,8 @@ def test_a_step_asks_the_gpu_once_and_a_log_step_once_more(
         of_forwards["sae/lm/head.py"] = {"ce": 1, "kl": 2}[flags["loss_fn"]]
     elif not made_elsewhere:
         of_forwards["sae/lm/capture.py"] = forwards
+    if of_entries := QUESTIONS_OF_ENTRIES.get(flags.get("activation", "topk")):
+        of_forwards["sae/kernels/entries.py"] = of_entries
     if "hookpoints" in flags or made_elsewhere:
         del chosen["layers"]
     with gpu_run(monkeypatch) as (gpu, begun):
@@ -134,6 +152,8 @@ def test_a_step_asks_the_gpu_once_and_a_log_step_once_more(
             file = question.place.split(":")[0]
             files[file] = files.get(file, 0) + 1
         expected = {"sae/training/bad_steps.py": 1 + (number % LOG_EVERY == 0), **of_forwards}
+        if number % flags.get("steps_per_batch", 1) != 1 % flags.get("steps_per_batch", 1):
+            del expected["sae/lm/capture.py"]  # only the first step of a batch has a forward
         assert files == expected, said(asked)
 
 

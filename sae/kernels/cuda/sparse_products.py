@@ -20,6 +20,7 @@ from .launching import on_its_device
 _LONG = 1024  # entries of one latent from which its sum is cut into pieces
 _BLOCK = 512  # columns that one program works on
 _TILE = 8192  # elements of gathered rows that one program holds
+_ENTRIES = 16  # that one program multiplies, of whatever rows
 MOST_AT_ONCE = 256
 """Active latents of a row whose rows of the table `reconstruct` holds at once."""
 
@@ -79,6 +80,25 @@ def sampled_product(
     _sampled_product[(n, triton.cdiv(k, at_once))](
         *(rows.contiguous(), table.contiguous(), indices.contiguous(), out, k, rows.shape[1]),
         K=at_once,
+        BLOCK=block,
+    )
+    return out
+
+
+@on_its_device
+def products_of_entries(
+    rows: Float[Tensor, "N D"],
+    table: Float[Tensor, "L D"],
+    entry_rows: Int[Tensor, " E"],
+    indices: Int[Tensor, " E"],
+) -> Float[Tensor, " E"]:
+    """out_e = <rows[entry_rows_e], table[indices_e]>."""
+    out, width = rows.new_empty(len(indices)), rows.shape[1]
+    block = min(triton.next_power_of_2(width), _TILE // _ENTRIES)
+    _products_of_entries[(triton.cdiv(len(indices), _ENTRIES),)](
+        *(rows.contiguous(), table.contiguous(), entry_rows.contiguous(), indices.contiguous()),
+        *(out, len(indices), width),
+        K=_ENTRIES,
         BLOCK=block,
     )
     return out
@@ -240,6 +260,24 @@ def _sampled_product(rows, table, indices, out, k, width, K: tl.constexpr, BLOCK
         )
         product += tl.sum(held.to(product.dtype) * a[None, :].to(product.dtype), axis=1)
     tl.store(out + row * k + j, product.to(out.dtype.element_ty), mask=active)
+
+
+@triton.jit
+def _products_of_entries(
+    rows, table, entry_rows, indices, out, entries, width, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    entry = tl.program_id(0).to(tl.int64) * K + tl.arange(0, K)
+    there = entry < entries
+    row = tl.load(entry_rows + entry, mask=there, other=0).to(tl.int64)
+    latent = tl.load(indices + entry, mask=there, other=0).to(tl.int64)
+    product = _wide_zeros(out, K)
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = there[:, None] & (column < width)[None, :]
+        a = tl.load(rows + row[:, None] * width + column[None, :], mask=inside, other=0.0)
+        b = tl.load(table + latent[:, None] * width + column[None, :], mask=inside, other=0.0)
+        product += tl.sum(a.to(product.dtype) * b.to(product.dtype), axis=1)
+    tl.store(out + entry, product.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -253,8 +253,12 @@ def decode(latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"
 
 
 def squared_error(y: Float[Tensor, "N D"], y_hat: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """sum ||y - y_hat||^2 over all rows, a function of y_hat: the target gets no gradient."""
-    return (y.detach() - y_hat).pow(2).sum()
+    """sum ||y - y_hat||^2 over all rows, a function of y_hat: the target gets no gradient.
+
+    Of half-precision rows in float32, since the sum would not fit into their own kind.
+    """
+    difference = y.detach() - y_hat
+    return difference.to(torch.promote_types(difference.dtype, torch.float32)).pow(2).sum()
 
 
 class Reconstruction(NamedTuple):

@@ -185,7 +185,8 @@ class SparseCoder(nn.Module):
         rows = x.reshape(-1, self.d_in)
         y_rows = rows.to(self.dtype) if y is None else y.reshape(-1, self.d_out).to(self.dtype)
         if total_variance is None:
-            total_variance = Moments.of(y_rows).total_variance.to(self.dtype)
+            wide = torch.promote_types(self.dtype, torch.float32)
+            total_variance = Moments.of(y_rows).total_variance.to(wide)
         most = self.num_latents if self.family.trains_threshold else k  # no bound in use
         found = self.errors(rows, y_rows, dead_mask, most)
         latents = in_rows(found.top_acts, found.top_indices, found.row_starts)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..flag_checks import UsageError
 from .coder_file import (
@@ -27,8 +28,8 @@ from .coder_file import (
     mean_l0,
     whole_number,
 )
-from .hook_names import input_of_mlp
-from .origin import Origin
+from .hook_names import input_of_mlp, mlp_of_layer
+from .origin import Origin, without_seed
 from .pieces import Stored
 
 FILES = "config.yaml, layer_0.safetensors"
@@ -46,8 +47,43 @@ def is_coder(path: Path) -> bool:
 
 
 def hookpoint_of(path: Path) -> str | None:
-    """The MLP of a coder, where this project wrote the file."""
-    return said_in(path).get("hookpoint")
+    """The MLP of a coder: as this project wrote it, or by the hooks and the LM of its config."""
+    if "hookpoint" in (said := said_in(path)):
+        return said["hookpoint"]
+    return mlp_of_config(read_config(path.parent / "config.yaml", _KIND), _layer(path))
+
+
+def trained_on(path: Path) -> dict[str, Any]:
+    """What config.yaml says of the LM, by the name that `Origin` has for it."""
+    try:
+        config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {"model": config.get("model_name")} if isinstance(config, dict) else {}
+
+
+def _layer(path: Path) -> int:
+    return int(path.stem.removeprefix("layer_"))
+
+
+def mlp_of_config(config: dict[str, Any], layer: int) -> str | None:
+    """The MLP of a layer, where a config.yaml says that its input and output are what is meant."""
+    return None if other_hooks(config) else mlp_of_layer(layer, config.get("model_name"))
+
+
+def other_hooks(config: dict[str, Any]) -> str | None:
+    """What a config.yaml says instead of the input and output of an MLP."""
+    hooks = [config.get(name) for name in ("feature_input_hook", "feature_output_hook")]
+    # ln2.hook_normalized is before the weights of an RMSNorm, and so not what an MLP reads.
+    meant = hooks[0] == INPUT and hooks[1] in (OUTPUT, "hook_mlp_out")
+    return None if meant else f"{hooks[0]} to {hooks[1]}"
+
+
+def elsewhere_in_lm(path: Path) -> str | None:
+    """Why what a coder reads and writes is no one module's, if it is not."""
+    config = read_config(path.parent / "config.yaml", _KIND)
+    hooks = None if "hookpoint" in said_in(path) else other_hooks(config)
+    return hooks and f"a transcoder from {hooks}, as its config.yaml says"
 
 
 def said_in(path: Path) -> dict[str, str]:
@@ -75,6 +111,7 @@ def read(path: Path) -> CoderFile:
         k = whole_number(path.parent / "config.yaml", config, "k")
     elif threshold is None:
         threshold = torch.zeros(latents)
+    check_not_negative(path, threshold)
     return coder_file(
         *(found["W_enc"], found["b_enc"], found["W_dec"], found["b_dec"]),
         k=k,
@@ -85,6 +122,15 @@ def read(path: Path) -> CoderFile:
         W_skip=found.get("W_skip"),
         hookpoint=hookpoint_of(path),
     )
+
+
+def check_not_negative(path: Path, threshold: Tensor | None) -> None:
+    """Raise UsageError for thresholds below 0, above which negative latents are active there."""
+    if threshold is not None and bool((threshold < 0).any()):
+        raise UsageError(
+            f"{path}: has thresholds below 0, with which latents may be negative in "
+            f"circuit-tracer, and here they are not"
+        )
 
 
 def read_config(path: Path, kind: str) -> dict[str, Any]:
@@ -117,8 +163,13 @@ def coders_by_layer(
     Raises UsageError, which calls them `what`, unless there is one for each and no other.
     """
     found: dict[int, str] = {}
+    if origin.model_type is None:
+        raise UsageError(
+            f"--model: circuit-tracer takes {what} of MLPs, and which modules these are the LM's "
+            f"config says, which is not at hand: name the LM, or {instead}"
+        )
     for name, coder in coders.items():
-        hook = input_of_mlp(origin.hookpoint(name), origin.model_type)
+        hook = input_of_mlp(without_seed(name), origin.model_type)
         if not coder.cfg.transcode or hook is None or coder.d_in != coder.d_out:
             raise UsageError(
                 f"{name}: circuit-tracer takes {what} of MLPs, of equal widths: {instead}"
@@ -154,7 +205,7 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
         tensors[_THRESHOLD] = found["threshold"].clamp(min=0)
         if cfg.skip_connection:
             tensors["W_skip"] = found["W_skip"]
-        about = {"hookpoint": origin.hookpoint(name), "l0": str(cfg.k)}
+        about = {"hookpoint": without_seed(name), "l0": str(cfg.k)}
         about["activation"] = cfg.activation
         plain = {key: t.contiguous() for key, t in tensors.items()}
         save_file(plain, folder / f"layer_{layer}.safetensors", metadata=about)

@@ -19,15 +19,21 @@ from torch import Tensor
 
 from ..config import SparseCoderConfig
 from ..flag_checks import UsageError
-from .circuit_tracer import INPUT, OUTPUT, coders_by_layer, read_config, said_in
+from .circuit_tracer import (
+    INPUT,
+    OUTPUT,
+    check_not_negative,
+    coders_by_layer,
+    mlp_of_config,
+    read_config,
+    said_in,
+)
 from .coder_file import CoderFile, NeedsThreshold, check_floats, check_shapes, mean_l0
-from .hook_names import mlp_of_layer
-from .origin import Origin
+from .origin import Origin, without_seed
 from .pieces import Part, Stored
 
 FILES = "config.yaml, W_enc_0.safetensors, W_dec_0.safetensors"
 _KIND = "cross_layer_transcoder"
-_OUTPUTS = ("mlp.hook_out", "hook_mlp_out")
 
 
 def is_coder(path: Path) -> bool:
@@ -40,14 +46,7 @@ def hookpoint_of(path: Path) -> str | None:
     """The MLP that a layer reads: as this project wrote it, or by the name of the LM."""
     if "hookpoint" in (said := said_in(path)):
         return said["hookpoint"]
-    config = read_config(path.parent / "config.yaml", _KIND)
-    # ln2.hook_normalized is before the weights of an RMSNorm, and so not what an MLP reads.
-    if (
-        config.get("feature_input_hook") != INPUT
-        or config.get("feature_output_hook") not in _OUTPUTS
-    ):
-        return None
-    return mlp_of_layer(_layer(path), config.get("model_name"))
+    return mlp_of_config(read_config(path.parent / "config.yaml", _KIND), _layer(path))
 
 
 def _layer(path: Path) -> int:
@@ -87,6 +86,7 @@ def read(path: Path, decoder: bool = True) -> CoderFile:
     tensors |= {"b_dec": found[b_dec]}
     # ReLU is a threshold of 0.
     tensors["threshold"] = found.get(threshold, torch.zeros(latents)).float()
+    check_not_negative(path, tensors["threshold"])
     for distance in range(len(sources) + 1 if decoder else 0):
         W = _decoder(path, layer - distance, distance, (latents, count - layer + distance, d_in))
         tensors[f"W_from.{distance}" if distance else "W_dec"] = W
@@ -134,7 +134,7 @@ def write(folder: Path, coders: dict[str, CoderFile], origin: Origin) -> list[st
         W_enc = {f"W_enc_{layer}": found["encoder.weight"], f"b_enc_{layer}": found["encoder.bias"]}
         W_enc |= {f"b_dec_{layer}": found["b_dec"]}
         W_enc[f"threshold_{layer}"] = found["threshold"].clamp(min=0)
-        about = {"hookpoint": origin.hookpoint(name), "l0": str(cfg.k)}
+        about = {"hookpoint": without_seed(name), "l0": str(cfg.k)}
         about |= {"activation": cfg.activation, "ahead": str(cfg.cross_layer)}
         plain = {key: t.contiguous() for key, t in W_enc.items()}
         save_file(plain, folder / f"W_enc_{layer}.safetensors", metadata=about)

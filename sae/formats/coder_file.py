@@ -1,6 +1,7 @@
 """One coder as any program's files describe it, in the names that this project computes with."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ..flag_checks import UsageError
 
 _UNIT = 1e-5
 _TOO_LARGE = 2**40
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CoderFile(NamedTuple):
@@ -106,7 +108,7 @@ def at_least_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def mean_l0(said: Any) -> int:
     """How many latents are active in the mean, where a file says it; else 1."""
     number = isinstance(said, (int, float)) and not isinstance(said, bool)
-    return max(1, round(said)) if number and said < _TOO_LARGE else 1
+    return round(said) if number and 1 <= said < _TOO_LARGE else 1
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -141,8 +143,24 @@ def check_shapes(
     raise UsageError(f"{path} {', '.join(found)}: it is no coder of this kind, or damaged")
 
 
+def positive_number(path: Path, name: str, value: Any) -> float:
+    """A finite number above 0 that a file must give. Raises UsageError for anything else."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise UsageError(f"{path}: {name} is {value!r}, not a number above 0")
+    return float(value)
+
+
 def check_floats(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise UsageError for tensors of whole numbers."""
+    """Raise UsageError for tensors of other types than weights have, or with NaN or Inf in them.
+
+    A threshold may be infinite: its latent never fires.
+    """
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise UsageError(f"{path}: {name} holds {tensor.dtype}, not floating point")
+        if tensor.dtype not in _FLOATS:
+            raise UsageError(
+                f"{path}: {name} holds {tensor.dtype}, not floating point of 16, 32 or 64 bits"
+            )
+        wrong = tensor.isnan() if "threshold" in name else ~tensor.isfinite()
+        if bool(wrong.any()):
+            raise UsageError(f"{path}: {name} holds NaN or Inf: the coder is of no use")

@@ -29,7 +29,7 @@ from .coder_file import (
     whole_number,
 )
 from .hook_names import our_name
-from .origin import Origin
+from .origin import Origin, without_seed
 
 FILES = "config.json, ae.pt"
 
@@ -42,7 +42,8 @@ _TRAINERS = {
     "JumpReluAutoEncoder": "JumpReluTrainer",
 }
 _ONE_LEVEL: dict[str, str] = dict.fromkeys(("BatchTopKSAE", "MatryoshkaBatchTopKSAE"), "batchtopk")
-_COUNTS = ("k", "threshold", "group_sizes")
+_COUNTS = {"k": 0, "threshold": 0, "group_sizes": 1}
+"""What is no weight, and its dimensions."""
 
 
 def is_coder(path: Path) -> bool:
@@ -59,6 +60,13 @@ def hookpoint_of(path: Path) -> str | None:
     if not isinstance(module, str) or not module.startswith("resid_post"):
         return None
     return our_name(f"blocks.{trainer.get('layer')}.hook_resid_post", None, trainer.get("lm_name"))
+
+
+def trained_on(path: Path) -> dict[str, Any]:
+    """What a `config.json` says of the LM and the text, by the names that `Origin` has for it."""
+    buffer = json_object(path / "config.json").get("buffer")
+    ctx_len = buffer.get("ctx_len") if isinstance(buffer, dict) else None
+    return {"model": _trainer(path).get("lm_name"), "ctx_len": ctx_len}
 
 
 def _trainer(path: Path) -> dict[str, Any]:
@@ -79,10 +87,12 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
     found = load_pt(path / "ae.pt", allow_pt)
     d_in = whole_number(path / "config.json", trainer, "activation_dim")
     latents = whole_number(path / "config.json", trainer, "dict_size")
-    counts = {name: found.pop(name) for name in _COUNTS if name in found and found[name].ndim < 2}
-    threshold = counts.get("threshold")
-    if kind == "JumpReluAutoEncoder" and threshold is not None:
-        found["threshold"] = threshold
+    dims = dict(_COUNTS)
+    if kind == "JumpReluAutoEncoder":
+        del dims["threshold"]  # a weight for every latent
+    counts = {n: found.pop(n) for n, ndim in dims.items() if n in found and found[n].ndim == ndim}
+    check_floats(path / "ae.pt", {n: t for n, t in counts.items() if n == "threshold"})
+    threshold = found.get("threshold")
     shapes = _shapes(kind, d_in, latents)
     check_shapes(path / "ae.pt", {name: tuple(t.shape) for name, t in found.items()}, shapes)
     check_floats(path / "ae.pt", found)
@@ -97,7 +107,7 @@ def read(path: Path, allow_pt: bool = False) -> CoderFile:
             raise UsageError(f"{path}: k is {k} in config.json and {int(counts['k'])} in ae.pt")
         threshold = None  # it selects by k unless it is told otherwise
     elif kind in _ONE_LEVEL:
-        threshold = counts.get("threshold", torch.tensor(-1.0)).float().reshape(())
+        threshold = counts.get("threshold", torch.tensor(-1.0)).float()
         if threshold < 0:
             raise UsageError(
                 f"{path}: its threshold was never set, so that it is a plain ReLU there: train it "
@@ -170,7 +180,7 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
 
     Raises NeedsThreshold or UsageError for one that no class there can hold.
     """
-    cfg, found, hookpoint = coder.cfg, coder.tensors, origin.hookpoint(name)
+    cfg, found, hookpoint = coder.cfg, coder.tensors, without_seed(name)
     if cfg.skip_connection or coder.d_in != coder.d_out:
         what = "a skip connection" if cfg.skip_connection else f"d_out {coder.d_out}"
         raise UsageError(f"{name}: dictionary_learning has no coder with {what}: try --to sae_lens")

@@ -39,7 +39,7 @@ _KINDS = (
     ),
     _Modules(
         ("gemma2", "gemma3_text"),
-        r"gemma-?[23]",
+        r"gemma-?[23](?!b)",  # gemma-2b is of the first
         "model",
         "layers",
         "post_attention_layernorm",
@@ -142,6 +142,8 @@ def our_name(hook: Any, hf_hook: Any, model: Any, head: Any = None) -> str | Non
     `head`: the one attention head that the coder reads, if it is one.
     """
     if isinstance(hf_hook, str) and (plain := hf_hook.removesuffix(".output")):
+        if plain.endswith(".input"):
+            plain = f"{plain.removesuffix('.input')}:input"
         prefixes = {m.prefix for m in _KINDS}
         first, _, rest = plain.partition(".")
         return rest if first in prefixes and rest else plain

@@ -35,10 +35,14 @@ class HubName(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "HubName":
-        """Take a name apart. Raises UsageError for a folder that leads out of its repository."""
-        found = re.fullmatch(r"([^/@]+(?:/[^/@]+)?)(?:@([^/]+))?(?:/(.+))?", name)
+        """Take a name apart. Raises UsageError for what is none, or a folder that leads out."""
+        repo, revision = r"([^/@]+(?:/[^/@]+)?)", r"(?:@(refs/[^/]+/[^/]+|[^/]+))?"
+        found = re.fullmatch(rf"{repo}{revision}(?:/([^@]+))?", name)
         if found is None:
-            return cls(name, None, None)
+            raise UsageError(
+                f"{name} is neither a folder here nor on the Hub, where names are ORG/NAME or "
+                f"ORG/NAME@REVISION/FOLDER"
+            )
         if found[3] is not None:
             check_name(found[3])
         return cls(found[1], found[2], found[3] and found[3].strip("/"))

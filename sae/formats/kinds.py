@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from natsort import natsorted
 
 from ..flag_checks import UsageError
 from . import circuit_tracer, circuit_tracer_clt, dictionary_learning, sae_lens, scopes, sparsify
 from .coder_file import CoderFile
+from .origin import without_seed
 
 _DEPTH = 4
 
@@ -24,6 +25,12 @@ class Kind(NamedTuple):
     """From a path, whether a pickle may be opened, and whether W_dec is wanted."""
     hookpoint: Callable[[Path], str | None]
     """What its files say of where it reads; of our own the folder's name says it."""
+    trained_on: Callable[[Path], dict[str, Any]] = lambda path: {}
+    """What its files say of the LM and the text, by the names that `Origin` has for it."""
+    between: Callable[[Path], str | None] = lambda path: None
+    """Of a coder that does not go from one module's input to its output, what it is."""
+    note: Callable[[Path], str | None] = lambda path: None
+    """What its activations have that those of the LM as it is do not."""
 
 
 KINDS = {
@@ -38,36 +45,44 @@ KINDS = {
         sae_lens.is_coder,
         lambda path, *_: sae_lens.read(path),
         sae_lens.hookpoint_of,
+        sae_lens.trained_on,
+        note=sae_lens.changed_lm,
     ),
     "dictionary_learning": Kind(
         dictionary_learning.FILES,
         dictionary_learning.is_coder,
         lambda path, allow_pt, _: dictionary_learning.read(path, allow_pt),
         dictionary_learning.hookpoint_of,
+        dictionary_learning.trained_on,
     ),
     "circuit_tracer": Kind(
         circuit_tracer.FILES,
         circuit_tracer.is_coder,
         lambda path, *_: circuit_tracer.read(path),
         circuit_tracer.hookpoint_of,
+        circuit_tracer.trained_on,
+        between=circuit_tracer.elsewhere_in_lm,
     ),
     "circuit_tracer's cross-layer transcoders": Kind(
         circuit_tracer_clt.FILES,
         circuit_tracer_clt.is_coder,
         lambda path, _, decoder: circuit_tracer_clt.read(path, decoder),
         circuit_tracer_clt.hookpoint_of,
+        circuit_tracer.trained_on,
     ),
     "Gemma Scope": Kind(
         scopes.GEMMA_1,
         scopes.is_gemma_1,
         lambda path, *_: scopes.read_gemma_1(path),
         scopes.hookpoint_of_gemma_1,
+        between=scopes.gemma_1_between_norms,
     ),
     "Gemma Scope 2": Kind(
         scopes.GEMMA_2,
         scopes.is_gemma_2,
         lambda path, *_: scopes.read_gemma_2(path),
         scopes.hookpoint_of_gemma_2,
+        between=scopes.gemma_2_between_norms,
     ),
     "Llama Scope": Kind(
         scopes.LLAMA,
@@ -124,7 +139,8 @@ def list_coders(
     """Name -> folder of every coder in a folder, in natural order; `names`, or those of a glob.
 
     A coder is named by its hookpoint where its files say it, else by its folder. Raises UsageError
-    where there is none, where one that is asked for is missing, or two have one name.
+    where there is none, where one that is asked for is missing, where two have one name, or one
+    has a name that leads out of a folder.
     """
     if not folder.is_dir() and kind_of(folder) is None:
         raise UsageError(f"{folder} is not a folder: give a folder of coders")
@@ -133,6 +149,10 @@ def list_coders(
     found: dict[str, Path] = {}
     for path in _coders_below(folder, 0):
         name = _name_of(path, folder)
+        try:
+            sparsify.check_name(name)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
         if name in found:
             raise UsageError(
                 f"{folder} holds two coders of {name}, {found[name].name} and {path.name}: give "
@@ -165,17 +185,29 @@ def holds_coders(folder: Path) -> bool:
 def chosen(paths: dict[str, Path], hookpoint: str | None) -> dict[str, Path]:
     """Of coders by name that at one hookpoint, or the only one under that name; without it all.
 
-    Raises UsageError where there are several, and none is at the hookpoint.
+    Raises UsageError where there are several, and none is at the hookpoint, or where the files of
+    the only one say that it is elsewhere.
     """
     if hookpoint is None:
         return paths
     sparsify.check_name(hookpoint)
-    if hookpoint not in paths and len(paths) != 1:
+    if hookpoint in paths:
+        return {hookpoint: paths[hookpoint]}
+    if len(paths) != 1:
+        named = [name for name, path in paths.items() if _is_ours(path) or says_hookpoint(path)]
+        which = f"there are {', '.join(named)}: give one of these, or" if named else "give"
+        raise UsageError(f"--hookpoint {hookpoint}: {which} the path of one coder")
+    ((name, path),) = paths.items()
+    if says_hookpoint(path):
         raise UsageError(
-            f"--hookpoint {hookpoint}: there are {', '.join(paths)}: give one of these, or the "
-            f"folder of one coder"
+            f"--hookpoint {hookpoint}: the files of {path.name} say {name}: leave it out"
         )
-    return {hookpoint: paths.get(hookpoint, next(iter(paths.values())))}
+    return {hookpoint: path}
+
+
+def trained_on(path: Path) -> dict[str, Any]:
+    """What the files of a coder say of its LM and text, by the names that `Origin` has for it."""
+    return KINDS[kind_of(path) or "sparsify"].trained_on(path)
 
 
 def says_hookpoint(path: Path) -> bool:
@@ -188,7 +220,9 @@ def _name_of(path: Path, below: Path) -> str:
     hookpoint = None if (kind := kind_of(path)) is None else KINDS[kind].hookpoint(path)
     inner = path.relative_to(below).as_posix()
     plain = path.absolute().name if inner == "." else inner.replace("/", ".")
-    return hookpoint or plain.removesuffix(".safetensors").removesuffix(".pt")
+    if hookpoint and without_seed(plain) != hookpoint:  # one of several seeds keeps its seed
+        return hookpoint
+    return plain.removesuffix(".safetensors").removesuffix(".pt")
 
 
 def _coders_below(folder: Path, depth: int) -> Iterator[Path]:
@@ -200,9 +234,10 @@ def _coders_below(folder: Path, depth: int) -> Iterator[Path]:
         below = natsorted(folder.iterdir(), key=lambda path: path.name)
         below = [path for path in below if not path.name.startswith(".")]
         below = [path for path in below if path.is_dir() or kind_of(path) is not None]
-        # Beside a run's own coders lie the same ones in the files of other programs.
-        ours = [path for path in below if depth == 0 and _is_ours(path)]
-        for path in ours or below:
+        if depth == 0 and any(_is_ours(path) for path in below):
+            # In a pushed run folders beside its coders hold the same ones for other programs.
+            below = [path for path in below if _is_ours(path) or kind_of(path) is not None]
+        for path in below:
             yield from _coders_below(path, depth + 1)
 
 

@@ -12,6 +12,11 @@ def without_folder(name: str) -> str:
     return Path(name).name if here else name
 
 
+def without_seed(name: str) -> str:
+    """The hookpoint of a coder of this name: one of several seeds has its seed behind it."""
+    return re.sub(r"\.seed-?\d+$", "", name)
+
+
 @dataclass(frozen=True)
 class Origin:
     """The LM and the text that coders were trained on; None where it is not known."""
@@ -33,8 +38,3 @@ class Origin:
     """Blocks of the LM."""
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By coder, figures that its files name."""
-
-    @staticmethod
-    def hookpoint(name: str) -> str:
-        """The hookpoint of a coder of this name: one of several seeds has its seed behind it."""
-        return re.sub(r"\.seed-?\d+$", "", name)

@@ -26,10 +26,11 @@ from .coder_file import (
     has_unit_rows,
     json_object,
     mean_l0,
+    positive_number,
     whole_number,
 )
 from .hook_names import input_of_mlp, mlp_of_layer, our_name, their_names
-from .origin import Origin
+from .origin import Origin, without_seed
 from .pieces import Stored
 
 FILES = "cfg.json, sae_weights.safetensors"
@@ -43,6 +44,14 @@ _TRANSCODERS = (
 )
 
 
+# Of what TransformerLens may do to an LM's weights, what changes activations at its hooks.
+_CHANGES = (
+    "fold_ln",
+    "center_writing_weights",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)
+_UNUSED = "scaling_factor"  # in files of early versions, where it is 1
 _PER_ROW = "which scales every row on its own: no weights do the same"
 _FOLD = "fold it in SAELens, by {}, and save again"
 _LOST = f"without its norm_scaling_factor: {_FOLD.format('fold_activation_norm_scaling_factor')}"
@@ -64,6 +73,26 @@ def is_coder(path: Path) -> bool:
 def hookpoint_of(path: Path) -> str | None:
     """Where a coder reads, as far as its `cfg.json` says."""
     return _place(_config(path / "cfg.json"))[0]
+
+
+def trained_on(path: Path) -> dict[str, Any]:
+    """What a `cfg.json` says of the LM and the text, by the names that `Origin` has for it."""
+    about = _config(path / "cfg.json")["metadata"]
+    names = {"model": "model_name", "dataset": "dataset_path", "ctx_len": "context_size"}
+    names |= {"tokens": "training_tokens", "begins_with_bos": "prepend_bos"}
+    return {ours: about.get(theirs) for ours, theirs in names.items()}
+
+
+def changed_lm(path: Path) -> str | None:
+    """What TransformerLens did to the LM that a coder was trained on, where its files say it."""
+    given = _config(path / "cfg.json")["metadata"].get("model_from_pretrained_kwargs")
+    changes = [name for name in _CHANGES if isinstance(given, dict) and given.get(name)]
+    return (
+        f"was trained on an LM with {', '.join(changes)} of TransformerLens, whose activations "
+        f"are others than those of the LM as it is: figures here may be worse than its own"
+        if changes
+        else None
+    )
 
 
 def _place(cfg: dict[str, Any]) -> tuple[str | None, bool]:
@@ -102,9 +131,13 @@ def read(path: Path) -> CoderFile:
     if "skip" in kind:
         shapes["W_skip"] = (d_out, d_in)
     with Stored(path, "sae_weights") as stored:
+        if _UNUSED in stored.shapes:
+            shapes[_UNUSED] = (latents,)
         check_shapes(stored.path, stored.shapes, shapes)
         found = stored.read_all(None)
         check_floats(stored.path, found)
+        if bool((found.pop(_UNUSED, torch.ones(1)) != 1).any()):
+            raise UsageError(f"{stored.path}: {_UNUSED} is not all ones, which cannot be read")
     norms = torch.linalg.vector_norm(found["W_dec"], dim=1)  # before they are scaled
     _fold_scaling_(file, cfg, found)
     W_enc, b_enc, threshold = found["W_enc"].T, found.get("b_enc"), found.get("threshold")
@@ -150,8 +183,11 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(about, dict):
         about = {**cfg, "hook_name": cfg.get("hook_name", cfg.get("hook_point"))}
         cfg.setdefault("architecture", "standard")
-        if cfg.get("activation_fn", cfg.get("activation_fn_str")) == "topk":
-            cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
+        cfg.setdefault("activation_fn", cfg.get("activation_fn_str", "relu"))
+        if cfg["activation_fn"] == "topk":
+            of_topk = cfg.get("activation_fn_kwargs")
+            k = of_topk.get("k") if isinstance(of_topk, dict) else None
+            cfg |= {"architecture": "topk", "k": k}
     cfg["metadata"] = about
     if cfg.get("architecture") not in (*_SAES, *_TRANSCODERS):
         raise UsageError(
@@ -171,9 +207,11 @@ def _fold_scaling_(path: Path, cfg: dict[str, Any], found: dict[str, Tensor]) ->
     if kind in (None, False, "none"):
         return
     factor = cfg.get("norm_scaling_factor")
-    if kind not in (True, "expected_average_only_in") or not isinstance(factor, (int, float)):
-        why = _NORMALIZATIONS.get(kind, "which is not known here")
+    if kind not in (True, "expected_average_only_in") or factor is None:
+        why = _NORMALIZATIONS.get(kind) if isinstance(kind, (str, bool)) else None
+        why = why or "which is not known here"
         raise UsageError(f"{path}: normalize_activations is {kind!r}, {why}")
+    factor = positive_number(path, "norm_scaling_factor", factor)
     found["W_enc"] = found["W_enc"] * factor
     found["W_dec"], found["b_dec"] = found["W_dec"] / factor, found["b_dec"] / factor
 
@@ -196,7 +234,7 @@ def write(folder: Path | None, name: str, coder: CoderFile, origin: Origin) -> l
 
     Raises NeedsThreshold for a coder that SAELens holds through thresholds only.
     """
-    cfg, found, hookpoint = coder.cfg, coder.tensors, origin.hookpoint(name)
+    cfg, found, hookpoint = coder.cfg, coder.tensors, without_seed(name)
     if why := _needs_threshold(coder):
         raise NeedsThreshold(f"{name}: {why}")
     if cfg.has_threshold:  # in fewer bits it would be another one
@@ -261,7 +299,7 @@ def _needs_threshold(coder: CoderFile) -> str | None:
 
 
 def _metadata(name: str, coder: CoderFile, origin: Origin) -> dict[str, Any]:
-    hookpoint = origin.hookpoint(name)
+    hookpoint = without_seed(name)
     there = their_names(hookpoint, origin.model_type, origin.prefix)
     about = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
     about |= {"model_name": origin.model}

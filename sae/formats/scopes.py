@@ -34,6 +34,7 @@ from .coder_file import (
     coder_file,
     json_object,
     mean_l0,
+    positive_number,
     whole_number,
 )
 from .dictionary_learning import load_pt, open_pt
@@ -44,6 +45,13 @@ GEMMA_1, GEMMA_2 = "params.npz", "config.json, params.safetensors"
 LLAMA, QWEN = "hyperparams.json, checkpoints/final.safetensors", "layer0.sae.pt"
 OPENAI = "autoencoders/0.pt"
 
+_BETWEEN_NORMS = (
+    "a transcoder of Gemma Scope, from what pre_feedforward_layernorm gives to what "
+    "post_feedforward_layernorm gives"
+)
+# What published coders have; with anything else a coder computes another function.
+_LLAMA_KNOWN = {"act_fn": "jumprelu", "norm_activation": "dataset-wise"}
+_LLAMA_KNOWN |= dict.fromkeys(("apply_decoder_bias_to_pre_encoder", "use_glu_encoder"), False)
 _SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 
 
@@ -64,6 +72,11 @@ def _site_of_gemma_1(path: Path) -> tuple[str | None, int | None]:
     site = re.search(r"gemma-scope-[\w-]+?-(res|mlp|att|transcoders)(?:/|$)", where)
     layer = re.search(r"/layer_(\d+)(?:/|$)", where)
     return site and site[1], int(layer[1]) if layer else None
+
+
+def gemma_1_between_norms(path: Path) -> str | None:
+    """What a transcoder of Gemma Scope 1 is; None for an SAE."""
+    return _BETWEEN_NORMS if _site_of_gemma_1(path)[0] == "transcoders" else None
 
 
 def read_gemma_1(path: Path) -> CoderFile:
@@ -102,6 +115,11 @@ def hookpoint_of_gemma_2(path: Path) -> str | None:
 def _is_transcoder(config: dict[str, Any]) -> bool:
     out = config.get("hf_hook_point_out")
     return out is not None and out != config.get("hf_hook_point_in")
+
+
+def gemma_2_between_norms(path: Path) -> str | None:
+    """What a transcoder of Gemma Scope 2 is; None for an SAE."""
+    return _BETWEEN_NORMS if _is_transcoder(json_object(path / "config.json")) else None
 
 
 def read_gemma_2(path: Path) -> CoderFile:
@@ -149,11 +167,16 @@ def read_llama(path: Path) -> CoderFile:
     d_in, latents = (whole_number(file, config, name) for name in ("d_model", "d_sae"))
     norms, level = config.get("dataset_average_activation_norm"), config.get("jump_relu_threshold")
     norm = norms.get("in") if isinstance(norms, dict) else None
-    if not isinstance(norm, (int, float)) or norm <= 0 or not isinstance(level, (int, float)):
+    if norm is None or level is None:
         raise UsageError(
             f"{file} gives no jump_relu_threshold, or no dataset_average_activation_norm: what it "
             f"scales inputs by is not known"
         )
+    norm = positive_number(file, "dataset_average_activation_norm", norm)
+    level = positive_number(file, "jump_relu_threshold", level)
+    for name, known in _LLAMA_KNOWN.items():
+        if config.get(name, known) != known:
+            raise UsageError(f"{file}: {name} is {config[name]!r}, and only {known!r} can be read")
     if config.get("hook_point_out", config.get("hook_point_in")) != config.get("hook_point_in"):
         raise UsageError(f"{file}: hook_point_out is another one, and transcoders are not read")
     with Stored(path / "checkpoints", "final") as stored:
@@ -161,6 +184,7 @@ def read_llama(path: Path) -> CoderFile:
         expected |= {"decoder.weight": (d_in, latents), "encoder.bias": (latents,)}
         check_shapes(stored.path, stored.shapes, expected | {"decoder.bias": (d_in,)})
         found = {name: t.float() for name, t in stored.read_all(None).items()}
+        check_floats(stored.path, found)
     scale = d_in**0.5 / norm
     return coder_file(
         found["encoder.weight"] * scale,

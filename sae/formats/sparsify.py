@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import Columns, SparseCoderConfig
 from ..flag_checks import UsageError
+from .coder_file import check_floats
 from .pieces import Part, Piece, Stored, file_name, is_first, write_index
 
 FILES = "cfg.json, sae.safetensors"
@@ -122,7 +123,9 @@ def read(
     """Config, d_in, d_out and tensors of one coder, which `opened` checks; W_dec with `decoder`."""
     with opened(folder) as (cfg, d_in, d_out, stored):
         wanted = [name for name in stored.shapes if decoder or not is_decoder(name)]
-        return cfg, d_in, d_out, {name: stored.read(name) for name in wanted}
+        tensors = {name: stored.read(name) for name in wanted}
+        check_floats(stored.path, tensors)
+        return cfg, d_in, d_out, tensors
 
 
 def shapes_of(cfg: SparseCoderConfig, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:

@@ -268,6 +268,8 @@ def main(cfg: CompareConfig) -> None:
         return
     if len(cfg.runs) < 2:
         raise UsageError("RUN_A RUN_B: give two folders of coders or more")
+    if Path(cfg.out).suffix == ".svg":
+        raise UsageError(f"--out {cfg.out}: is for figures, a plot goes beside it: give a .json")
     check_target("--out", Path(cfg.out))
     coders = judged(cfg)
     shared = shared_latents(coders, cfg.near)

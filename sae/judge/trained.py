@@ -1,6 +1,5 @@
 """Trained coders, with the LM and the data that they are judged on."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..data.text import load_tokens
 from ..flag_checks import OF_ONE_DATA_SET, UsageError, flags_marked, from_flags
 from ..formats import kinds
 from ..formats.hub import coders_folder
+from ..formats.origin import without_seed
 from ..lm.beside import label, read_beside
 from ..lm.capture import Capture, RowReader, measure_widths
 from ..lm.head import unusable_head
@@ -104,7 +104,7 @@ def load_trained(cfg: CodersConfig, like: TrainedCoders | None = None) -> Traine
     Raises UsageError for what cannot be found or does not fit.
     """
     coders, run = named_coders(cfg), Path(cfg.coders)
-    hookpoint = {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
+    hookpoint = {name: without_seed(name) for name in coders}
     if parts := _parts(coders, cfg.coders):
         hookpoint = dict.fromkeys(coders, CROSSCODER)
     for coder in coders.values():
@@ -209,18 +209,23 @@ def named_coders(cfg: CodersConfig) -> dict[str, SparseCoder]:
                 f"--hookpoint, or of a run {folder.resolve().parent}"
             )
         raise UsageError(
-            f"{cfg.coders}: the files of {silent[0]} do not say where it reads: give the folder of "
+            f"{cfg.coders}: the files of {silent[0]} do not say where it reads: give the path of "
             f"one coder, and --hookpoint"
         )
-    load = SparseCoder.load_from_disk
-    coders = {name: load(path, allow_pt=cfg.allow_pt) for name, path in paths.items()}
+    coders = {}
     for name, path in paths.items():
-        if coders[name].cfg.transcode and (kinds.kind_of(path) or "").startswith("Gemma Scope"):
+        coder = SparseCoder.load_from_disk(path, allow_pt=cfg.allow_pt)
+        # Sums of squares of half-precision numbers do not fit into their own kind.
+        coders[name] = coder.to(torch.promote_types(coder.dtype, torch.float32))
+    for name, path in paths.items():
+        kind = kinds.KINDS[kinds.kind_of(path) or "sparsify"]
+        if what := kind.between(path):
             raise UsageError(
-                f"{cfg.coders}: {name} is a transcoder of Gemma Scope, from what "
-                f"pre_feedforward_layernorm gives to what post_feedforward_layernorm gives: two "
-                f"modules, and a hookpoint here is one. Load it by load_many, or export it"
+                f"{cfg.coders}: {name} is {what}: two modules, and a hookpoint here is one. Load "
+                f"it by load_many, or export it"
             )
+        if note := kind.note(path):
+            print(f"note  {name} {note}")
     return coders
 
 

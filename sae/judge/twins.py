@@ -1,6 +1,5 @@
 """Latents of two coders that write in the same direction, and what to show beside a latent."""
 
-import re
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from ..coders.across.crosscoder import Crosscoder
 from ..coders.bank import CoderBank
 from ..coders.sparse_coder import SparseCoder
 from ..flag_checks import UsageError
+from ..formats.origin import without_seed
 from .trained import CodersConfig, TrainedCoders, named_coders
 
 NEAR = 0.7
@@ -35,7 +35,7 @@ def nearest_twins(
     a: SparseCoder, b: SparseCoder, latents: Int[Tensor, " C"] | None = None
 ) -> Twins:
     """max_j cos(W_dec_a[i], W_dec_b[j]) and that j, for the given latents i of `a` or for all."""
-    ours, theirs = a.directions(), b.directions()
+    ours, theirs = a.directions().float(), b.directions().float()
     if ours.shape[1] != theirs.shape[1]:  # one of them writes further ahead
         ours, theirs = ours[:, : a.d_out], theirs[:, : a.d_out]
     directions = F.normalize(theirs, dim=1)
@@ -59,7 +59,7 @@ def coders_beside(trained: TrainedCoders, cfg: CodersConfig) -> dict[str, Beside
     """
     theirs, found = named_coders(cfg), dict[str, Beside]()
     for name, where in trained.state.bank.hookpoint.items():
-        fitting = [n for n in theirs if re.sub(r"\.seed-?\d+$", "", n) == where]
+        fitting = [n for n in theirs if without_seed(n) == where]
         if fitting:
             chosen = name if name in fitting else fitting[0]
             found[name] = Beside(chosen, theirs[chosen])

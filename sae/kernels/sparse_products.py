@@ -55,8 +55,9 @@ def reconstruct(
 
 
 def square_sum(rows: Tensor) -> Tensor:
-    """The sum of squares; torch.dot takes no more than 2^31 elements."""
-    blocks = rows.flatten().split(2**30)
+    """The sum of squares, at least in float32; torch.dot takes no more than 2^31 elements."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    blocks = wide.flatten().split(2**30)
     return functools.reduce(torch.add, (torch.dot(block, block) for block in blocks))
 
 

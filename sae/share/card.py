@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import SparseCoderConfig
 from ..formats.coder_file import CoderFile
-from ..formats.origin import without_folder
+from ..formats.origin import without_folder, without_seed
 
 _PACKAGES = ("train-sae", "torch", "transformers", "accelerate", "datasets")
 _FIGURES = ("fvu", "l0", "dead_share", "ce_recovered")
@@ -46,7 +46,8 @@ def card(
     head += [f"base_model: {model}"] if model in on_hub else []
     head += ["datasets:", f"- {dataset}"] if dataset in on_hub else []
     kinds = {_kind(coder.cfg) for coder in coders.values()}
-    where = [part.hookpoint for coder in coders.values() for part in coder.cfg.parts] or coders
+    where = [part.hookpoint for coder in coders.values() for part in coder.cfg.parts]
+    where = where or [without_seed(name) for name in coders]
     what = f"Sparse coders ({' and '.join(sorted(kinds))}) of the activations of {_shown(model)}"
     lines = ["---", *head, "---", "", f"# {repo.split('/')[-1]}", "", f"{what}."]
     lines += ["", f"- Base model: {_shown(model)}", f"- Data set: {_shown(dataset)}"]

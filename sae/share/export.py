@@ -24,7 +24,7 @@ from ..formats import (
 from ..formats.coder_file import CoderFile, NeedsThreshold
 from ..formats.hub import coders_folder
 from ..formats.origin import Origin
-from ..judge.threshold import make_thresholds
+from ..judge.threshold import make_thresholds, of_coders
 from ..judge.trained import CodersConfig, load_trained
 from ..runs.provenance import flags_of_run
 from .origins import origin_of
@@ -54,15 +54,14 @@ def export(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
     Raises UsageError for what is no coder or cannot be held there, a target that is there already,
     or a full disk; NeedsThreshold where thresholds would do, before anything is written.
     """
-    folder = coders_folder(cfg.coders, allow_pt=cfg.allow_pt, token=cfg.hf_token)
-    paths = kinds.chosen(kinds.list_coders(folder), cfg.hookpoint)
+    paths = _paths(cfg)
     for name, path in paths.items():
         target = Path(cfg.out) / name
         if kinds.kind_of(target) is not None or target.resolve() == path.resolve():
             raise UsageError(f"--out {cfg.out}: already holds {name}; give another folder")
     if cfg.to != "sparsify":
         coders = {name: kinds.read(path, cfg.allow_pt) for name, path in paths.items()}
-        return write(cfg, coders, origin_of(Path(cfg.coders), cfg.model))
+        return write(cfg, coders, _origin(cfg))
     for name, path in paths.items():
         with _disk_errors(cfg, name):
             (Path(cfg.out) / name).mkdir(parents=True, exist_ok=True)
@@ -72,6 +71,16 @@ def export(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
             found = kinds.read(path, cfg.allow_pt)
             sparsify.write(Path(cfg.out) / name, *found[:4])
     return [Path(cfg.out) / name for name in paths], []
+
+
+def _origin(cfg: ExportConfig) -> Origin:
+    paths = _paths(cfg)
+    return origin_of(Path(cfg.coders), cfg.model, kinds.trained_on(next(iter(paths.values()))))
+
+
+def _paths(cfg: ExportConfig) -> dict[str, Path]:
+    folder = coders_folder(cfg.coders, allow_pt=cfg.allow_pt, token=cfg.hf_token)
+    return kinds.chosen(kinds.list_coders(folder), cfg.hookpoint)
 
 
 def export_as_can_be(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
@@ -127,7 +136,7 @@ def _disk_errors(cfg: ExportConfig, name: str) -> Iterator[None]:
 
 
 def through_thresholds(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
-    """Write JumpReLU coders in place of those that the program holds only so.
+    """Write JumpReLU coders in place of those that the program holds only so; the rest as it is.
 
     Their thresholds are made as python -m sae threshold does, on text that a run held out; the
     figures before and after are printed, and written where the program's files have a place.
@@ -139,8 +148,11 @@ def through_thresholds(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
         )
     names = (f.name for f in fields(CodersConfig))
     trained = load_trained(CodersConfig(**{name: getattr(cfg, name) for name in names}))
-    made, before, after = found = make_thresholds(trained)
-    activation = {name: coder.cfg.activation for name, coder in trained.state.bank.items()}
+    coders = {name: kinds.read(path, cfg.allow_pt) for name, path in _paths(cfg).items()}
+    origin, bank = _origin(cfg), trained.state.bank
+    lacking = {n: bank[n] for n, coder in coders.items() if _lacks_threshold(cfg, n, coder, origin)}
+    made, before, after = found = make_thresholds(of_coders(trained, lacking))
+    activation = {name: coder.cfg.activation for name, coder in lacking.items()}
     print(found.table(activation))
     figures = {
         name: {
@@ -152,11 +164,21 @@ def through_thresholds(cfg: ExportConfig) -> tuple[list[Path], list[str]]:
         }
         for name in made
     }
-    coders = {}
     for name, coder in made.items():
         tensors = {key: t.cpu() for key, t in coder.state_dict().items()}
         coders[name] = CoderFile(coder.cfg, coder.d_in, coder.d_out, tensors)
-    return write(cfg, coders, replace(origin_of(Path(cfg.coders), cfg.model), figures=figures))
+    return write(cfg, coders, replace(origin, figures=figures))
+
+
+def _lacks_threshold(cfg: ExportConfig, name: str, coder: CoderFile, origin: Origin) -> bool:
+    """Whether the program holds a coder only with a threshold for every latent."""
+    if cfg.to == "circuit_tracer":
+        return not coder.cfg.has_threshold
+    try:
+        WRITERS[cfg.to](None, name, coder, origin)
+    except NeedsThreshold:
+        return True
+    return False
 
 
 def main(cfg: ExportConfig) -> None:

@@ -82,7 +82,7 @@ def assemble(cfg: PushConfig, folder: Path) -> None:
         for file in path.iterdir():
             if not file.name.startswith("resume"):  # what only exact resuming needs
                 shutil.copyfile(file, folder / name / file.name)
-    for program in cfg.formats:
+    for program in dict.fromkeys(cfg.formats):
         if program != "sparsify":
             export_as_can_be(ExportConfig(cfg.run, out=str(folder / program), to=program))
     write_json(folder / "summary.json", _of_no_machine(summary, flags))
@@ -192,8 +192,8 @@ def main(cfg: PushConfig) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
             folder = Path(cfg.dry_run)
-            if folder.exists() and any(folder.iterdir()):
-                raise UsageError(f"--dry_run {folder}: is not empty; give a new folder")
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise UsageError(f"--dry_run {folder}: is no empty folder; give a new one")
             folder.mkdir(parents=True, exist_ok=True)
         assemble(cfg, folder)
         if cfg.dry_run is not None:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from sae import SparseCoder, TranscoderConfig, UsageError, load_many
 from sae.formats.coder_file import NeedsThreshold
+from sae.judge.trained import CodersConfig, named_coders
 from sae.share.export import ExportConfig, export
 
 LM = str(Path(__file__).parents[2] / "demo/lm")
@@ -115,6 +116,20 @@ def test_sets_of_others_are_read_as_their_config_says(tmp_path: Path) -> None:
     assert_same_function(load_many(out)["layer_2"], circuit_tracer(tensors))
     (out / "config.yaml").write_text(yaml.safe_dump({**config, "activation": "topk", "k": 3}))
     assert load_many(out)["layer_2"].cfg.activation == "topk"
+    (out / "config.yaml").write_text(yaml.safe_dump({**config, "model_name": "org/pythia-70m"}))
+    assert "layers.2.mlp" in load_many(out)  # by the LM's name and the hooks
+    hooks = {"feature_input_hook": "hook_resid_mid", "model_name": "org/pythia-70m"}
+    (out / "config.yaml").write_text(yaml.safe_dump({**config, **hooks}))
+    assert "layer_2" in load_many(out)
+    with pytest.raises(UsageError, match="a transcoder from hook_resid_mid to mlp.hook_out, as"):
+        named_coders(CodersConfig(str(file), model=LM, hookpoint="layers.2.mlp"))
+    with pytest.raises(UsageError, match="--hookpoint layer_9: there are .*layers.5.mlp: give one"):
+        named_coders(CodersConfig(str(out), model=LM, hookpoint="layer_9"))
+    below = {**tensors, "activation_function.threshold": torch.full((24,), -0.5)}
+    save_file(below, file)
+    with pytest.raises(UsageError, match="thresholds below 0, with which latents may be negative"):
+        load_many(out)
+    (out / "config.yaml").write_text(yaml.safe_dump({**config, "activation": "topk", "k": 3}))
     save_file({**tensors, "k": torch.zeros(1)}, file)
     with pytest.raises(UsageError, match="has k, which is unknown"):
         load_many(out)

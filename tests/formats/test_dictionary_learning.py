@@ -2,6 +2,7 @@
 
 import json
 import re
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,10 @@ REFUSED = {
     "k": ({"k": 4}, {}, "k is 4 in config.json and 3 in ae.pt"),
     "width": ({"activation_dim": 9}, {}, "encoder.weight of shape"),
     "extra": ({}, {"extra": torch.zeros(2)}, "extra, which is unknown"),
+    "a threshold for each": ({"dict_class": "BatchTopKSAE"}, {"threshold": torch.ones(24)}, "thre"),
+    "no threshold": ({"dict_class": "BatchTopKSAE"}, {"threshold": torch.tensor(nan)}, "NaN"),
+    "no k": ({}, {"k": torch.zeros(0, dtype=torch.int32)}, "k, which is unknown"),
+    "no groups": ({}, {"group_sizes": torch.tensor(24)}, "group_sizes, which is unknown"),
     "whole numbers": ({}, {"b_dec": torch.zeros(8, dtype=torch.int64)}, "not floating point"),
 }
 

@@ -112,8 +112,8 @@ def qwen(folder: Path) -> Path:
 
 
 def openai(folder: Path) -> Path:
-    """What OpenAI published for GPT-2."""
-    inner = folder / "resid_delta_mlp/autoencoders"
+    """What OpenAI published for GPT-2, in a folder that does not say where it reads."""
+    inner = folder / "sites/autoencoders"
     inner.mkdir(parents=True)
     found = tensors()
     named = {"encoder.weight": found["W_enc"].T.contiguous(), "activation": "ReLU"}

@@ -1,6 +1,7 @@
 """Coders in SAELens' files compute here what they compute there; what cannot is refused."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_topk_coders_of_sae_lens_are_the_same_function_here(
     assert_same_function(SparseCoder.load_from_disk(tmp_path / "c"), sae_lens(cfg, tensors))
 
 
+SCALED = {"normalize_activations": "expected_average_only_in"}
 REFUSED = {
     "k is missing": ({"k": None}, "k is None"),
     "per-row scaling": ({"normalize_activations": "constant_norm_rescale"}, "every row on its own"),
@@ -74,6 +76,14 @@ REFUSED = {
     "whitening": ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
     "unheard of": ({"normalize_activations": "mean"}, "'mean', which is not known here"),
     "lost scale": ({"normalize_activations": "expected_average_only_in"}, "norm_scaling_factor"),
+    "no word": ({"normalize_activations": []}, "which is not known here"),
+    "scale of 0": ({**SCALED, "norm_scaling_factor": 0.0}, "norm_scaling_factor is 0.0"),
+    "no scale": ({**SCALED, "norm_scaling_factor": math.nan}, "norm_scaling_factor is nan"),
+    "tanh": ({"activation_fn_str": "tanh-relu", "metadata": None}, "'tanh-relu' cannot be read"),
+    "options that are none": (
+        {"activation_fn_str": "topk", "activation_fn_kwargs": "k=3", "metadata": None},
+        "k is None",
+    ),
     "architecture": ({"architecture": "matching_pursuit"}, "those that can be read are standard"),
     "finetuned": ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
     "other width": ({"d_in": 9}, "W_enc of shape"),
@@ -189,6 +199,12 @@ def test_files_of_before_version_6_are_read(tmp_path: Path) -> None:
     old |= {"hook_point": "blocks.1.hook_resid_post", "model_name": "gpt2"}
     (tmp_path / "c/cfg.json").write_text(json.dumps(old))
     assert_same_function(load_many(tmp_path)["h.1"], theirs)
+    ones = {**tensors, "scaling_factor": torch.ones(24)}  # which some had
+    save_file(ones, tmp_path / "c/sae_weights.safetensors")
+    assert_same_function(load_many(tmp_path)["h.1"], theirs)
+    save_file({**ones, "scaling_factor": ones["b_enc"] + 1}, tmp_path / "c/sae_weights.safetensors")
+    with pytest.raises(UsageError, match="scaling_factor is not all ones"):
+        load_many(tmp_path)
 
 
 def test_a_coder_that_batchtopk_training_made_is_one_here(tmp_path: Path) -> None:

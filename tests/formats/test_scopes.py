@@ -1,6 +1,7 @@
 """Published sets: Gemma Scope, Llama Scope and Qwen Scope, read as their authors define them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ def test_llama_scope_is_folded(tmp_path: Path) -> None:
     for changed, why in (
         ({"dataset_average_activation_norm": None}, "scales inputs by is not known"),
         ({"hook_point_out": "blocks.3.hook_mlp_out"}, "transcoders are not read"),
+        ({"dataset_average_activation_norm": {"in": math.nan}}, "activation_norm is nan"),
+        ({"jump_relu_threshold": True}, "jump_relu_threshold is True"),
+        ({"act_fn": "topk"}, "act_fn is 'topk', and only 'jumprelu'"),
+        ({"norm_activation": "token-wise"}, "norm_activation is 'token-wise'"),
+        ({"apply_decoder_bias_to_pre_encoder": True}, "apply_decoder_bias_to_pre_encoder is True"),
+        ({"use_glu_encoder": True}, "use_glu_encoder is True"),
     ):
         (folder / "hyperparams.json").write_text(json.dumps({**config, **changed}))
         with pytest.raises(UsageError, match=why):

@@ -105,7 +105,7 @@ def test_the_dry_run_is_what_would_be_uploaded(
     assert 'load_many("org/name")' in body and "sae_lens/layers.1" in body
     assert "With torch 2.9.1, transformers 5.1." in body
     assert call(monkeypatch, *push, "--dry_run", str(out)) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is no empty folder" in capsys.readouterr().err
     (finished / "report.html").unlink()
     flags = json.loads((finished / "run.json").read_text())
     del flags["processes"], flags["versions"]  # as older runs have it

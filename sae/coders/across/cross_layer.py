@@ -20,7 +20,6 @@ Source: Ameisen et al., "Circuit Tracing: Revealing Computational Graphs in Lang
 (transformer-circuits.pub/2025/attribution-graphs/methods.html).
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from ...config import SparseCoderConfig
 from ...flag_checks import UsageError
+from ...formats.origin import without_seed
 from ...kernels.twins import Latents
 from ..moments import Scale
 from ..outputs import CoderOutput
@@ -214,7 +214,7 @@ def link(
     coders that are not here; without, where some layers are missing the others stay alone, and say
     so when they are used.
     """
-    hookpoint = hookpoint or {name: re.sub(r"\.seed-?\d+$", "", name) for name in coders}
+    hookpoint = hookpoint or {name: without_seed(name) for name in coders}
     elsewhere: dict[str, Elsewhere] = {}
     for name, coder in coders.items():
         if not isinstance(coder, CrossLayerTranscoder):

@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 import sae.kernels
 from sae.coders.bank import CoderBank
+from sae.coders.sparse_coder import SparseCoder
 from sae.config import OptimizerName, SparseCoderConfig, TrainingConfig, Widths
 from sae.kernels.backend import Backend
 from sae.kernels.entries import Entries
@@ -160,21 +161,47 @@ def _step(
     with_dead: bool = False,
     k: int | None = None,
 ) -> None:
-    bank = CoderBank({"h": Widths(width, width)}, cfg, (0,), "meta", dtype)
-    coder, x = bank["h"], torch.empty(16384, width, device="meta", dtype=dtype)
+    coder = coder_on_meta(cfg, width, dtype)
+    rows = torch.empty(16384, width, device="meta", dtype=dtype)
     dead = torch.empty(coder.num_latents // 4, dtype=torch.int64, device="meta")
-    optimizer, sums = (
-        CoderOptimizer(coder, Schedule(TrainingConfig(optimizer=name), 10, 1)),
-        StepSums(bank),
-    )
+    one_step(coder, rows, name, dead if with_dead else None, k)
+
+
+def coder_on_meta(cfg: SparseCoderConfig, width: int, matmul_dtype: torch.dtype) -> SparseCoder:
+    """A coder without values."""
+    return CoderBank({"h": Widths(width, width)}, cfg, (0,), "meta", matmul_dtype)["h"]
+
+
+def one_step(
+    coder: SparseCoder,
+    x: Tensor,
+    name: OptimizerName,
+    dead: Tensor | None = None,
+    k: int | None = None,
+) -> None:
+    """A step of a fresh optimizer, and unit norms by themselves."""
+    optimizer = CoderOptimizer(coder, Schedule(TrainingConfig(optimizer=name), 10, 1))
+    step_with(optimizer, coder, x, dead, k)
+    assert coder.W_dec is not None, "a coder in training has a decoder"
+    coder.kernels.normalize_rows_(coder.W_dec)
+
+
+def step_with(
+    optimizer: CoderOptimizer,
+    coder: SparseCoder,
+    x: Tensor,
+    dead: Tensor | None = None,
+    k: int | None = None,
+) -> None:
+    """What the loop does for one coder: moments, errors, gradients, update with unit norms."""
+    dtype = coder.matmul_dtype or torch.float32
+    sums = StepSums(CoderBank.holding({"h": coder}, {"h": "h"}, coder.device, dtype))
     sums.add_rows("h", x, x)
-    errors = coder.errors(x, x, dead if with_dead else None, k)
+    errors = coder.errors(x, x, dead, k)
     (errors.squared_error + auxiliary_loss(errors, 1 / 32)).backward()
     sums.add("h", errors)
     divide_gradients_(coder, sums.variance("h"))
     optimizer.step(0)
-    assert coder.W_dec is not None, "a coder in training has a decoder"
-    coder.kernels.normalize_rows_(coder.W_dec)
 
 
 class Report(NamedTuple):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,23 @@ def test_kernels_keep_to_the_registers_and_memory_of_the_device(found: dict[str,
         assert report["spilled"] == 0, report
         assert 0 < report["registers"] * report["threads"] <= registers, report
         assert report["shared"] <= shared, report
+
+
+def test_what_a_step_moves_is_what_the_formulas_say() -> None:
+    """Bytes counted of every operator and kernel, beside formulas; the documentation has both."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT.parent.parent / "benchmarks/traffic.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    counted = re.findall(r"^ +sum +(\d+) +([\d.]+)$", done.stdout, re.M)
+    needed = re.findall(r"roofline.py +([\d.]+)$", done.stdout, re.M)
+    assert len(counted) == len(needed) == 3
+    for (_, moved), least in zip(counted, needed, strict=True):
+        assert 1 <= float(moved) / float(least) <= 1.05
+    page = " ".join((SCRIPT.parent.parent / "docs/speed.md").read_text().split())
+    for values in zip(*counted, strict=True):
+        first, second, third = (f"{float(v):.1f}".removesuffix(".0") for v in values)
+        assert f"{first}, {second} and {third} " in page
 
 
 def test_kernels_compile_for_rows_in_float32_and_bfloat16(found: dict[str, Any]) -> None:

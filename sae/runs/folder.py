@@ -1,6 +1,7 @@
 """The folder of a run: what was asked for, whether it may go on, which checkpoints are whole.
 
-RUN/run.json   the run's flags (never the token); of its first launch, processes and versions
+RUN/run.json   the run's flags (never the token); of its first launch, processes, whether they
+               had shards of the LM, and versions
 """
 
 import json
@@ -14,12 +15,13 @@ from typing import Any
 from natsort import natsorted
 
 from ..flag_checks import MAY_CHANGE, UsageError, flags_marked, flags_of
+from ..placement.launch import sharded
 from ..placement.ranks import Ranks
 from .json_files import read_json, write_json
 from .lock import lock
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
-NOT_FLAGS = ("sequences_per_batch", "processes", "versions")
+NOT_FLAGS = ("sequences_per_batch", "processes", "lm_in_shards", "versions")
 """What run.json says beside flags."""
 
 
@@ -55,7 +57,8 @@ def open_run(folder: Path, flags: dict[str, Any], cfg: Any, ranks: Ranks) -> boo
     # Machines may differ in their number of cores, which is this flag's default.
     given = {f"--{n}": v for n, v in flags.items() if n != "data_preprocessing_num_proc"}
     ranks.same({**given, **{f"the version of {name}": v for name, v in versions.items()}})
-    launch = {"processes": ranks.world, "versions": {n: v for n, v in versions.items() if v}}
+    launch: dict[str, Any] = {"processes": ranks.world, "lm_in_shards": sharded()}
+    launch["versions"] = {n: v for n, v in versions.items() if v}
     found: dict[str, bool] = {}
     with ranks.together():
         if ranks.main:

@@ -91,6 +91,7 @@ def command(flags: dict[str, Any], defaults: dict[str, Any]) -> str:
     """The command of a run: the flags that are not as they are if left out."""
     processes = flags.get("processes", 1)
     several = ["accelerate", "launch", "--num_processes", str(processes)]
+    several += ["--use_deepspeed", "--zero_stage", "3"] if flags.get("lm_in_shards") else []
     words = [*(several if processes > 1 else ["python"]), "train_sae.py"]
     words += [_shown(flags.get(name)) for name in ("model", "dataset")]
     for name, value in flags.items():

@@ -54,7 +54,8 @@ def test_comparison_shows_figures_flags_and_shared_latents(
         "run_name": ["a", "b"],
     }
     recorded = json.loads((Path(folders[1]) / "run.json").read_text())
-    assert recorded["processes"] == 1 and recorded["versions"]["torch"] == version("torch")
+    assert (recorded["processes"], recorded["lm_in_shards"]) == (1, False)
+    assert recorded["versions"]["torch"] == version("torch")
     recorded["versions"] = {"torch": "2.9.1"}
     (Path(folders[1]) / "run.json").write_text(json.dumps(recorded))
     judged = {"layers.1": {"predictions": {"ce_recovered": 0.9, "kl": 0.25}}}

@@ -115,6 +115,11 @@ def test_the_dry_run_is_what_would_be_uploaded(
     assert len(said) == 1 and "has no report.html, which python -m sae features" in said[0]
     assert not (tmp_path / "without/report.html").exists()
     text = (tmp_path / "without/README.md").read_text()
+    flags |= {"processes": 2, "lm_in_shards": True}
+    (finished / "run.json").write_text(json.dumps(flags))
+    assert call(monkeypatch, *push, "--dry_run", str(tmp_path / "shards")) == 0
+    launched = "accelerate launch --num_processes 2 --use_deepspeed --zero_stage 3 train_sae.py"
+    assert launched in (tmp_path / "shards/README.md").read_text()
     assert "python train_sae.py" in text and "(when this page was made)." in text
 
 

@@ -103,8 +103,13 @@ def _download(
 ) -> Path:
     """The folder with those files of a repository, but for what only exact resuming needs."""
     ignored = ["*resume*.safetensors", *unwanted]
-    files = {"allow_patterns": wanted, "ignore_patterns": ignored}
-    return Path(patiently(lambda: snapshot_download(repo, revision=revision, token=token, **files)))
+
+    def download() -> str:
+        return snapshot_download(
+            repo, revision=revision, token=token, allow_patterns=wanted, ignore_patterns=ignored
+        )
+
+    return Path(patiently(download))
 
 
 def patiently(call: Callable[[], T]) -> T:

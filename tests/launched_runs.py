@@ -70,6 +70,14 @@ KINDS = {
     "muon": ("--optimizer muon", 4),
     "signum": ("--optimizer signum", 3),
 }
+# Families whose rows have active latents by other rules; prefixes have no rows of their own number.
+FAMILIES = {
+    "batchtopk": "--activation batchtopk --no-multi_topk --group_sequences 2",
+    "jumprelu": "--activation jumprelu --no-multi_topk",
+    "prefixes": "--no-multi_topk --matryoshka 0.125 0.125 0.25 0.5",
+}
+SIX = "--steps_per_batch 6 --max_examples 24"
+OWNERS = "--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2 --distribute_modules"
 SHARDED = {
     "sharded replicas": "--batch_size 6",
     "sharded owners": "--batch_size 6 --distribute_modules",
@@ -201,6 +209,8 @@ def make(folder: Path) -> Runs:
     layered = f"{LAYERED} --finetune {folder}/runs/layered-start"
     one |= {"layered-start": LAYERED, "layered one": layered}
     one |= {f"{kind} one": flags for kind, (flags, _) in KINDS.items()}
+    one |= {f"{family} one": flags for family, flags in FAMILIES.items()}
+    one |= {f"{family} dealt one": f"{flags} {SIX}" for family, flags in FAMILIES.items()}
     jobs = {name: f"--batch_size 12 {flags}" for name, flags in one.items()}
     made.launch(None, 1, jobs, {"kl one": causal})
 
@@ -219,6 +229,13 @@ def make(folder: Path) -> Runs:
     two["layered owners"] = f"--batch_size 6 --distribute_modules --micro_acc_steps 2 {layered}"
     two["both replicas"] = f"--batch_size 6 {both}"
     two["layered replicas"] = f"--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2 {layered}"
+    for family, flags in FAMILIES.items():
+        for name, more in ((family, flags), (f"{family} dealt", f"{flags} {SIX}")):
+            two |= {
+                f"{name} replicas": f"--batch_size 6 {more}",
+                f"{name} owners": f"{OWNERS} {more}",
+            }
+    two["prefixes shared"] = f"--batch_size 6 {WIDE} 2 {FAMILIES['prefixes']}"
     two |= dict.fromkeys(HARMED, "--batch_size 6 --distribute_modules")
     two["spoiled"] += " --max_bad_steps 0"
     harm = {**HARMED, "kl replicas": causal}

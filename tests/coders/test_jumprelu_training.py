@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from launched_runs import HOOKPOINTS, Runs, make_files
 from safetensors.torch import load_file
 from torch import Tensor
 from training_runs import (
@@ -250,20 +249,3 @@ def test_a_run_starts_from_coders_with_thresholds(
     for name, tensor in load_file(file).items():
         expected = weights(first)[f"layers.0/{name}"]
         torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_placement_changes_no_number(tmp_path: Path) -> None:
-    """One process = two replicas = two owners = accumulated pieces, thresholds too."""
-    made = Runs(tmp_path)
-    make_files(tmp_path)
-    flags = "--activation jumprelu --no-multi_topk"
-    dealt = f"{flags} --steps_per_batch 6 --max_examples 24"
-    alone = {"one": f"--batch_size 12 {flags}", "one dealt": f"--batch_size 12 {dealt}"}
-    made.launch(None, 1, alone, {})
-    owners = "--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2 --distribute_modules"
-    jobs = {"replicas": f"--batch_size 6 {flags}", "owners": f"{owners} {flags}"}
-    jobs |= {"replicas, dealt": f"--batch_size 6 {dealt}", "owners, dealt": f"{owners} {dealt}"}
-    made.launch("cpu_2proc", 2, jobs, {})
-    assert f"{HOOKPOINTS[0]}/threshold" in made.weights("one")
-    for name in jobs:
-        made.assert_same("one dealt" if "dealt" in name else "one", name)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from launched_runs import HOOKPOINTS, Runs, make_files
 from safetensors.torch import load_file
 from torch import Tensor
 from training_runs import (
@@ -212,30 +211,6 @@ def test_runs_in_pieces_and_resumed_ones_are_the_same(
     assert all(value > of_all[step] for step, value in curves["mean_prefix_fvu/layers.0"])
     assert "eval/fvu_of_first_16/layers.2" in curves
     assert "mean_prefix_fvu/layers.0" not in scalars(Path(settings["save_dir"]) / "plain")
-
-
-def test_placement_changes_no_number(tmp_path: Path) -> None:
-    """One process = two replicas = two owners = dealt pieces = two ranks that share each coder."""
-    runs = Runs(tmp_path)
-    make_files(tmp_path)
-    flags = f"--no-multi_topk --matryoshka {' '.join(map(str, SHARES))}"
-    runs.launch(None, 1, {"one": f"--batch_size 12 {flags}"}, {})
-    pieces = "--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2"
-    jobs = {
-        "replicas": f"--batch_size 6 {flags}",
-        "owners": f"{pieces} --distribute_modules {flags}",
-        "shared": f"--batch_size 6 --distribute_modules --ranks_per_coder 2 {flags}",
-    }
-    runs.launch("cpu_2proc", 2, jobs, {})
-    for name in jobs:
-        runs.assert_same("one", name)
-        for hookpoint in HOOKPOINTS:
-            ours, theirs = (
-                runs.summary(run)["hookpoints"][hookpoint]["prefixes"] for run in ("one", name)
-            )
-            for right, found in zip(ours, theirs, strict=True):
-                for figure in ("latents", "fvu", "l0", "dead_share"):
-                    assert found[figure] == pytest.approx(right[figure], rel=1e-5)
 
 
 def test_files_keep_the_shares(

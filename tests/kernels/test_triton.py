@@ -144,7 +144,7 @@ def test_updates_equal_their_definitions(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [1, 16, 67, 640, 4099])
+@pytest.mark.parametrize("width", [1, 16, 67, 640, 1031])
 def test_the_largest_are_exact(triton_products: ModuleType, width: int, dtype: torch.dtype) -> None:
     """The k largest of every row, of equal ones the first, also among infinities and NaN."""
     from sae.kernels.cuda.selection import keep_largest_, largest
@@ -156,7 +156,7 @@ def test_the_largest_are_exact(triton_products: ModuleType, width: int, dtype: t
     values[4, 1::4] = torch.nan
     values[5] = torch.nan
     values = values.to(dtype)
-    for k in {1, min(5, width), min(40, width), width} if width < 4096 else {1, 40, width}:
+    for k in {1, min(5, width), min(40, width), width} if width < 1000 else {1, 40, width}:
         order = values.float().sort(dim=1, descending=True, stable=True).indices  # NaN come first
         expected = order[:, :k].sort(dim=1).values
         top, columns = torch.full((7, k), 9.0), torch.full((7, k), -1)

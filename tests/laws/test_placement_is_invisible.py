@@ -13,6 +13,7 @@ from command_runs import call
 from conftest import tiny_lm
 from launched_runs import (
     DEALINGS,
+    FAMILIES,
     HOOKPOINTS,
     KINDS,
     MEETINGS,
@@ -65,6 +66,27 @@ def test_coders_that_ranks_share_are_the_same_of_every_kind(runs: Runs, kind: st
             torch.testing.assert_close(runs.weights(shared)[key], tensor, rtol=0, atol=2e-4)
     else:
         runs.assert_same(one, shared)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_the_same_in_every_placement(runs: Runs, family: str) -> None:
+    """Replicas, owners, pieces, dealt batches: thresholds too, and figures of prefixes."""
+    for one in (f"{family} one", f"{family} dealt one"):
+        for other in ("replicas", "owners"):
+            runs.assert_same(one, one.replace("one", other))
+    if family != "prefixes":
+        assert f"{HOOKPOINTS[0]}/threshold" in runs.weights(f"{family} one")
+        return
+    runs.assert_same("prefixes one", "prefixes shared")
+    for other in ("replicas", "owners", "shared"):
+        for hookpoint in HOOKPOINTS:
+            ours, theirs = (
+                runs.summary(f"prefixes {run}")["hookpoints"][hookpoint]["prefixes"]
+                for run in ("one", other)
+            )
+            for right, found in zip(ours, theirs, strict=True):
+                for figure in ("latents", "fvu", "l0", "dead_share"):
+                    assert found[figure] == pytest.approx(right[figure], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["crossed replicas", "sharded and crossed"])

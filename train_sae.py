@@ -159,7 +159,7 @@ def train(
         from_where = training.finetune, training.allow_pt, cfg.model.hf_token
         ranks.main_first(bank.load_pretrained, *from_where)
         bank.normalize_decoders_()
-    end_to_end = EndToEnd(capture, bank, training) if training.uses_lm_loss else None
+    end_to_end = EndToEnd(capture, bank, training, source.masked) if training.uses_lm_loss else None
     bad_steps = BadSteps(training.max_bad_steps, ranks)
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
     log.start(len(held_out) * source.block_len, kernels_description)

@@ -28,6 +28,11 @@ class TokenSource(Protocol):
     def block_len(self) -> int: ...
 
     @property
+    def masked(self) -> bool:
+        """Whether a mask may hide tokens, whatever a batch happens to hold."""
+        ...
+
+    @property
     def fingerprint(self) -> dict[str, int]: ...
 
     def __len__(self) -> int: ...
@@ -87,6 +92,11 @@ class TokenBlocks:
         return len(self.prefix) + self.stride
 
     @property
+    def masked(self) -> bool:
+        """Whether there are masks."""
+        return self.attended is not None or self.counted is not None
+
+    @property
     def tokens(self) -> int:
         """Tokens in the arrays, those of a last partial block too."""
         return sum(len(a) for a in self.arrays)
@@ -144,6 +154,11 @@ class TokenStream:
     length: int
     block_len: int
     vocab_size: int
+
+    @property
+    def masked(self) -> bool:
+        """True: what a stream will bring is not known."""
+        return True
 
     @property
     def fingerprint(self) -> dict[str, int]:

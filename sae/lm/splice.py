@@ -34,8 +34,8 @@ def spliced(
     """Inside, the LM reads `tokens` with the rows of every hookpoint replaced.
 
     Tokens that `rule` counts out keep what they have. Without `run_modules` a module does not run
-    at all and gets no output rows, unless `rule` or masks can count tokens out, which would need
-    them. Afterwards the LM is whole again.
+    at all and gets no output rows, unless `rule` can count tokens out, which would need them; where
+    masks may, modules must run. Afterwards the LM is whole again.
     """
     batch, rule = TokenBatch.of(tokens), rule or RowRule()
     # Whether modules run is up to flags and the data, not to which tokens a batch happens to hold:

@@ -24,15 +24,18 @@ class EndToEnd:
     L is `ce`, the next-token cross-entropy, or `kl`, the divergence from the clean LM. AuxK and
     Multi-TopK keep their denominator, the variance of all rows of the step, which is known when
     they are in: their gradients are kept apart until then. They need the module's own output, so a
-    transcoder's module runs if one of them is asked for, or tokens may be left out, which keep it.
+    transcoder's module runs if one of them is asked for, or tokens may be left out, which keep it:
+    by flags, or where the data is `masked`.
     """
 
-    def __init__(self, capture: RowReader, bank: CoderBank, cfg: TrainingConfig) -> None:
+    def __init__(
+        self, capture: RowReader, bank: CoderBank, cfg: TrainingConfig, masked: bool
+    ) -> None:
         assert capture.lm is not None, "rows made elsewhere have no loss of an LM"
         self.lm, self.rule, self.bank, self.cfg = capture.lm, capture.rule, bank, cfg
         self.has_auxiliary_losses = bool(cfg.auxk_alpha or bank.multi_topk)
         """Whether there are losses beside the LM's own."""
-        self.run_modules = self.has_auxiliary_losses or not bank.transcode
+        self.run_modules = masked or self.has_auxiliary_losses or not bank.transcode
         try:
             check_head(self.lm)
         except UsageError as error:

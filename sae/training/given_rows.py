@@ -122,6 +122,11 @@ class GivenRows:
         return len(next(iter(self._first.values()))[1])
 
     @property
+    def masked(self) -> bool:
+        """Rows have no masks."""
+        return False
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed."""
         return {

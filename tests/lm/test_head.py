@@ -110,4 +110,4 @@ def test_a_head_that_reads_something_else_is_refused() -> None:
     assert "--" not in str(caught.value)  # commands without such a flag check heads too
     bank = CoderBank({}, SparseCoderConfig(), (0,), "cpu")
     with pytest.raises(UsageError, match=r"^--loss_fn ce: .*hidden states alone; use fvu"):
-        EndToEnd(Capture(lm, []), bank, TrainingConfig(loss_fn="ce"))
+        EndToEnd(Capture(lm, []), bank, TrainingConfig(loss_fn="ce"), masked=False)

@@ -1,9 +1,12 @@
 """Training on the LM's own loss: all coders learn, the LM does not."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
-from training_runs import Settings, assert_identical, run
+from training_runs import Settings, assert_identical, run, scalars, weights
 from transformers import PreTrainedModel
 
 from sae import TranscoderConfig, UsageError
@@ -73,7 +76,7 @@ def test_what_ranks_sum_does_not_depend_on_their_batches(
     hookpoint, cfg = "layers.1.mlp", TranscoderConfig(num_latents=64, k=4)
     bank = CoderBank({hookpoint: Widths(32, 32)}, cfg, (0,), "cpu")
     capture = Capture(causal_lm, [hookpoint], RowRule(excluded))
-    end_to_end = EndToEnd(capture, bank, TrainingConfig(loss_fn="ce"))
+    end_to_end = EndToEnd(capture, bank, TrainingConfig(loss_fn="ce"), masked=False)
     without, having = tokens[:2].where(tokens[:2] != 3, 4), tokens[:2].clone()
     having[0, 5] = 3
     found: list[StepSums] = []
@@ -90,6 +93,32 @@ def test_what_ranks_sum_does_not_depend_on_their_batches(
     y = y[(torch.cat([without, having]) != 3).flatten()].double()
     expected = (y - y.mean(0)).square().sum()
     torch.testing.assert_close(found[2].variance(hookpoint), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss_fn", ["ce", "kl"])
+def test_padding_in_some_forwards_changes_no_number(
+    causal_lm: PreTrainedModel, tokens: Tensor, settings: Settings, loss_fn: str
+) -> None:
+    """Forwards without padding make the sums of those with it: one forward equals four."""
+    mask = [[1] * 11 + [0] * 5 if i % 4 == 0 else [1] * 16 for i in range(len(tokens))]
+    data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": mask})
+    flags = {"hookpoints": ("layers.1.mlp",), "transcode": True, "loss_fn": loss_fn}
+    flags |= {"max_examples": 32, "auxk_alpha": 0, "multi_topk": False, "eval_tokens": 256}
+    flags |= {"log_with": "tensorboard", "log_every": 1}
+    whole, parts = (
+        run(causal_lm, data, {**settings, **how}, run_name=name, **flags)
+        for name, how in (
+            ("whole", {"batch_size": 4}),
+            ("parts", {"batch_size": 1, "grad_acc_steps": 4}),
+        )
+    )
+    found, expected = weights(parts), weights(whole)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+    curves = [
+        scalars(Path(settings["save_dir"]) / n)["fvu/layers.1.mlp"] for n in ("whole", "parts")
+    ]
+    assert [v for _, v in curves[1]] == pytest.approx([v for _, v in curves[0]], rel=1e-4)
 
 
 def test_what_cannot_train_end_to_end_is_refused(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank, costs
 from ..coders.functional import k_aux
+from ..coders.sharded import ShardedCoder
 from ..coders.sparse_coder import SparseCoder
 from ..config import DENSE_WEIGHTS, Widths
 from ..flag_checks import UsageError
@@ -233,9 +234,11 @@ def _rank_memory(
     piece = -(-rows // training.micro_acc_steps)
     working = max((step_bytes(cfg, coder, piece, item, steps) for coder in coders), default=0)
     if groups:  # candidates of 8 bytes: sent, received, in order, sent, received
-        k = cfg.coder.k * (4 if cfg.coder.multi_topk else 1)
+        wide = 4 if cfg.coder.multi_topk else 1
+        first = Schedule(training, 1, rows)  # where k falls it is largest
+        k = max(min(wide * first.k(0, coder), cfg.coder.latents(coder.d_in)) for coder in coders)
         if training.auxk_alpha > 0:
-            k += max((k_aux(coder.d_out) for coder in coders), default=0)
+            k += max(k_aux(coder.d_out) for coder in coders)
         working += 5 * 8 * k * piece
     lm = lm_parameters * (1 if cfg.model.load_in_8bit else item)
     row_item = 4 if cfg.coder.crosscoder else item  # whose rows are divided in float32
@@ -274,6 +277,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 
     floats += 2 * d_out if coder.cfg.multi_topk else 0  # the same of 4k latents
     # Of every entry its activation, its latent and their gradients, as they come and by latent.
     in_triton = cfg.machine.kernels != "torch" and not asks_for_cpu()
+    in_triton = in_triton and not isinstance(coder, ShardedCoder)  # which takes AuxK by entries
     of_dead = rows * _ENTRY * dead
     if dead and in_triton:  # activations and gradients of all dead latents, at worst of all
         of_dead = max(of_dead, 2 * item * min(rows * coder.num_latents, DENSE_WEIGHTS))

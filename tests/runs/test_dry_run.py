@@ -153,3 +153,23 @@ def test_a_batch_that_waits_for_its_steps_is_counted(
     owners = {"steps_per_batch": 16, "distribute_modules": True}
     on_host = held(2, **owners, batch_on_host=True)
     assert held(2, **owners) - on_host == 2 * rows * of_two // 2
+
+
+def test_what_shared_coders_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates of a k that falls, at its start; of AuxK entries alone, also on a GPU."""
+    monkeypatch.setattr(dry_run, "asks_for_cpu", lambda: False)
+    flags = {"model": "m", "dataset": "d", "hookpoints": ("layers.0",), "num_latents": 4096, "k": 4}
+    flags |= {"ctx_len": 512, "batch_size": 4, "steps_per_batch": 1, "mixed_precision": "no"}
+    flags |= {"distribute_modules": True, "ranks_per_coder": 2}
+    widths, owner = {"layers.0": dry_run.Widths(D, D)}, {"layers.0": range(2)}
+
+    def held(**more: Any) -> int:
+        cfg = from_flags(TrainConfig, {**flags, **more})
+        plan = dry_run.memory_by_rank(cfg, 2, 0, widths, owner)
+        return max(memory.in_flight for memory in plan)
+
+    rows, first = 2 * 4 * 512, min(2048, 10 * D)  # of the latents of a rank
+    falling = held(k_decay_steps=9, auxk_alpha=0) - held(auxk_alpha=0)
+    assert falling >= rows * (5 * 8 + dry_run._ENTRY) * (first - 4)
+    of_entries = (5 * 8 + dry_run._ENTRY) * rows * (D // 2) + 4 * rows * D
+    assert held(auxk_alpha=1) - held(auxk_alpha=0) == of_entries

@@ -55,10 +55,7 @@ def hookpoint_of(path: Path) -> str | None:
 
 def trained_on(path: Path) -> dict[str, Any]:
     """What config.yaml says of the LM, by the name that `Origin` has for it."""
-    try:
-        config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+    config = _parsed(path.parent / "config.yaml")
     return {"model": config.get("model_name")} if isinstance(config, dict) else {}
 
 
@@ -135,15 +132,19 @@ def check_not_negative(path: Path, threshold: Tensor | None) -> None:
 
 def read_config(path: Path, kind: str) -> dict[str, Any]:
     """A config.yaml for coders of this `model_kind`. Raises UsageError for any other."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path} cannot be read ({reason}): the file is damaged") from None
+    config = _parsed(path)
     said = config.get("model_kind") if isinstance(config, dict) else None
     if said != kind:
         raise UsageError(f"{path}: model_kind is {said!r}; the files beside it are of a {kind}")
     return config
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path} cannot be read ({reason}): the file is damaged") from None
 
 
 def elsewhere(folder: Path) -> list[str]:

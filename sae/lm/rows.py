@@ -57,6 +57,11 @@ class RowRule:
     heads: int = 1
     """Attention heads that a width is made of where a module does not show them."""
 
+    @property
+    def counts_out(self) -> bool:
+        """Whether tokens may be left out, whatever a batch happens to hold."""
+        return bool(self.exclude_tokens or self.exclude_positions)
+
     def kept(self, batch: TokenBatch) -> Kept | None:
         """Which tokens have rows, but for those too long; None for all of them."""
         host = batch.on_host

@@ -40,10 +40,12 @@ def spliced(
     batch, rule = TokenBatch.of(tokens), rule or RowRule()
     # Whether modules run is up to flags and the data, not to which tokens a batch happens to hold:
     # ranks that ran other modules would have other sums.
+    run_modules = run_modules or rule.counts_out
     kept = rule.kept(batch)
+    assert run_modules or kept is None, "data with masks needs the rows that its modules give"
     modules = dict(lm.base_model.named_modules())
     samples: dict[str, Any] = {}  # made before anything is replaced
-    for name in () if run_modules or kept is not None else replace:
+    for name in () if run_modules else replace:
         if parse(name) == Place(name) and name not in rule.norm_limits:
             samples[name] = _whole_output(lm, modules[name], batch)
     with ExitStack() as stack:

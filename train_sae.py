@@ -142,7 +142,7 @@ def train(
     here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups, exchange.post)
     with ranks.together():
         bank = CoderBank(here, coder_config(cfg.coder, capture), seeds, ranks.device, *how)
-    optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}
+        optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}
     firing = {n: FiringRecord.of(c, schedule.dead_threshold(c)) for n, c in bank.items()}
     state = TrainingState(exchange, bank, optimizers, firing)
     evaluate = partial(held_out_figures, capture, state, source, held_out)

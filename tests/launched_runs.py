@@ -69,6 +69,7 @@ KINDS = {
     "decay": ("--k_decay_steps 8", 4),
     "muon": ("--optimizer muon", 4),
     "signum": ("--optimizer signum", 3),
+    "soap": ("--optimizer soap", 3),
 }
 # Families whose rows have active latents by other rules; prefixes have no rows of their own number.
 FAMILIES = {
@@ -264,6 +265,12 @@ def make(folder: Path) -> Runs:
     four["four dealt and shared"] = DEALINGS["four dealt and shared"]
     four["idle"] = "--batch_size 3 --distribute_modules --layer_to_rank layers.0=3 layers.1=3"
     four["sparse"] = f"--batch_size 3 {WIDE} 4 --auxk_alpha 0 --wake_alpha 0 --no-multi_topk"
+    made.cut("soap shared", "soap, three to four")
+    made.cut("soap shared", "soap, then whole")
+    soap = "--batch_size 3 --distribute_modules --optimizer soap --resume"
+    four |= {"soap, three to four": f"{soap} --ranks_per_coder 4", "soap, then whole": soap}
+    four["eight bits"] = "--batch_size 3 --distribute_modules --adam_8bit "
+    four["eight bits"] += "--layer_to_rank layers.0=0-2"
     four["too few groups"] = "--batch_size 3 --distribute_modules --activation groupmax --k 2 "
     four["too few groups"] += "--layer_to_rank layers.0=0-2"
     made.launch(None, 4, {**four, **shared[4]}, {})

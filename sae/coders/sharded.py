@@ -104,14 +104,12 @@ class ShardedCoder(SparseCoder):
 
     def use(self, kernels: Kernels) -> None:
         """Compute by these kernels, on this rank's part."""
-        assert self.piece is not None
-        latents = self.piece.parts["encoder.weight"].indices
-        self.kernels = ShardedKernels(kernels, self.group, latents.start, self.num_latents)
+        self.kernels = ShardedKernels(kernels, self.group, self.cuts["encoder.weight"][1])
 
     def held_latents(self, numbers: Tensor) -> Tensor:
         """Of the latents with these numbers those of this rank, numbered from its first."""
         assert isinstance(self.kernels, ShardedKernels)
-        return self.kernels.dead_here(numbers, len(self.encoder.bias))
+        return self.kernels.dead_here(numbers)
 
     def errors(
         self,

@@ -3,11 +3,13 @@
     encode   every rank finds the k best of its own latents; the k best of all are active
     decode   every rank decodes the active latents into its own columns of the output
 
-So what travels is sparse: candidates of 8 bytes, and the gradients of activations.
-docs/placement.md compares this with a decoder cut by latents.
+So what travels is sparse: candidates of 8 bytes, and the gradients of activations. Where AuxK is
+dense products, the activations of all dead latents travel, and their gradients. docs/placement.md
+compares this with a decoder cut by latents.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..config import Activation
+from ..kernels import dense_products
+from ..kernels.backend import Backend
+from ..kernels.dense_products import AllOf
+from ..kernels.latents import largest
+from ..kernels.selection import keep_largest_
 from ..kernels.twins import Kernels, Latents, Reconstruction
 
 _NUMBERS = 2**32 - 1
@@ -59,10 +66,11 @@ class ShardedKernels(Kernels):
     W_enc and b_enc hold a rank's latents, W_dec its columns; x, latents and results are whole.
     """
 
-    def __init__(self, kernels: Kernels, group: Group, first_latent: int, num_latents: int) -> None:
-        self.backend = replace(kernels.backend, dense=False)  # what travels is entries
-        self.group, self.first_latent, self.num_latents = group, first_latent, num_latents
-        self._known_dead: tuple[Tensor, Tensor] | None = None
+    def __init__(self, kernels: Kernels, group: Group, latents: list[range]) -> None:
+        """`latents`: those of each rank."""
+        self.backend, self.group, self._latents = kernels.backend, group, latents
+        self.first_latent, self.num_latents = latents[group.rank].start, latents[-1].stop
+        self._known_dead: tuple[Tensor, list[Tensor]] | None = None
 
     def encode(
         self,
@@ -93,25 +101,37 @@ class ShardedKernels(Kernels):
         k_dead: int,
     ) -> tuple[Latents, Latents]:
         """Twin of `functional.encode_with_dead`; `dead` is in ascending order."""
-        mine = self.dead_here(dead, len(W_enc))
+        mine = self.dead_here(dead)
         x, pre_bias = copied(self.group, x, pre_bias)
         here = self._candidates(k, activation, W_enc)
-        arguments = (x, W_enc, b_enc, here, activation, pre_bias, matmul_dtype)
+        factors = matmul_dtype or W_enc.dtype
+        dense = dense_products.pays(self.backend, x, factors, k_dead, len(dead))
         if not len(mine):
-            found = super().encode(*arguments)
+            found = super().encode(x, W_enc, b_enc, here, activation, pre_bias, matmul_dtype)
             # Part of the graph all the same: every rank is to sum the same gradients.
-            of_dead = Latents(b_enc[:0].expand(len(x), 0), dead.new_zeros(len(x), 0))
+            acts = b_enc[:0].to(factors if dense else b_enc.dtype).expand(len(x), 0)
+            of_dead = Latents(acts, dead.new_zeros(len(x), 0))
         else:
-            found, of_dead = super().encode_with_dead(*arguments, mine, min(k_dead, len(mine)))
-        return self._best(found, k), self._best(of_dead, k_dead)
+            widths = here, len(mine) if dense else min(k_dead, len(mine))
+            backend = replace(self.backend, dense=dense)
+            select = partial(largest, backend, activation, widths, mine)
+            found, of_dead = self._active(select, x, W_enc, b_enc, pre_bias, matmul_dtype)
+        if not dense:
+            return self._best(found, k), self._best(of_dead, k_dead)
+        counts = [len(theirs) for theirs in self._dead_by_rank(dead)]
+        acts = _apply(_AllDead, self.backend, self.group, of_dead.acts, counts, k_dead)
+        return self._best(found, k), Latents(acts, dead, AllOf(dead, self.num_latents, factors))
 
-    def dead_here(self, dead: Tensor, held: int) -> Tensor:
+    def dead_here(self, dead: Tensor) -> Tensor:
         """Of the dead latents those held here, numbered from the first that is."""
+        return self._dead_by_rank(dead)[self.group.rank] - self.first_latent
+
+    def _dead_by_rank(self, dead: Tensor) -> list[Tensor]:
         # The host asks the device once per step, whose forwards share one tensor.
         if self._known_dead is None or self._known_dead[0] is not dead:
-            ends = torch.tensor([0, held], device=dead.device) + self.first_latent
-            start, stop = torch.searchsorted(dead, ends).tolist()
-            self._known_dead = dead, dead[start:stop] - self.first_latent
+            starts = torch.tensor([latents.start for latents in self._latents], device=dead.device)
+            places = torch.searchsorted(dead, starts).tolist()
+            self._known_dead = dead, list(dead.tensor_split(places[1:]))
         return self._known_dead[1]
 
     def _candidates(self, k: int, activation: Activation, W_enc: Tensor) -> int:
@@ -262,3 +282,33 @@ class _Best(torch.autograd.Function):
         chosen, place = ctx.saved_tensors
         mine = grad.gather(1, place.clamp(max=grad.shape[1] - 1))
         return None, mine.masked_fill_(~chosen, 0), None, None
+
+
+class _AllDead(torch.autograd.Function):
+    """Activations of each rank's dead latents [N P_rank] to those of all, [N P]: the k largest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: Backend, group: Group, acts: Tensor, counts: list[int], k: int
+    ) -> Tensor:
+        total, mine = sum(counts), counts[group.rank]
+        sent = acts.new_zeros(len(acts), max(counts))
+        sent[:, :mine] = acts[:, :mine]
+        found = acts.new_zeros(len(acts), AllOf.padded(total))
+        parts = found[:, :total].split(counts, dim=1)
+        for part, rows in zip(parts, group.gather(sent), strict=True):
+            part.copy_(rows[:, : part.shape[1]])
+        if k < total:
+            keep_largest_(backend, found, k)
+        start = sum(counts[: group.rank])
+        ctx.columns, ctx.held = slice(start, start + mine), acts.shape[1]
+        ctx.save_for_backward(found[:, ctx.columns] > 0)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (chosen,) = ctx.saved_tensors
+        mine = grad.new_zeros(len(grad), ctx.held)
+        mine[:, : chosen.shape[1]] = grad[:, ctx.columns].masked_fill(~chosen, 0)
+        return None, None, mine, None, None

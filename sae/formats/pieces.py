@@ -34,12 +34,16 @@ class Piece:
     number: int
     """From 0."""
     of: int
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Part | None]
+    """By name; None: whole."""
 
     def part_of(self, tensor: str) -> Part | None:
-        """The part of a parameter, or of what an optimizer keeps of it as `....NAME....`."""
-        named = (p for name, p in self.parts.items() if f".{name}." in f".{tensor}.")
-        return next(named, None)
+        """The part of a parameter, or of what an optimizer keeps of it as `....NAME....`.
+
+        Of several names in it the longest tells.
+        """
+        named = [name for name in self.parts if f".{name}." in f".{tensor}."]
+        return self.parts[max(named, key=len)] if named else None
 
     def cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that the file of this piece holds: those that are cut, the first one all."""

@@ -22,8 +22,8 @@ class Backend:
     """
 
     choice: KernelChoice = "auto"
-    dense: bool = True
-    """Whether AuxK may be dense products, where these are faster than entries."""
+    dense: bool | None = None
+    """Whether AuxK is dense products; None: where these are faster than entries."""
 
     def describe(self, device: torch.device) -> str:
         """What runs on the device, in words. Raises UsageError where the choice cannot be had."""

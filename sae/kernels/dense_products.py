@@ -15,12 +15,14 @@ from .backend import Backend
 _LATENTS_PER_ENTRY = {torch.float32: 40, torch.bfloat16: 500, torch.float16: 500}
 
 
-def pays(backend: Backend, inputs: Tensor, k: int, latents: int) -> bool:
-    """Whether k of so many latents per row are better summed by dense products than by entries."""
-    possible = backend.dense and backend.in_triton(inputs.device)
-    if not possible or len(inputs) * latents > DENSE_WEIGHTS:
+def pays(backend: Backend, rows: Tensor, dtype: torch.dtype, k: int, latents: int) -> bool:
+    """Whether k of so many latents per row are better summed by dense products than by entries.
+
+    `dtype`: that of the factors.
+    """
+    if not backend.in_triton(rows.device) or len(rows) * latents > DENSE_WEIGHTS:
         return False
-    return latents <= _LATENTS_PER_ENTRY.get(inputs.dtype, 0) * k
+    return latents <= _LATENTS_PER_ENTRY.get(dtype, 0) * k
 
 
 def wide_product(a: Float[Tensor, "A B"], b: Float[Tensor, "B C"]) -> Float[Tensor, "A C"]:

@@ -36,7 +36,7 @@ def active_latents(
         raise IndexError(f"k = {widths[0]} is more than the {len(W_enc)} latents")
     tops = [torch.empty(len(inputs), k, dtype=W_enc.dtype, device=W_enc.device) for k in widths]
     indices = [torch.empty(t.shape, dtype=torch.int64, device=t.device) for t in tops]
-    if dead is not None and dense_products.pays(backend, inputs, widths[1], len(dead)):
+    if dead is not None and _are_dense(backend, inputs, widths[1], len(dead)):
         columns = dense_products.AllOf.padded(len(dead))
         tops[1], indices[1] = inputs.new_zeros(len(inputs), columns), dead
     arguments = (inputs, W_enc.contiguous(), b_enc)
@@ -117,6 +117,7 @@ class _Selection:
         dead: Tensor | None,
     ) -> None:
         self.W, self.activation, self.widths, self.dead = W, activation, widths, dead
+        self.backend = backend
         self.triton = _triton(backend, W)
         self.in_c = activation == "topk" and backend.in_c(b_enc, table=W)
         # In C the bias is added while a row is looked at, in float32.
@@ -146,8 +147,7 @@ class _Selection:
         if indices[1].ndim == 1:
             tops[1][:, : len(self.dead)] = pre_acts.index_select(1, self.dead)
             if self.widths[1] < len(self.dead):
-                assert self.triton is not None, "dense products pay where there is Triton"
-                self.triton.keep_largest_(tops[1], self.widths[1])
+                keep_largest_(self.backend, tops[1], self.widths[1])
             else:
                 torch.relu_(tops[1])
             return
@@ -161,6 +161,19 @@ class _Selection:
         found = _top_k(values, top.shape[1])
         top.copy_(found[0])
         columns.copy_(found[1])
+
+
+def _are_dense(backend: Backend, inputs: Tensor, k: int, latents: int) -> bool:
+    if backend.dense is not None:
+        return backend.dense
+    return dense_products.pays(backend, inputs, inputs.dtype, k, latents)
+
+
+def keep_largest_(backend: Backend, values: Float[Tensor, "N W"], k: int) -> None:
+    """Set all but the k largest entries of every row, and those below 0, to 0."""
+    triton = _triton(backend, values)
+    assert triton is not None, "dense products pay where there is Triton"
+    triton.keep_largest_(values, k)
 
 
 def _triton(backend: Backend, W: Tensor) -> ModuleType | None:

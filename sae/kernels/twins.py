@@ -64,7 +64,8 @@ class Kernels:
     ) -> Latents:
         """Twin of `functional.encode`."""
         select = partial(largest, self.backend, activation, (k,), None)
-        return Latents(*_apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype))
+        (found,) = self._active(select, x, W_enc, b_enc, pre_bias, matmul_dtype)
+        return found
 
     def encode_with_dead(
         self,
@@ -80,8 +81,8 @@ class Kernels:
     ) -> tuple[Latents, Latents]:
         """Twin of `functional.encode_with_dead`: of one product both selections."""
         select = partial(largest, self.backend, activation, (k, k_dead), dead)
-        found = _apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype)
-        return Latents(*found[:3]), Latents(*found[3:])
+        found, of_dead = self._active(select, x, W_enc, b_enc, pre_bias, matmul_dtype)
+        return found, of_dead
 
     def encode_above(
         self,
@@ -94,7 +95,8 @@ class Kernels:
     ) -> Latents:
         """Twin of `functional.encode_above`, in `Entries`."""
         select = partial(above, self.backend, threshold)
-        return Latents(*_apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype))
+        (found,) = self._active(select, x, W_enc, b_enc, pre_bias, matmul_dtype)
+        return found
 
     def encode_in_groups(
         self,
@@ -110,8 +112,8 @@ class Kernels:
     ) -> tuple[Latents, Latents | None]:
         """Twin of `functional.encode_in_groups`, in `Entries`; of one product both selections."""
         select = partial(in_groups, self.backend, k, groups, dead, k_dead)
-        found = _apply(_Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype)
-        return Latents(*found[:3]), None if dead is None else Latents(*found[3:])
+        found, *of_dead = self._active(select, x, W_enc, b_enc, pre_bias, matmul_dtype)
+        return found, next(iter(of_dead), None)
 
     def encode_jumping(
         self,
@@ -129,12 +131,18 @@ class Kernels:
         """Twin of `functional.encode_jumping`, in `Around`; those of the dead by their product."""
         where = (threshold.detach(), bandwidth, most)
         select = partial(around, self.backend, where, dead, k_dead)
-        acts, indices, order, *rest = _apply(
-            _Encode, select, x, W_enc, b_enc, pre_bias, matmul_dtype
-        )
-        acts = _apply(_Jump, acts, threshold, order, bandwidth)
-        of_dead = Latents(*rest) if rest else None
-        return Latents(acts, indices, order), of_dead, order.counts
+        found, *of_dead = self._active(select, x, W_enc, b_enc, pre_bias, matmul_dtype)
+        acts = _apply(_Jump, found.acts, threshold, found.by_latent, bandwidth)
+        assert isinstance(found.by_latent, Around)
+        return found._replace(acts=acts), next(iter(of_dead), None), found.by_latent.counts
+
+    @staticmethod
+    def _active(
+        select: Callable[[Tensor, Tensor, Tensor], list[Latents]], *arguments: Tensor | Any
+    ) -> list[Latents]:
+        """Those selected, with a gradient."""
+        found = _apply(_Encode, select, *arguments)
+        return [Latents(*found[i : i + 3]) for i in range(0, len(found), 3)]
 
     def decode(self, latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"]:
         """Twin of `functional.decode`."""

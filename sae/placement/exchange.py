@@ -130,7 +130,7 @@ def spread_over_machines(owner: dict[str, range], machines: list[int]) -> list[s
     """A line for each coder whose ranks are not all on one machine; `machines` of all ranks."""
     found = {name: {machines[rank] for rank in ranks} for name, ranks in owner.items()}
     return [
-        f"--ranks_per_coder {len(owner[name])}: {name} is on ranks {shown(owner[name])}, which are "
+        f"--ranks_per_coder or --layer_to_rank: {name} is on ranks {shown(owner[name])}, which are "
         f"on {len(where)} machines: what they send each other in a step goes over the network"
         for name, where in found.items()
         if len(where) > 1

@@ -77,7 +77,7 @@ def save(
         for name in mine:
             found = {**optimizers[name].state_tensors(), **firing[name].state_tensors()}
             found |= bank[name].state_tensors()
-            _write_state(aside / name, found, bank[name].piece)
+            _write_state(aside / name, found, optimizers[name].piece)
             for file in own_files(aside / name, bank[name].piece):
                 digests[file.relative_to(aside).as_posix()] = _digest(file)
                 flush(file)
@@ -148,7 +148,7 @@ def restore(run: Path, source: TokenSource, state: TrainingState) -> tuple[int, 
         )
     with ranks.together():
         for name, coder in state.bank.items():
-            tensors = read_state(folder / name, coder.piece)
+            tensors = read_state(folder / name, state.optimizers[name].piece)
             state.optimizers[name].load_state_tensors(tensors)
             state.firing[name].load_state_tensors(tensors)
             coder.load_state_tensors(tensors)

@@ -27,7 +27,7 @@ from ..lm.loading import find_hookpoints
 from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
 from ..placement.owners import owned_by, plan_owners, read_owners
-from ..training.optim import state_bytes
+from ..training.optim import check_optimizer, state_bytes
 from ..training.schedules import Schedule, dealing, sequences_per_batch
 
 _ENTRY = 32  # bytes of one active latent of one row
@@ -130,10 +130,15 @@ def advice(
     """How to place coders where the `fullest` rank holds too much, in words; else nothing."""
     memory, whose = _memory()
     room = _SHARE * memory
-    if fullest <= room or cfg.training.uses_lm_loss:
+    if fullest <= room:
         return None
     said = f"{fullest / _GIB:.1f} GiB are too much for {whose} {memory / _GIB:.0f} GiB, of which "
     said += "the LM's forward needs some"
+    if cfg.training.uses_lm_loss:
+        return (
+            f"{said}, and with --loss_fn {cfg.training.loss_fn} every rank holds every coder: take "
+            f"fewer --hookpoints or latents, or a smaller --batch_size"
+        )
     least = fullest
     for each in (n for n in range(1, world + 1) if world % n == 0):
         machine = {"distribute_modules": True, "layer_to_rank": (), "ranks_per_coder": each}
@@ -213,6 +218,8 @@ def _rank_memory(
         post = Layers(rank, {name: ranks.start for name, ranks in owner.items()})
     bank = CoderBank(mine, cfg.coder, training.init_seeds, "meta", groups=groups, post=post)
     coders = [coder for _, coder in bank.items()]
+    for coder in coders:
+        check_optimizer(training, coder)
     weights = sum(4 * p.numel() for coder in coders for p in coder.parameters())
     state = sum(state_bytes(coder, training.optimizer, training.adam_8bit) for coder in coders)
 
@@ -277,10 +284,10 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 
     floats += 2 * d_out if coder.cfg.multi_topk else 0  # the same of 4k latents
     # Of every entry its activation, its latent and their gradients, as they come and by latent.
     in_triton = cfg.machine.kernels != "torch" and not asks_for_cpu()
-    in_triton = in_triton and not isinstance(coder, ShardedCoder)  # which takes AuxK by entries
     of_dead = rows * _ENTRY * dead
     if dead and in_triton:  # activations and gradients of all dead latents, at worst of all
-        of_dead = max(of_dead, 2 * item * min(rows * coder.num_latents, DENSE_WEIGHTS))
+        held = 4 if isinstance(coder, ShardedCoder) else 2  # as they are sent and received, too
+        of_dead = max(of_dead, held * item * min(rows * coder.num_latents, DENSE_WEIGHTS))
     entry = _LOOSE_ENTRY if coder.cfg.has_threshold else _ENTRY
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded
     entry += _ENTRY_BY_PREFIX if coder.prefixes else 0

@@ -32,7 +32,7 @@ from ..formats.coder_file import CoderFile
 from ..formats.hub import patiently, response_of
 from ..formats.origin import without_folder
 from ..formats.pieces import Stored
-from ..formats.sparsify import newest_coders, read_config
+from ..formats.sparsify import copy_whole, newest_coders, read_config
 from ..judge.compare import figures_of, summary_of
 from ..runs.json_files import read_json, write_json
 from ..runs.provenance import flags_of_run
@@ -79,9 +79,13 @@ def assemble(cfg: PushConfig, folder: Path) -> None:
     evaluated = read_json(run / "eval.json") if (run / "eval.json").is_file() else {}
     for name, path in paths.items():
         (folder / name).mkdir(parents=True)
+        in_pieces = not (path / "sae.safetensors").is_file()  # which other programs cannot read
         for file in path.iterdir():
-            if not file.name.startswith("resume"):  # what only exact resuming needs
+            # The rest is what only exact resuming needs.
+            if not file.name.startswith(("resume", "sae") if in_pieces else "resume"):
                 shutil.copyfile(file, folder / name / file.name)
+        if in_pieces:
+            copy_whole(folder / name, path)
     for program in dict.fromkeys(cfg.formats):
         if program != "sparsify":
             export_as_can_be(ExportConfig(cfg.run, out=str(folder / program), to=program))

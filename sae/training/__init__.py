@@ -1,4 +1,5 @@
 """What one step does: losses, sums, optimizers, schedules, bad steps, and what is logged.
 
-Imports config, kernels, coders, data, lm and placement. Nothing here knows of files of a run.
+Imports config, kernels, formats, coders, data, lm and placement. Nothing here knows of files of a
+run.
 """

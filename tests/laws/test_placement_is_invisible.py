@@ -61,11 +61,19 @@ def test_transcoders_are_the_same_in_every_placement(runs: Runs) -> None:
 def test_coders_that_ranks_share_are_the_same_of_every_kind(runs: Runs, kind: str) -> None:
     """Groupmax, a falling k, and every optimizer: shared coders end as those of one process."""
     one, shared = f"{kind} one", f"{kind} shared"
-    if kind == "muon":  # which orthogonalizes in bfloat16: rounding becomes visible
+    # Muon orthogonalizes in bfloat16, and soap divides by sizes of a row's smallest parts, which it
+    # turns back into the whole row: rounding becomes visible.
+    if kind in ("muon", "soap"):
         for key, tensor in runs.weights(one).items():
             torch.testing.assert_close(runs.weights(shared)[key], tensor, rtol=0, atol=2e-4)
     else:
         runs.assert_same(one, shared)
+
+
+@pytest.mark.parametrize("name", ["soap, three to four", "soap, then whole"])
+def test_an_eigenbasis_is_resumed_by_other_ranks(runs: Runs, name: str) -> None:
+    """What soap keeps of a matrix, some cut and some whole, is read by whoever has the coder."""
+    runs.assert_same("soap shared", name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -257,6 +265,7 @@ def test_a_mistake_on_one_rank_ends_all(runs: Runs) -> None:
         "other seed": "--shuffle_seed is 42 on rank 0 and 7 on rank 1",
         "spoiled": "step 3: fvu at layers.0 is nan",
         "too few groups": "3 ranks cannot share a coder of k = 2 groups of latents (groupmax)",
+        "eight bits": "--adam_8bit True: rounds blocks of whole parameters",
         "other total": "--batch_size times --grad_acc_steps times the number of ranks is 18",
     }.items():
         errors = [rank["error"] for rank in runs.results[name]]

@@ -24,7 +24,7 @@ ALLOWED = {
     "placement": {"config", "flag_checks", "batch", "data", "lm"},
     "training": {
         *("config", "flag_checks", "batch", "kernels", "kernels.cpu", "coders", "data", "lm"),
-        "placement",
+        *("formats", "placement"),
     },
     "runs": {
         *("config", "flag_checks", "batch", "formats", "coders", "data", "lm", "placement"),

@@ -67,7 +67,14 @@ def test_shared_coders_are_planned_in_parts(
         (3.5, {"layers": (0, 1, 2)}, "--ranks_per_coder 4 the fullest rank holds"),
         (0.5, {}, "no --ranks_per_coder brings the fullest of 4 ranks below"),
         (4.5, {"distribute_modules": False}, "with --distribute_modules the fullest rank holds"),
-        (0.1, {"loss_fn": "ce", "distribute_modules": False}, None),
+        (9.0, {"loss_fn": "ce", "distribute_modules": False}, None),
+        (
+            0.1,
+            {"loss_fn": "ce", "distribute_modules": False},
+            "and with --loss_fn ce every rank holds every coder: take fewer --hookpoints",
+        ),
+        (3.0, {"optimizer": "soap"}, "--ranks_per_coder 2 the fullest rank holds"),
+        (1.0, {"adam_8bit": True}, "no --ranks_per_coder brings the fullest of 4 ranks below"),
     ],
 )
 def test_what_does_not_fit_is_placed_anew(
@@ -156,8 +163,8 @@ def test_a_batch_that_waits_for_its_steps_is_counted(
 
 
 def test_what_shared_coders_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidates of a k that falls, at its start; of AuxK entries alone, also on a GPU."""
-    monkeypatch.setattr(dry_run, "asks_for_cpu", lambda: False)
+    """Candidates of a k that falls, at its start; of AuxK entries, or what GPUs send each other."""
+    monkeypatch.setattr(dry_run, "asks_for_cpu", lambda: True)
     flags = {"model": "m", "dataset": "d", "hookpoints": ("layers.0",), "num_latents": 4096, "k": 4}
     flags |= {"ctx_len": 512, "batch_size": 4, "steps_per_batch": 1, "mixed_precision": "no"}
     flags |= {"distribute_modules": True, "ranks_per_coder": 2}
@@ -173,3 +180,7 @@ def test_what_shared_coders_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     assert falling >= rows * (5 * 8 + dry_run._ENTRY) * (first - 4)
     of_entries = (5 * 8 + dry_run._ENTRY) * rows * (D // 2) + 4 * rows * D
     assert held(auxk_alpha=1) - held(auxk_alpha=0) == of_entries
+    monkeypatch.setattr(dry_run, "asks_for_cpu", lambda: False)
+    of_all = 4 * 4 * rows * 4096  # float32, as sent, received, put together, and of gradients
+    more = held(auxk_alpha=1) - held(auxk_alpha=0)
+    assert of_all <= more <= 1.1 * of_all

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from command_runs import call
 from loopback_hub import READER, WRITER, Hub, Repo, loopback_hub
 from other_programs import KINDS, assert_same_coder, random_coder, save_run
+from ranks_in_threads import ThreadGroup, on_ranks
+from safetensors.torch import load_file
 
-from sae import load_many
+from sae import SaeConfig, SparseCoder, load_many
+from sae.coders.sharded import ShardedCoder
 from sae.formats.origin import without_folder
+from sae.share.push import PushConfig, assemble
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,6 +126,26 @@ def test_the_dry_run_is_what_would_be_uploaded(
     launched = "accelerate launch --num_processes 2 --use_deepspeed --zero_stage 3 train_sae.py"
     assert launched in (tmp_path / "shards/README.md").read_text()
     assert "python train_sae.py" in text and "(when this page was made)." in text
+
+
+def test_a_coder_in_pieces_is_pushed_whole(finished: Path, tmp_path: Path) -> None:
+    """What ranks wrote together is one file there, as every program reads it."""
+    cfg = SaeConfig(num_latents=32, k=3)
+
+    def save(group: ThreadGroup) -> None:
+        ShardedCoder(group, 8, cfg, generator=torch.Generator().manual_seed(1)).save_to_disk(folder)
+
+    folder = finished / "step_5/layers.3"
+    (folder / "sae.safetensors").unlink()
+    on_ranks(2, save)
+    assemble(PushConfig(str(finished), "org/name"), tmp_path / "out")
+    pushed = tmp_path / "out/layers.3"
+    assert {f.name for f in pushed.iterdir()} == {"cfg.json", "sae.safetensors"}
+    whole = SparseCoder(8, cfg, generator=torch.Generator().manual_seed(1))
+    tensors = load_file(pushed / "sae.safetensors")
+    assert tensors.keys() == whole.state_dict().keys()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensors[name], tensor)
 
 
 def test_names_that_are_folders_here_lose_them(

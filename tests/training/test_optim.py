@@ -10,7 +10,9 @@ from training_runs import SignDescent, coder_optimizer
 from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
 from sae.coders.moments import Moments, Scale
 from sae.training.losses import divide_gradients_, wake_dead_
-from sae.training.optim import CoderOptimizer, ScheduleFreeSignum, Soap, state_bytes
+from sae.training.optim import CoderOptimizer, state_bytes
+from sae.training.optimizers.signum import ScheduleFreeSignum
+from sae.training.optimizers.soap import Soap
 from sae.training.schedules import Schedule
 
 

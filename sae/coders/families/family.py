@@ -169,8 +169,6 @@ def check_together(cfg: Any) -> None:
     """
     if cfg.run.resume and cfg.training.adam_8bit:
         refuse(cfg.run, "resume", "the state of --adam_8bit is not kept: start a new --finetune")
-    if cfg.machine.ranks_per_coder > 1 and cfg.training.optimizer == "soap":
-        refuse(cfg.training, "optimizer", "needs whole matrices: leave out --ranks_per_coder")
     inputs = [pattern for pattern in cfg.model.hookpoints if ":" in pattern]
     if cfg.coder.transcode and (inputs or cfg.model.per_head):
         refuse(

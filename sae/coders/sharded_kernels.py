@@ -68,8 +68,9 @@ class ShardedKernels(Kernels):
 
     def __init__(self, kernels: Kernels, group: Group, latents: list[range]) -> None:
         """`latents`: those of each rank."""
-        self.backend, self.group, self._latents = kernels.backend, group, latents
+        self.backend, self.group = kernels.backend, group
         self.first_latent, self.num_latents = latents[group.rank].start, latents[-1].stop
+        self._starts = torch.tensor([of_rank.start for of_rank in latents])
         self._known_dead: tuple[Tensor, list[Tensor]] | None = None
 
     def encode(
@@ -129,8 +130,8 @@ class ShardedKernels(Kernels):
     def _dead_by_rank(self, dead: Tensor) -> list[Tensor]:
         # The host asks the device once per step, whose forwards share one tensor.
         if self._known_dead is None or self._known_dead[0] is not dead:
-            starts = torch.tensor([latents.start for latents in self._latents], device=dead.device)
-            places = torch.searchsorted(dead, starts).tolist()
+            self._starts = self._starts.to(dead.device)
+            places = torch.searchsorted(dead, self._starts).tolist()
             self._known_dead = dead, list(dead.tensor_split(places[1:]))
         return self._known_dead[1]
 

@@ -121,8 +121,9 @@ def test_crosscoders_over_several_lms_are_the_same_in_replicas(runs: Runs) -> No
 
 
 def test_end_to_end_training_is_the_same_in_replicas(runs: Runs) -> None:
-    """On two ranks, accumulated, training on KL is that of one process."""
-    runs.assert_same_end_to_end("kl one", "kl replicas")
+    """On two ranks, accumulated, training on KL is that of one process; padded rows too."""
+    for kind in ("kl", "padded"):
+        runs.assert_same_end_to_end(f"{kind} one", f"{kind} replicas")
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,14 @@ from datasets import Dataset
 from fake_cuda import FakeCuda, Question, backward, fake_cuda
 from tiny_lms import WITH_HEAD, make_with_head
 from torch import Tensor
-from training_runs import LOSSES, Killed, Settings, run
+from training_runs import LOSSES, Killed, Settings, coder_optimizer, run
 
+from sae import TranscoderConfig
+from sae.coders.sharded import ShardedCoder
 from sae.flag_checks import from_flags
 from sae.placement import launch
 from sae.placement.ranks import Ranks
+from sae.training.losses import auxiliary_loss
 from train_sae import TrainConfig, train
 
 LOG_EVERY = 3
@@ -184,6 +187,48 @@ def test_a_run_on_a_gpu_goes_on(
             run(lm, tokens, gpu_settings(settings), **flags)
         run(lm, tokens, gpu_settings(settings), resume=True, **flags)
     assert len(begun) == 6 + 9 - 4
+
+
+class Alike:
+    """The first of two ranks, the other of which always has what this one has."""
+
+    rank, size = 0, 2
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(2)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.clone(), tensor.clone()]
+
+    def exchange(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        return [sent[0].new_empty(shape) for shape in shapes]
+
+
+@pytest.mark.fake_cuda
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "muon", "soap"])
+def test_a_coder_that_ranks_share_asks_where_its_dead_latents_are(
+    optimizer: Any, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a step, whatever number of forwards it has; AuxK by entries and by dense products."""
+    monkeypatch.setattr("sae.kernels.dense_products.pays", lambda *_: dense)
+    from kernel_launches import noted_launches  # needs Triton
+
+    cfg = TranscoderConfig(num_latents=64, k=4, skip_connection=True)
+    with fake_cuda() as gpu, noted_launches():
+        coder = ShardedCoder(Alike(), 32, cfg, device="cuda")
+        coder.matmul_dtype = torch.bfloat16
+        rule = coder_optimizer(coder, optimizer)
+        x = torch.randn(24, 32, device="cuda", dtype=torch.bfloat16)
+        first = torch.arange(40, device="cuda")
+        for step, dead in enumerate((first, first + 3, first + 5)):
+            before = len(gpu.asked)
+            for _ in range(2):
+                errors = coder.errors(x, x, dead)
+                (errors.objective + auxiliary_loss(errors, 1)).backward()
+            asked = gpu.asked[before:]
+            assert len(asked) == 1 + (step == 0), said(asked)  # at first where each rank begins
+            rule.step(step)
 
 
 @pytest.mark.fake_cuda

@@ -184,7 +184,7 @@ def _weights_for(coder: SparseCoder, found: Path, name: str, allow_pt: bool) -> 
     return {
         key: t
         if (part := parts[key]) is None
-        else t.narrow(part.dim, part.indices.start, len(part.indices))
+        else t.narrow(part.dim, part.indices.start, len(part.indices)).clone()
         for key, t in tensors.items()
     }
 

@@ -293,12 +293,11 @@ class _AllDead(torch.autograd.Function):
         ctx: Any, backend: Backend, group: Group, acts: Tensor, counts: list[int], k: int
     ) -> Tensor:
         total, mine = sum(counts), counts[group.rank]
-        sent = acts.new_zeros(len(acts), max(counts))
-        sent[:, :mine] = acts[:, :mine]
+        sent, shapes = [acts[:, :mine]] * group.size, [(len(acts), count) for count in counts]
         found = acts.new_zeros(len(acts), AllOf.padded(total))
         parts = found[:, :total].split(counts, dim=1)
-        for part, rows in zip(parts, group.gather(sent), strict=True):
-            part.copy_(rows[:, : part.shape[1]])
+        for part, theirs in zip(parts, group.exchange(sent, shapes), strict=True):
+            part.copy_(theirs)
         if k < total:
             keep_largest_(backend, found, k)
         start = sum(counts[: group.rank])

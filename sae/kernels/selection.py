@@ -15,6 +15,7 @@ from .cpu import native
 _CHUNK_ROWS = 1024
 _CHUNK_ON_GPU = 2**27  # elements that fill one
 _GROUP = 8
+_NUMBERS = 2**32 - 1
 
 
 def active_latents(
@@ -193,7 +194,28 @@ def chunk_rows(inputs: Tensor, num_latents: int) -> int:
 
 
 def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of every row, in no order, exactly.
+    """The k largest entries of every row, of equal ones the first, in no order, exactly."""
+    top, columns = _largest(values, k)
+    least = top.amin(1, keepdim=True)
+    left_out = (values == least).sum(1) > (top == least).sum(1)
+    if left_out.any():  # entries that equal some that were taken
+        rows = left_out.nonzero().squeeze(1)
+        columns[rows] = _first_of_equal(values[rows], k)
+        top[rows] = values[rows].gather(1, columns[rows])
+    return top, columns
+
+
+def _first_of_equal(values: Tensor, k: int) -> Int[Tensor, "N K"]:
+    if values.dtype == torch.float64:  # whose bits leave no room for a number
+        return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    bits = (values.float() + 0.0).view(torch.int32)  # -0 is 0
+    keys = (bits ^ ((bits >> 31) & (2**31 - 1))).long() << 32  # in the order of the values
+    keys |= _NUMBERS - torch.arange(values.shape[1], device=values.device)
+    return _NUMBERS - (keys.topk(k, dim=1, sorted=False).values & _NUMBERS)
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of every row, in no order; of equal ones any.
 
     They lie in the k groups with the largest maxima: a group left out has k maxima, each in a group
     of its own, that are no smaller than anything in it.
@@ -204,7 +226,7 @@ def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values.topk(k, dim=1, sorted=False)
     # Group j holds the columns j, j + groups, j + 2 groups, ...: the maximum runs along memory.
     members = values[:, : groups * _GROUP].view(n, _GROUP, groups)
-    _, chosen = _top_k(members.amax(1), k)  # [n K]
+    _, chosen = _largest(members.amax(1), k)  # [n K]
     candidates = members.gather(2, chosen.unsqueeze(1).expand(-1, _GROUP, -1)).flatten(1)
     rest = values[:, groups * _GROUP :]
     if rest.shape[1]:

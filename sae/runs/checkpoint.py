@@ -115,13 +115,14 @@ def read_state(folder: Path, piece: Piece | None) -> dict[str, Tensor]:
 
 
 def check_room(run: Path, state: TrainingState) -> None:
-    """Raise UsageError where the disk has no room for the coders that this rank saves."""
-    need = 0
+    """Raise UsageError, on all ranks, where the disk has no room for what they save together."""
+    here = 0
     for name, coder in state.bank.items():
         if state.exchange.owns(state.bank.hookpoint[name]):
-            weights = sum(4 * p.numel() for p in coder.parameters())
-            need += weights + state_bytes(coder, state.optimizers[name].name)
-    free = shutil.disk_usage(run).free
+            # For other programs, and as the training point.
+            weights = 2 * sum(4 * p.numel() for p in coder.parameters())
+            here += weights + state_bytes(coder, state.optimizers[name].name)
+    need, free = sum(state.exchange.ranks.everyones(here)), shutil.disk_usage(run).free
     if free < need:
         raise UsageError(
             f"--save_dir {run.parent}: a checkpoint takes {need / 2**30:.2f} GiB, and "

@@ -27,7 +27,7 @@ from ..lm.loading import find_hookpoints
 from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
 from ..placement.owners import owned_by, plan_owners, read_owners
-from ..training.optim import check_optimizer, state_bytes
+from ..training.optim import check_optimizer, state_bytes, update_bytes
 from ..training.schedules import Schedule, dealing, sequences_per_batch
 
 _ENTRY = 32  # bytes of one active latent of one row
@@ -70,7 +70,7 @@ class RankMemory(NamedTuple):
     gradients: int
     optimizer: int
     in_flight: int
-    """Captured rows, those that travel, and what one coder makes of its rows."""
+    """Captured rows, those that travel, and what one coder makes of its rows, or of an update."""
 
 
 def show_plan(cfg: Any) -> None:
@@ -247,14 +247,15 @@ def _rank_memory(
         if training.auxk_alpha > 0:
             k += max(k_aux(coder.d_out) for coder in coders)
         working += 5 * 8 * k * piece
+    updates = max((update_bytes(coder, training.optimizer) for coder in coders), default=0)
     lm = lm_parameters * (1 if cfg.model.load_in_8bit else item)
     row_item = 4 if cfg.coder.crosscoder else item  # whose rows are divided in float32
     in_flight *= row_item
     if steps == 1:
-        return RankMemory(lm, weights, weights, state, in_flight + working)
-    # Either a forward brings rows, or a step's rows are joined and trained on.
+        return RankMemory(lm, weights, weights, state, max(in_flight + working, updates))
+    # A forward brings rows, or a step's rows are joined and trained on, or a coder is updated.
     waiting *= row_item
-    busy = max(in_flight, -(-waiting // steps) + working)
+    busy = max(in_flight, -(-waiting // steps) + working, updates)
     on_host = cfg.machine.batch_on_host and not asks_for_cpu()
     return RankMemory(lm, weights, weights, state, busy + (0 if on_host else waiting))
 
@@ -302,10 +303,10 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 
         parts *= training.grad_acc_steps if owners and dealt == 1 else 1
         found += layers * parts * (rows * waiting + of_dead) + rows * 4 * d_out
     if training.grad_acc_steps * training.micro_acc_steps > 1:  # a gradient before it is added
-        found += 4 * coder.num_latents * max(d_in, d_out)
+        found += 4 * max(p.numel() for p in coder.parameters())
     if in_triton:
         pieces = rows * max(active, dead) // _ENTRIES_TO_A_PIECE
-        found += 4 * pieces * max(d_in, d_out)
+        found += 4 * pieces * max(d_in, d_out) // (coder.piece.of if coder.piece else 1)
     return found
 
 

@@ -168,6 +168,16 @@ def state_bytes(coder: SparseCoder, name: OptimizerName, adam_8bit: bool = False
     return found + sum(8 * width * width for width in widths)
 
 
+def update_bytes(coder: SparseCoder, name: OptimizerName) -> int:
+    """The most bytes that an update of a coder holds beside weights, gradients and state.
+
+    Measured, as multiples of its largest parameter (tests/training/test_optim.py).
+    """
+    whole, shared = {"muon": (2, 4), "soap": (2, 7)}.get(name, (0, 1))
+    largest = max(p.numel() for p in coder.parameters())
+    return 4 * largest * (whole if coder.piece is None else shared)
+
+
 def _muon(
     coder: SparseCoder, matrices: dict[str, nn.Parameter], lr: float
 ) -> torch.optim.Optimizer:

@@ -35,12 +35,18 @@ def test_an_evaluation_that_cannot_work_is_known_at_the_start(
 def test_a_disk_without_room_is_known_at_the_start(
     lm: PreTrainedModel, tokens: Tensor, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint that does not fit is refused with both sizes."""
+    """A checkpoint that does not fit is refused with both sizes; what is asked for suffices."""
+    folder = Path(settings["save_dir"])
+    run(lm, tokens, settings, run_name="whole")
+    (saved,) = folder.glob("whole/step_*")
+    size = sum(file.stat().st_size for file in saved.rglob("*.safetensors"))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, int(0.9 * size)))
     with pytest.raises(UsageError, match=r"--save_dir .*a checkpoint takes 0.00 GiB.* are free"):
         run(lm, tokens, settings, run_name="r")
-    assert not list(Path(settings["save_dir"]).glob("r/step_*"))
+    assert not list(folder.glob("r/step_*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, size))
+    run(lm, tokens, settings, run_name="r2")
 
 
 def test_the_rehearsal_moves_no_number(

@@ -1,6 +1,7 @@
 """The fast twins compute what the definitions say, and build nothing large."""
 
 import copy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,16 @@ def test_latents_whose_activation_is_0_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("width", [1, 5, 16, 17, 100, 512, 1031, 12288])
 def test_top_k_in_pytorch_is_exact(width: int) -> None:
-    """The tournament finds the k largest entries, also among ties, for every k that fits."""
+    """The tournament finds the k largest entries, of equal ones the first, for every k."""
     values = torch.randn(50, width, generator=torch.Generator().manual_seed(width))
-    values[::3] = values[::3].round()  # many ties
+    values[::3] = values[::3].round()  # many ties, of 0 and -0 too
+    for dtype, k in product(
+        (torch.float32, torch.float64, torch.bfloat16), {1, min(3, width), min(32, width), width}
+    ):
+        rows = values.to(dtype)
+        first = rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        columns = selection._top_k(rows, k)[1]
+        assert torch.equal(columns.sort(1).values, first.sort(1).values)
     for k in {1, min(3, width), min(32, width), width}:
         top, indices = selection._top_k(values, k)
         torch.testing.assert_close(top.sort(1).values, values.topk(k, dim=1).values.flip(1))

@@ -88,6 +88,14 @@ BAD_FLAGS = [
     ("--layer_to_rank layers.0=1", "--layer_to_rank ('layers.0=1',): says where coders live"),
     ("--ranks_per_coder 2", "--ranks_per_coder 2: says where coders live: add --distribute_mod"),
     ("--ranks_per_coder 0 --distribute_modules", "--ranks_per_coder 0: must be at least 1"),
+    (
+        "--distribute_modules --ranks_per_coder 2 --activation batchtopk",
+        "--ranks_per_coder or --layer_to_rank: ranks cannot share a coder of --activation batch",
+    ),
+    (
+        "--distribute_modules --ranks_per_coder 2 --adam_8bit",
+        "--adam_8bit True: needs whole parameters",
+    ),
     ("--timeout 0", "--timeout 0"),
     ("--activation groupmax --k_decay_steps 5", "--k_decay_steps 5"),
     ("--adam_8bit --optimizer muon", "--adam_8bit True: belongs to --optimizer adam, not muon"),

@@ -73,7 +73,7 @@ def test_shared_coders_are_planned_in_parts(
             {"loss_fn": "ce", "distribute_modules": False},
             "and with --loss_fn ce every rank holds every coder: take fewer --hookpoints",
         ),
-        (3.0, {"optimizer": "soap"}, "--ranks_per_coder 2 the fullest rank holds"),
+        (3.0, {"optimizer": "soap"}, "--ranks_per_coder 4 the fullest rank holds"),
         (1.0, {"adam_8bit": True}, "no --ranks_per_coder brings the fullest of 4 ranks below"),
     ],
 )
@@ -181,6 +181,7 @@ def test_what_shared_coders_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     of_entries = (5 * 8 + dry_run._ENTRY) * rows * (D // 2) + 4 * rows * D
     assert held(auxk_alpha=1) - held(auxk_alpha=0) == of_entries
     monkeypatch.setattr(dry_run, "asks_for_cpu", lambda: False)
+    assert held(auxk_alpha=0, micro_acc_steps=2) - held(auxk_alpha=0) < 4 * 4096 * D // 2
     of_all = 4 * 4 * rows * 4096  # float32, as sent, received, put together, and of gradients
     more = held(auxk_alpha=1) - held(auxk_alpha=0)
     assert of_all <= more <= 1.1 * of_all

@@ -1,16 +1,21 @@
 """Optimizers equal what their sources say; a trained coder is what they average."""
 
 import math
+from itertools import accumulate
 
 import pytest
 import schedulefree
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from training_runs import SignDescent, coder_optimizer
 
 from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
 from sae.coders.moments import Moments, Scale
+from sae.coders.sharded import ShardedCoder
+from sae.config import OptimizerName
 from sae.training.losses import divide_gradients_, wake_dead_
-from sae.training.optim import CoderOptimizer, state_bytes
+from sae.training.optim import CoderOptimizer, state_bytes, update_bytes
 from sae.training.optimizers.signum import ScheduleFreeSignum
 from sae.training.optimizers.soap import Soap
 from sae.training.schedules import Schedule
@@ -73,7 +78,8 @@ def test_soap_is_adam_in_the_eigenbasis_of_the_columns() -> None:
     optimizer = Soap([{"params": [ours]}], lr=0.01, betas=(0.8, 0.95))
     C = Q = m = v = torch.zeros(0)
     for t in range(30):
-        G = torch.randn(40, 6, dtype=torch.float64) * torch.tensor([9.0, 5, 3, 2, 1, 0.1])
+        sizes = torch.tensor([9.0, 5, 3, 2, 1, 0.1])  # which change their order
+        G = torch.randn(40, 6, dtype=torch.float64) * (sizes if t < 8 else sizes.flip(0))
         ours.grad = G.clone()
         optimizer.step()
         if t == 0:
@@ -97,6 +103,45 @@ def test_soap_is_adam_in_the_eigenbasis_of_the_columns() -> None:
         made.step(step)
     held = sum(t.nbytes for n, t in made.state_tensors().items() if n.startswith("state."))
     assert held == pytest.approx(state_bytes(coder, "soap"), abs=64)  # steps are counted, too
+
+
+class Alike:
+    """The first of four ranks, which all have what this one has; nothing is computed rightly."""
+
+    rank, size = 0, 4
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def exchange(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        flat = torch.cat([t.flatten() for t in sent])
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        received = flat.new_zeros(sum(sizes)).split(sizes)
+        return [t.view(shape) for t, shape in zip(received, shapes, strict=True)]
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        raise AssertionError("an update gathers nothing")
+
+
+@pytest.mark.parametrize("name", ["signum", "adam", "muon", "soap"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_an_update_holds_is_counted(name: OptimizerName, shared: bool) -> None:
+    """The peak beside weights, gradients and state, of a whole coder and of a quarter."""
+    cfg, largest = SaeConfig(num_latents=8192, k=2), 4 * 8192 * 64 // (4 if shared else 1)
+    coder = ShardedCoder(Alike(), 64, cfg) if shared else SparseCoder(64, cfg)
+    rule = coder_optimizer(coder, name)
+    held = 0
+    for step in range(3):
+        for p in coder.parameters():
+            p.grad = torch.randn_like(p)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            divide_gradients_(coder, torch.tensor(1.0))
+            rule.step(step)
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())]
+        held = max(accumulate(changes))  # the first step makes the state
+    assert held <= update_bytes(coder, name) + 0.15 * largest
+    assert held >= 0.8 * update_bytes(coder, name)
 
 
 def test_default_learning_rates() -> None:

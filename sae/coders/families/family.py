@@ -125,6 +125,8 @@ class WithThreshold(Family):
             refuse(cfg.coder, "multi_topk", f"{name} has no 4k latents: drop it")
         if cfg.training.uses_lm_loss:
             refuse(cfg.training, "loss_fn", f"{name} is trained on fvu")
+        if cfg.machine.ranks_per_coder > 1:
+            self.shared_by_ranks(cfg.coder, 0)
 
     def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:
         """The latents above their thresholds, whatever k is."""
@@ -167,6 +169,8 @@ def check_together(cfg: Any) -> None:
 
     `cfg` is the script's `TrainConfig`; everything here is known before anything is loaded.
     """
+    if cfg.training.adam_8bit and cfg.machine.ranks_per_coder > 1:
+        refuse(cfg.training, "adam_8bit", "needs whole parameters: leave out --ranks_per_coder")
     if cfg.run.resume and cfg.training.adam_8bit:
         refuse(cfg.run, "resume", "the state of --adam_8bit is not kept: start a new --finetune")
     inputs = [pattern for pattern in cfg.model.hookpoints if ":" in pattern]

@@ -128,7 +128,7 @@ def train(
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     source = given or ranks.main_first(load)
     held_out, trained_on = split_blocks(source, data, per_batch)
-    seed, dealt = data.shuffle_seed, dealing(cfg, per_batch, source.block_len)
+    seed, dealt = data.shuffle_seed, dealing(cfg, per_batch, source.block_len, len(trained_on))
     plan = BatchPlan(source.order(trained_on, seed), per_batch, *dealt, seed)
     total_steps = plan.total_steps
     schedule = Schedule(training, total_steps, per_batch * source.block_len // plan.steps)

@@ -264,7 +264,7 @@ def _batch(cfg: Any, world: int) -> tuple[int, int]:
     """Tokens of a batch on all ranks, and the steps that it is dealt to."""
     length = cfg.data.ctx_len
     sequences = sequences_per_batch(cfg, world, length)
-    return sequences * length, dealing(cfg, sequences, length).steps
+    return sequences * length, dealing(cfg, sequences, length, cfg.data.max_examples).steps
 
 
 def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 1) -> int:

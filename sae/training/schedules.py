@@ -11,6 +11,7 @@ from ..flag_checks import UsageError, refuse
 
 # What was measured is in docs/recipes.md; fewer rows are as good, and cost more on a GPU.
 _STEPS_PER_BATCH, _ROWS_PER_STEP, _ROWS_PER_GROUP = 16, 4096, 256
+_SHORT_RUN = 500 * _ROWS_PER_STEP  # tokens, of which steps of half as many rows make more
 _SHORTEST_SILENCE, _LONGEST_SILENCE = 150, 10_000_000  # in L / k tokens, in tokens
 
 
@@ -33,18 +34,23 @@ def sequences_per_batch(cfg: Any, world: int, length: int) -> int:
     return sequences
 
 
-def dealing(cfg: Any, sequences: int, length: int) -> Dealing:
+def dealing(cfg: Any, sequences: int, length: int, in_run: int | None = None) -> Dealing:
     """How a batch of `sequences` of `length` tokens is dealt; `cfg` is the script's flags.
+
+    `in_run`: sequences of the whole run, if that is known.
 
     By default a group is the power of two of sequences that comes nearest to 256 rows. That depends
     on how long they are and on how many steps they are dealt to, and on no placement. Raises
     UsageError where a forward has no whole groups.
     """
     training, steps = cfg.training, cfg.training.steps_per_batch
+    in_groups = family_of(cfg.coder).in_groups
     if steps is None:
-        most = 1 if training.uses_lm_loss else _STEPS_PER_BATCH
-        steps = min(most, max(1, sequences * length // _ROWS_PER_STEP))
-    if not family_of(cfg.coder).in_groups:
+        short = in_run is not None and in_run * length < _SHORT_RUN and not in_groups
+        rows = _ROWS_PER_STEP // 2 if short else _ROWS_PER_STEP
+        most = 1 if training.uses_lm_loss else _STEPS_PER_BATCH * _ROWS_PER_STEP // rows
+        steps = min(most, max(1, sequences * length // rows))
+    if not in_groups:
         return Dealing(steps, None)
     group = training.group_sequences
     if group is None:

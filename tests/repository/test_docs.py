@@ -356,7 +356,7 @@ def test_quickstart(tmp_path: Path) -> None:
         assert f"{name:12}  {figures['fvu']:12.4f}" in done.stdout
         assert figures["fvu"] < 0.6 and Path(figures["path"]).is_dir()
     bar = done.stderr.rsplit("\r", 1)[-1]
-    assert "fvu 0." in bar and "tokens/s" in bar and "16/16" in bar
+    assert "fvu 0." in bar and "tokens/s" in bar and "32/32" in bar
     assert (run / "report.html").stat().st_size > 2**20
     for said in ("run  ", "TensorBoard  ", "coders  ", "summary  ", "features  "):
         assert said in done.stdout

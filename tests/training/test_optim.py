@@ -2,6 +2,7 @@
 
 import math
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import schedulefree
@@ -14,11 +15,13 @@ from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageE
 from sae.coders.moments import Moments, Scale
 from sae.coders.sharded import ShardedCoder
 from sae.config import OptimizerName
+from sae.flag_checks import from_flags
 from sae.training.losses import divide_gradients_, wake_dead_
 from sae.training.optim import CoderOptimizer, state_bytes, update_bytes
 from sae.training.optimizers.signum import ScheduleFreeSignum
 from sae.training.optimizers.soap import Soap
-from sae.training.schedules import Schedule
+from sae.training.schedules import Schedule, dealing
+from train_sae import TrainConfig
 
 
 def test_signum_is_schedulefree_sign_descent() -> None:
@@ -142,6 +145,20 @@ def test_what_an_update_holds_is_counted(name: OptimizerName, shared: bool) -> N
         held = max(accumulate(changes))  # the first step makes the state
     assert held <= update_bytes(coder, name) + 0.15 * largest
     assert held >= 0.8 * update_bytes(coder, name)
+
+
+def test_short_runs_take_steps_of_fewer_rows() -> None:
+    """Below 500 steps of 4,096 rows there are twice as many steps, where their number is free."""
+
+    def steps(in_run: int | None, sequences: int = 256, **flags: Any) -> int:
+        cfg = from_flags(TrainConfig, {"model": "m", "dataset": "d", **flags})
+        return dealing(cfg, sequences, 256, in_run).steps
+
+    assert (steps(8000), steps(7999), steps(None)) == (16, 32, 16)
+    assert (steps(8000, 16), steps(7999, 16), steps(7999, 8), steps(7999, 4)) == (1, 2, 1, 1)
+    assert steps(7999, steps_per_batch=4) == 4
+    assert steps(7999, activation="batchtopk", group_sequences=2) == 16
+    assert steps(7999, loss_fn="ce") == 1
 
 
 def test_default_learning_rates() -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .state import TrainingState
 from .trackers import open_tracker, show_histogram
 
 _HISTOGRAM_STEPS = 100
+_RATE_ENTRIES = 64  # a batch's forwards all come before the first of the steps it is dealt to
 
 
 class RunLog:
@@ -34,7 +36,9 @@ class RunLog:
         self._accelerator, self._exchange, self._flags = accelerator, exchange, flags
         self._first_step, self._total_steps = steps.start, steps.stop
         self._seconds_before, self._started = seconds_before, time.monotonic()
-        self._rows, self._rows_since = 0, self._started
+        self._rows = 0
+        self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_ENTRIES + 1)
+        """When something was logged, and how many rows had been trained on by then."""
         self._bar: tqdm | None = None
 
     @property
@@ -71,7 +75,8 @@ class RunLog:
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
             disable=not self._exchange.ranks.main,
         )
-        self._started = self._rows_since = time.monotonic()
+        self._started = time.monotonic()
+        self._marks.append((self._started, 0))
 
     def step(self, step: int, metrics: Metrics, rows: int, state: TrainingState) -> None:
         """Show the metrics of step number `step` (from 1), which trained on `rows` tokens."""
@@ -87,8 +92,9 @@ class RunLog:
         if not self._exchange.ranks.main:
             return
         now = time.monotonic()
-        numbers["tokens_per_second"] = self._rows / (now - self._rows_since)
-        self._rows, self._rows_since = 0, now
+        self._marks.append((now, self._rows))
+        then, before = self._marks[0]
+        numbers["tokens_per_second"] = (self._rows - before) / (now - then)
         self._accelerator.log(numbers, step=step)
         loss = self._flags["loss_fn"]
         found = [value for name, value in numbers.items() if name.split("/")[0] == loss]

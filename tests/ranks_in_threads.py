@@ -43,6 +43,27 @@ class ThreadGroup:
         return found
 
 
+class Alike:
+    """The first of several ranks that all have what this one has: shapes are right, numbers not."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(self.size)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.clone() for _ in range(self.size)]
+
+    def exchange(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        flat = torch.cat([t.flatten() for t in sent])  # holds what `placement.groups` holds
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        received = flat.new_zeros(sum(sizes)).split(sizes)
+        return [t.view(shape) for t, shape in zip(received, shapes, strict=True)]
+
+
 def on_ranks(size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
     """What `work` returns on each of so many ranks; the first exception of any is raised."""
     box, barrier = [None] * size, threading.Barrier(size, timeout=60)

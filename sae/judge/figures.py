@@ -310,7 +310,8 @@ def rehearse_end(
     """
     bank = state.bank
     means = {bank.hookpoint[n]: torch.zeros(c.d_out, device=c.device) for n, c in bank.items()}
-    check_room(run, state)
+    with state.exchange.ranks.together():
+        check_room(run, state)
     if capture.lm is None:
         return
     if (note := unusable_head(capture.lm)) and state.exchange.ranks.main:

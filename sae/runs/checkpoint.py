@@ -115,7 +115,7 @@ def read_state(folder: Path, piece: Piece | None) -> dict[str, Tensor]:
 
 
 def check_room(run: Path, state: TrainingState) -> None:
-    """Raise UsageError, on all ranks, where the disk has no room for what they save together."""
+    """Raise UsageError where the disk has no room for what all ranks save, who must all ask."""
     here = 0
     for name, coder in state.bank.items():
         if state.exchange.owns(state.bank.hookpoint[name]):

@@ -157,10 +157,10 @@ def test_compiled_blocks_compute_the_same(
     )
     flags = {"hookpoints": ("layers.0", "layers.1.mlp"), "optimizer": "adam"}
     plain = weights(run(lm, tokens, settings, run_name="plain", **flags))
-    blocks = [m for n, m in lm.base_model.named_modules() if n in ("layers.0", "layers.1")]
+    blocks = [lm.base_model.get_submodule(f"layers.{i}") for i in range(3)]
     try:
         compiled = weights(run(lm, tokens, settings, run_name="fast", compile=True, **flags))
-        assert [b for b in blocks if "forward" in vars(b)] == blocks[:1]
+        assert [b for b in blocks if "forward" in vars(b)] == blocks[::2]
     finally:
         for block in blocks:
             vars(block).pop("forward", None)

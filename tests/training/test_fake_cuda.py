@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from fake_cuda import FakeCuda, Question, backward, fake_cuda
+from ranks_in_threads import Alike
 from tiny_lms import WITH_HEAD, make_with_head
 from torch import Tensor
 from training_runs import LOSSES, Killed, Settings, coder_optimizer, run
@@ -189,21 +190,6 @@ def test_a_run_on_a_gpu_goes_on(
     assert len(begun) == 6 + 9 - 4
 
 
-class Alike:
-    """The first of two ranks, the other of which always has what this one has."""
-
-    rank, size = 0, 2
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        return tensor.mul_(2)
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor.clone(), tensor.clone()]
-
-    def exchange(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        return [sent[0].new_empty(shape) for shape in shapes]
-
-
 @pytest.mark.fake_cuda
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "muon", "soap"])
@@ -216,7 +202,7 @@ def test_a_coder_that_ranks_share_asks_where_its_dead_latents_are(
 
     cfg = TranscoderConfig(num_latents=64, k=4, skip_connection=True)
     with fake_cuda() as gpu, noted_launches():
-        coder = ShardedCoder(Alike(), 32, cfg, device="cuda")
+        coder = ShardedCoder(Alike(2), 32, cfg, device="cuda")
         coder.matmul_dtype = torch.bfloat16
         rule = coder_optimizer(coder, optimizer)
         x = torch.randn(24, 32, device="cuda", dtype=torch.bfloat16)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import schedulefree
 import torch
-from torch import Tensor
+from ranks_in_threads import Alike
 from torch.profiler import ProfilerActivity, profile
 from training_runs import SignDescent, coder_optimizer
 
@@ -108,30 +108,12 @@ def test_soap_is_adam_in_the_eigenbasis_of_the_columns() -> None:
     assert held == pytest.approx(state_bytes(coder, "soap"), abs=64)  # steps are counted, too
 
 
-class Alike:
-    """The first of four ranks, which all have what this one has; nothing is computed rightly."""
-
-    rank, size = 0, 4
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def exchange(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        flat = torch.cat([t.flatten() for t in sent])
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        received = flat.new_zeros(sum(sizes)).split(sizes)
-        return [t.view(shape) for t, shape in zip(received, shapes, strict=True)]
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        raise AssertionError("an update gathers nothing")
-
-
 @pytest.mark.parametrize("name", ["signum", "adam", "muon", "soap"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_an_update_holds_is_counted(name: OptimizerName, shared: bool) -> None:
     """The peak beside weights, gradients and state, of a whole coder and of a quarter."""
     cfg, largest = SaeConfig(num_latents=8192, k=2), 4 * 8192 * 64 // (4 if shared else 1)
-    coder = ShardedCoder(Alike(), 64, cfg) if shared else SparseCoder(64, cfg)
+    coder = ShardedCoder(Alike(4), 64, cfg) if shared else SparseCoder(64, cfg)
     rule = coder_optimizer(coder, name)
     held = 0
     for step in range(3):

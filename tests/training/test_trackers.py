@@ -11,12 +11,14 @@ from typing import Any
 import accelerate.tracking
 import numpy as np
 import pytest
+import torch
 from accelerate.utils import LoggerType
 from torch import Tensor
 from training_runs import Settings, run
 from transformers import PreTrainedModel
 
 from sae import UsageError
+from sae.training.logs import RunLog
 
 # Tracker -> the variable that names its project.
 VARIABLES = {
@@ -207,3 +209,25 @@ def test_a_damaged_record_of_the_tracker_is_named(
     (Path(settings["save_dir"]) / "mine/tracker.json").write_text('{"wandb')
     with pytest.raises(UsageError, match=r"tracker\.json cannot be read .*delete it"):
         run(lm, tokens, settings, resume=True, **flags)
+
+
+def test_tokens_per_second_are_those_of_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the rows of 64 entries, also where only every 32nd step has forwards to wait for."""
+    now, logged = [0.0], list[dict[str, float]]()
+    ranks = SimpleNamespace(main=True, merge=dict, gather=lambda value: [value], world=1)
+    ranks.device = torch.device("cpu")
+    exchange: Any = SimpleNamespace(ranks=ranks, owner={"h": range(1)}, distributed=False)
+    accelerator: Any = SimpleNamespace(log_with=None, trackers=[])
+    accelerator.log = lambda numbers, step: logged.append(numbers)
+    monkeypatch.setattr("sae.training.logs.time", SimpleNamespace(monotonic=lambda: now[0]))
+    flags = {"log_every": 1, "loss_fn": "fvu"}
+    log = RunLog(accelerator, exchange, flags, range(200), 0.0)
+    log.start(0, "none")
+    state: Any = SimpleNamespace(firing={})
+    for step in range(200):
+        now[0] += 33.0 if step % 32 == 0 else 1.0  # 64 seconds for 32 steps
+        log.step(step + 1, {}, 10, state)
+    log.close()
+    rates = [numbers["tokens_per_second"] for numbers in logged]
+    assert rates[0] == 10 / 33
+    assert rates[64:] == [5.0] * len(rates[64:])

@@ -39,7 +39,7 @@ from sae.lm.joined import join
 from sae.lm.loading import fetch_weights, find_hookpoints, load_lm, token_limits
 from sae.lm.probe import checked
 from sae.lm.rows import RowRule
-from sae.placement import launch, signals
+from sae.placement import launch, owners, signals
 from sae.placement.dealing import Dealer
 from sae.placement.entry import run_as_script
 from sae.placement.exchange import Exchange
@@ -100,7 +100,7 @@ def train(
     if given is None:
         skeleton, hookpoints = find_hookpoints(cfg.model, lm, head)
     accelerator = Accelerator(**launch.arguments(folder, cfg.run.log_with, dtype, machine.timeout))
-    ranks = launch.connect(accelerator, machine.timeout, machine.deterministic)
+    ranks = launch.connect(accelerator, machine)
     kernels = Kernels(machine.kernels)
     kernels_description = kernels.describe(ranks.device)
     per_batch = sequences_per_batch(cfg, ranks.world, given.block_len if given else data.ctx_len)
@@ -122,8 +122,8 @@ def train(
     capture, widths = join(capture, widths, cfg, dtype, ranks.main_first)
 
     # Which ranks train the coders of which hookpoint.
-    seeds, placed = training.init_seeds, (machine.layer_to_rank, machine.ranks_per_coder)
-    exchange = Exchange(ranks, costs(widths, cfg.coder, seeds), machine.distribute_modules, *placed)
+    seeds, placement = training.init_seeds, owners.Placement.of(machine, ranks.world)
+    exchange = Exchange(ranks, costs(widths, cfg.coder, seeds), *placement)
 
     # Tokens: the first blocks are held out, the rest is trained on in shuffled order.
     source = given or ranks.main_first(load)

@@ -332,15 +332,28 @@ class MachineConfig:
     """Ranks that share each coder, for coders too large for one."""
     timeout: Annotated[float, MAY_CHANGE] = 10.0
     """Minutes that a rank waits for another before the run ends."""
+    shard_latents: Annotated[bool, MAY_CHANGE] = False
+    """Owners that share each coder: --distribute_modules, and by default of all ranks together."""
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.layer_to_rank and not self.distribute_modules:
-            refuse(self, "layer_to_rank", "says where coders live: add --distribute_modules")
-        if self.ranks_per_coder > 1 and not self.distribute_modules:
-            refuse(self, "ranks_per_coder", "says where coders live: add --distribute_modules")
+        given = {"layer_to_rank": self.layer_to_rank, "ranks_per_coder": self.ranks_per_coder > 1}
+        for name in (n for n, is_given in given.items() if is_given and not self.owning):
+            refuse(self, name, "says where coders live: add --distribute_modules")
         if not 0 < self.timeout < 1e6:
             refuse(self, "timeout", "must be a number of minutes above 0")
+
+    @property
+    def owning(self) -> str | None:
+        """The flag by which coders are not whole on every rank, if one is given."""
+        owners = "distribute_modules" if self.distribute_modules else None
+        return "shard_latents" if self.shard_latents else owners
+
+    @property
+    def sharing(self) -> str | None:
+        """The flag by which several ranks have each coder together, if one is given."""
+        alone = "shard_latents" if self.shard_latents else None
+        return "ranks_per_coder" if self.ranks_per_coder > 1 else alone
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ SHARED = {
         "shared, then whole": "--batch_size 4 --distribute_modules --resume",
         "whole, then shared": f"--batch_size 4 {WIDE} 3 --resume",
     },
-    4: {"four share": f"--batch_size 3 {WIDE} 4", "two and two share": f"--batch_size 3 {WIDE} 2"},
+    4: {
+        "four share": "--batch_size 3 --shard_latents",
+        "two and two share": f"--batch_size 3 {WIDE} 2",
+    },
 }
 # Runs of other kinds, by one process and by so many that share each coder; groupmax has 4 groups.
 KINDS = {
@@ -270,7 +273,7 @@ def make(folder: Path) -> Runs:
     four = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("four ")}
     four["four dealt and shared"] = DEALINGS["four dealt and shared"]
     four["idle"] = "--batch_size 3 --distribute_modules --layer_to_rank layers.0=3 layers.1=3"
-    four["sparse"] = f"--batch_size 3 {WIDE} 4 --auxk_alpha 0 --wake_alpha 0 --no-multi_topk"
+    four["sparse"] = "--batch_size 3 --shard_latents --auxk_alpha 0 --wake_alpha 0 --no-multi_topk"
     made.cut("soap shared", "soap, three to four")
     made.cut("soap shared", "soap, then whole")
     soap = "--batch_size 3 --distribute_modules --optimizer soap --resume"

@@ -32,8 +32,8 @@ def shared_latents(cfg: SparseCoderConfig, num_latents: int, size: int) -> list[
 
 def _too_many(size: int, what: str) -> str:
     return (
-        f"--ranks_per_coder or --layer_to_rank: {size} ranks cannot share a coder of {what}: give "
-        f"it fewer ranks"
+        f"--shard_latents, --ranks_per_coder or --layer_to_rank: {size} ranks cannot share a coder "
+        f"of {what}: give it fewer ranks"
     )
 
 

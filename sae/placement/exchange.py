@@ -35,7 +35,7 @@ class Exchange:
         fixed: tuple[str, ...] = (),
         ranks_per_coder: int = 1,
     ) -> None:
-        """`costs` of the hookpoints, and those placed by hand, as `read_owners` reads them."""
+        """`costs` of the hookpoints, and a `Placement`, of which the rest are the fields."""
         owner = plan_owners(costs, ranks.world, read_owners(fixed), ranks_per_coder)
         ranks.same({f"--layer_to_rank of {name}": shown(them) for name, them in owner.items()})
         self.ranks, self.owner = ranks, owner
@@ -130,8 +130,9 @@ def spread_over_machines(owner: dict[str, range], machines: list[int]) -> list[s
     """A line for each coder whose ranks are not all on one machine; `machines` of all ranks."""
     found = {name: {machines[rank] for rank in ranks} for name, ranks in owner.items()}
     return [
-        f"--ranks_per_coder or --layer_to_rank: {name} is on ranks {shown(owner[name])}, which are "
-        f"on {len(where)} machines: what they send each other in a step goes over the network"
+        f"--shard_latents, --ranks_per_coder or --layer_to_rank: {name} is on ranks "
+        f"{shown(owner[name])}, which are on {len(where)} machines: what they send each other in a "
+        f"step goes over the network"
         for name, where in found.items()
         if len(where) > 1
     ]

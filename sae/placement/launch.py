@@ -16,9 +16,11 @@ from datasets import disable_progress_bars
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from ..config import MachineConfig
 from ..flag_checks import UsageError
 from ..lm.capture import is_sharded
 from ..lm.loading import compile_blocks
+from .owners import Placement
 from .ranks import Ranks
 
 # What mpirun (of MPICH, Open MPI, MVAPICH) and srun call the variables of torch.
@@ -159,12 +161,13 @@ def arguments(
     return {**found, "deepspeed_plugin": plugin}
 
 
-def connect(accelerator: Accelerator, timeout_minutes: float, deterministic: bool = False) -> Ranks:
-    """The ranks of this launch. Raises UsageError if a process takes itself for the only one.
+def connect(accelerator: Accelerator, machine: MachineConfig) -> Ranks:
+    """The ranks of this launch; with `--deterministic` PyTorch's operators repeat bit for bit.
 
-    `deterministic`: from here on PyTorch's operators repeat bit for bit on a GPU, or raise.
+    Raises UsageError if a process takes itself for the only one, or if ranks cannot be divided as
+    flags say.
     """
-    if deterministic:
+    if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
@@ -183,8 +186,9 @@ def connect(accelerator: Accelerator, timeout_minutes: float, deterministic: boo
     if not accelerator.is_main_process:  # one progress bar is enough
         disable_progress_bar()
         disable_progress_bars()
+    Placement.of(machine, accelerator.num_processes)  # before an LM is loaded for nothing
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
-    return Ranks(device, timeout_minutes)
+    return Ranks(device, machine.timeout)
 
 
 def shard(

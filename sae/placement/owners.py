@@ -7,8 +7,29 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from ..flag_checks import UsageError
+from ..config import MachineConfig
+from ..flag_checks import UsageError, refuse
+
+
+class Placement(NamedTuple):
+    """Where coders live in a run whose number of ranks is known."""
+
+    distributed: bool
+    """Whether each is on its owners alone; otherwise all ranks have replicas."""
+    fixed: tuple[str, ...]
+    """Hookpoints that are placed by hand, as `read_owners` reads them."""
+    ranks_per_coder: int
+    """Ranks that share each coder of the others."""
+
+    @classmethod
+    def of(cls, machine: MachineConfig, world: int) -> "Placement":
+        """What the flags mean for so many ranks; UsageError if these cannot be divided so."""
+        if world % machine.ranks_per_coder:
+            refuse(machine, "ranks_per_coder", f"does not divide the number of ranks, {world}")
+        each = world if machine.sharing == "shard_latents" else machine.ranks_per_coder
+        return cls(machine.owning is not None, machine.layer_to_rank, each)
 
 
 def plan_owners(
@@ -19,13 +40,10 @@ def plan_owners(
 ) -> dict[str, range]:
     """Hookpoint -> its ranks: the heaviest first, each onto the ranks with the least so far.
 
-    `fixed` places some by hand, the others get `ranks_per_coder` each. Raises UsageError for one
-    that names no hookpoint or no rank, and for ranks that cannot be divided so.
+    `fixed` places some by hand, the others get `ranks_per_coder` each, which divides `world`.
+    Raises UsageError for one that names no hookpoint or no rank.
     """
-    if world % ranks_per_coder:
-        raise UsageError(
-            f"--ranks_per_coder {ranks_per_coder}: does not divide the number of ranks, {world}"
-        )
+    assert world % ranks_per_coder == 0, "Placement.of refuses others"
     owner = dict(fixed or {})
     for hookpoint, ranks in owner.items():
         if hookpoint not in costs:

@@ -26,7 +26,7 @@ from ..lm.joined import joined_widths, parts_of
 from ..lm.loading import find_hookpoints
 from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
-from ..placement.owners import owned_by, plan_owners, read_owners
+from ..placement.owners import Placement, owned_by, plan_owners, read_owners
 from ..training.optim import check_optimizer, state_bytes, update_bytes
 from ..training.schedules import Schedule, dealing, sequences_per_batch
 
@@ -93,7 +93,7 @@ def show_plan(cfg: Any) -> None:
         parts_of(widths)
         widths = joined_widths(widths)
     owner = _owners(cfg, world, widths)
-    replicas = world == 1 or not cfg.machine.distribute_modules
+    replicas = world == 1 or not cfg.machine.owning
     plan = memory_by_rank(cfg, world, parameters, widths, owner)
     rows = [["rank", *(name.replace("_", " ") for name in RankMemory._fields), "GiB", "coders of"]]
     for rank, memory in enumerate(plan):
@@ -120,8 +120,8 @@ def show_plan(cfg: Any) -> None:
 
 def _owners(cfg: Any, world: int, widths: dict[str, Widths]) -> dict[str, range]:
     weight = costs(widths, cfg.coder, cfg.training.init_seeds)
-    fixed = read_owners(cfg.machine.layer_to_rank)
-    return plan_owners(weight, world, fixed, cfg.machine.ranks_per_coder)
+    _, fixed, each = Placement.of(cfg.machine, world)
+    return plan_owners(weight, world, read_owners(fixed), each)
 
 
 def advice(
@@ -142,6 +142,7 @@ def advice(
     least = fullest
     for each in (n for n in range(1, world + 1) if world % n == 0):
         machine = {"distribute_modules": True, "layer_to_rank": (), "ranks_per_coder": each}
+        machine["shard_latents"] = False
         try:
             other = replace(cfg, machine=replace(cfg.machine, **machine))
             owner = _owners(other, world, widths)
@@ -187,7 +188,7 @@ def memory_by_rank(
     cfg: Any, world: int, lm_parameters: int, widths: dict[str, Widths], owner: dict[str, range]
 ) -> list[RankMemory]:
     """What each rank holds; of replicas, which all hold the same, one."""
-    distributed = cfg.machine.distribute_modules and world > 1
+    distributed = cfg.machine.owning is not None and world > 1
     return [
         _rank_memory(cfg, world, lm_parameters, widths, owner, rank if distributed else None)
         for rank in range(world if distributed else 1)
@@ -295,7 +296,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 
     found = rows * (4 * floats + inputs + entry * active) + of_dead
     # Latents and inputs of layers before wait for their gradients, of all pieces and seeds; where
     # other ranks read them those of this layer too, of all forwards.
-    owners = cfg.machine.distribute_modules and bool(coder.cfg.targets)
+    owners = cfg.machine.owning is not None and bool(coder.cfg.targets)
     if layers := max(len(coder.cfg.sources), int(owners)):
         waiting = inputs + _WAITING_ENTRY * active
         of_dead = max(of_dead - rows * _ENTRY * dead, 0) + rows * _WAITING_ENTRY * dead

@@ -3,15 +3,19 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from launched_runs import HOOKPOINTS, Runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sae import SparseCoderConfig, TranscoderConfig, UsageError
 from sae.coders.bank import costs
-from sae.config import Widths
-from sae.placement.owners import plan_owners, read_owners
+from sae.config import MachineConfig, Widths
+from sae.placement import launch
+from sae.placement.owners import Placement, plan_owners, read_owners
 
 # Owned by each rank: by cost, by hand, and with ranks that own none.
 OWNED = {
@@ -65,8 +69,32 @@ def test_coders_that_are_shared_are_planned_like_others() -> None:
     }
     whole = {"a": range(3, 4), "b": range(1, 4)}
     assert plan_owners({"a": 9, "b": 3, "c": 2}, 4, whole, 2) == {**whole, "c": range(2)}
-    with pytest.raises(UsageError, match="--ranks_per_coder 3: does not divide .* ranks, 4"):
-        plan_owners({"a": 1}, 4, None, 3)
+
+
+def test_flags_and_the_number_of_ranks_say_where_coders_live() -> None:
+    """--shard_latents divides each among all ranks, or as many as --ranks_per_coder says."""
+
+    def placed(**flags: Any) -> tuple[bool, int]:
+        found = Placement.of(MachineConfig(**flags), 4)
+        return found.distributed, found.ranks_per_coder
+
+    assert placed() == (False, 1) and placed(distribute_modules=True) == (True, 1)
+    assert placed(distribute_modules=True, ranks_per_coder=2) == (True, 2)
+    assert placed(shard_latents=True) == (True, 4)
+    assert placed(shard_latents=True, distribute_modules=True) == (True, 4)
+    assert placed(shard_latents=True, ranks_per_coder=2) == (True, 2)
+    by_hand = MachineConfig(shard_latents=True, layer_to_rank=("a=1",))
+    assert Placement.of(by_hand, 2) == (True, ("a=1",), 2)
+
+
+def test_ranks_that_cannot_be_divided_are_refused_before_an_lm_is_loaded() -> None:
+    """A launch of 4 ranks has no groups of 3, which `connect` says already."""
+    launched = SimpleNamespace(num_processes=4, is_main_process=True, device=torch.device("cpu"))
+    flags = MachineConfig(distribute_modules=True, ranks_per_coder=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "4")
+        with pytest.raises(UsageError, match="--ranks_per_coder 3: does not divide .* ranks, 4"):
+            launch.connect(launched, flags)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_table_is_balanced() -> None:

@@ -40,6 +40,7 @@ def test_a_coder_on_several_machines_is_named() -> None:
     """Each coder whose ranks are not on one machine has a line; the others have none."""
     owner = {"a": range(0, 2), "b": range(1, 3), "c": range(3, 4), "d": range(0, 4)}
     b, d = spread_over_machines(owner, [0, 0, 2, 2])
-    assert b.startswith("--ranks_per_coder or --layer_to_rank: b is on ranks 1-2, which are on 2")
-    assert d.startswith("--ranks_per_coder or --layer_to_rank: d is on ranks 0-3, which are on 2")
+    flags = "--shard_latents, --ranks_per_coder or --layer_to_rank"
+    assert b.startswith(f"{flags}: b is on ranks 1-2, which are on 2")
+    assert d.startswith(f"{flags}: d is on ranks 0-3, which are on 2")
     assert spread_over_machines(owner, [0] * 4) == []

@@ -92,6 +92,11 @@ BAD_FLAGS = [
         "--distribute_modules --ranks_per_coder 2 --activation batchtopk",
         "--ranks_per_coder or --layer_to_rank: ranks cannot share a coder of --activation batch",
     ),
+    ("--shard_latents --activation jumprelu", "ranks cannot share a coder of --activation jumpre"),
+    ("--shard_latents --adam_8bit", "needs whole parameters: leave out --shard_latents"),
+    ("--shard_latents --loss_fn kl", "--shard_latents True: with --loss_fn kl"),
+    ("--shard_latents --crosscoder", "--shard_latents True: --crosscoder is one coder"),
+    ("--shard_latents --transcode --cross_layer all", "--shard_latents True: --cross_layer all"),
     (
         "--distribute_modules --ranks_per_coder 2 --adam_8bit",
         "--adam_8bit True: needs whole parameters",

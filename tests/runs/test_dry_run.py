@@ -45,6 +45,11 @@ def test_shared_coders_are_planned_in_parts(
         ({"ranks_per_coder": 2}, ["layers.0 (1 of 2)", "layers.0 (2 of 2)"], [2, 2]),
         ({"ranks_per_coder": 4}, ["layers.0 (1 of 4) layers.1 (1 of 4)"], [2]),
         (
+            {"distribute_modules": False, "shard_latents": True},
+            ["layers.0 (1 of 4) layers.1 (1 of 4)"],
+            [2],
+        ),
+        (
             {"layer_to_rank": ("layers.0=0", "layers.1=0-3")},
             ["layers.0 layers.1 (1 of 4)", "layers.1 (2 of 4)"],
             [4 / 5, 4],

@@ -29,9 +29,9 @@ def _check_crosscoder(cfg: Any) -> None:
     if cfg.model.exclude_norm is not None:
         why = f"{name} needs the same rows at every hookpoint: use --exclude_positions"
         refuse(cfg.model, "exclude_norm", why)
-    if cfg.machine.distribute_modules:
-        why = f"{name} is one coder, which one rank would train while the others wait: drop it"
-        refuse(cfg.machine, "distribute_modules", why)
+    if cfg.machine.owning:
+        why = f"{name} is one coder, of which all ranks train replicas: drop it"
+        refuse(cfg.machine, cfg.machine.owning, why)
 
 
 def _check_cross_layer(cfg: Any) -> None:
@@ -50,6 +50,6 @@ def _check_cross_layer(cfg: Any) -> None:
         refuse(cfg.model, "exclude_norm", why)
     if not training.rms_units:
         refuse(training, "rms_units", f"{name} weighs its layers in that unit: leave it out")
-    if cfg.machine.ranks_per_coder > 1:
+    if cfg.machine.sharing:
         why = f"{name} has a coder of each layer, which one rank has whole: leave it out"
-        refuse(cfg.machine, "ranks_per_coder", why)
+        refuse(cfg.machine, cfg.machine.sharing, why)

@@ -125,7 +125,7 @@ class WithThreshold(Family):
             refuse(cfg.coder, "multi_topk", f"{name} has no 4k latents: drop it")
         if cfg.training.uses_lm_loss:
             refuse(cfg.training, "loss_fn", f"{name} is trained on fvu")
-        if cfg.machine.ranks_per_coder > 1:
+        if cfg.machine.sharing:
             self.shared_by_ranks(cfg.coder, 0)
 
     def encode(self, coder: "SparseCoder", rows: Tensor, k: int) -> Latents:
@@ -141,8 +141,8 @@ class WithThreshold(Family):
     def shared_by_ranks(self, cfg: SparseCoderConfig, num_latents: int) -> tuple[int, str]:
         """Raise UsageError: how many latents of a row each rank would send is not known."""
         raise UsageError(
-            f"--ranks_per_coder or --layer_to_rank: ranks cannot share a coder of --activation "
-            f"{cfg.activation}: give it one rank"
+            f"--shard_latents, --ranks_per_coder or --layer_to_rank: ranks cannot share a coder of "
+            f"--activation {cfg.activation}: give it one rank"
         )
 
 
@@ -169,8 +169,8 @@ def check_together(cfg: Any) -> None:
 
     `cfg` is the script's `TrainConfig`; everything here is known before anything is loaded.
     """
-    if cfg.training.adam_8bit and cfg.machine.ranks_per_coder > 1:
-        refuse(cfg.training, "adam_8bit", "needs whole parameters: leave out --ranks_per_coder")
+    if cfg.training.adam_8bit and (sharing := cfg.machine.sharing):
+        refuse(cfg.training, "adam_8bit", f"needs whole parameters: leave out --{sharing}")
     if cfg.run.resume and cfg.training.adam_8bit:
         refuse(cfg.run, "resume", "the state of --adam_8bit is not kept: start a new --finetune")
     inputs = [pattern for pattern in cfg.model.hookpoints if ":" in pattern]
@@ -181,10 +181,10 @@ def check_together(cfg: Any) -> None:
             f"predicts what leaves a module from what enters it; "
             f"{inputs[0] if inputs else '--per_head'} is for SAEs",
         )
-    if cfg.training.loss_fn != "fvu" and cfg.machine.distribute_modules:
+    if cfg.training.loss_fn != "fvu" and cfg.machine.owning:
         refuse(
             cfg.machine,
-            "distribute_modules",
+            cfg.machine.owning,
             f"with --loss_fn {cfg.training.loss_fn} the gradient of one coder runs through the LM "
             f"and through the coders above it, so each rank needs all of them: drop it",
         )

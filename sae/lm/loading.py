@@ -1,8 +1,9 @@
 """The frozen LM: from its config alone, and with its weights, no more of it than is needed."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import update_wrapper
 from typing import Any, Literal
 
 import torch
@@ -243,12 +244,31 @@ def compile_blocks(lm: PreTrainedModel, hookpoints: Iterable[str]) -> None:
 
     Hooks on a block run outside of what is compiled; those within would be compiled away.
     """
+    leave_blocks_plain(lm)
     prefix, depth = text_layers(lm)
     for i in range(depth):
         name = f"{prefix}.{i}"
         if not any(hookpoint.startswith(f"{name}.") for hookpoint in hookpoints):
             block = lm.base_model.get_submodule(name)
-            block.forward = torch.compile(block.forward)
+            block.forward = _Compiled(block.forward)
+
+
+def leave_blocks_plain(lm: PreTrainedModel) -> None:
+    """Undo `compile_blocks`: a run before this one may have had other hookpoints."""
+    for module in lm.modules():
+        if isinstance(forward := vars(module).get("forward"), _Compiled):
+            module.forward = forward.plain
+
+
+class _Compiled:
+    """A block's forward, compiled, that knows what it was."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        update_wrapper(self, plain)
+        self.plain, self._compiled = plain, torch.compile(plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
 
 
 def _weights_in_use(

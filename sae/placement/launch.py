@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..config import MachineConfig
 from ..flag_checks import UsageError
 from ..lm.capture import is_sharded
-from ..lm.loading import compile_blocks
+from ..lm.loading import compile_blocks, leave_blocks_plain
 from .owners import Placement
 from .ranks import Ranks
 
@@ -199,8 +199,7 @@ def shard(
     If it is to be `compiled`, that is done block by block. Raises UsageError where it is sharded.
     """
     if not is_sharded(lm):
-        if compiled:
-            compile_blocks(lm, hookpoints)
+        compile_blocks(lm, hookpoints) if compiled else leave_blocks_plain(lm)
         same = lm.device.type == accelerator.device.type
         return lm if same else lm.to(accelerator.device)
     if compiled:

@@ -9,7 +9,7 @@ from ..coders.sparse_coder import SparseCoder
 from ..config import TrainingConfig
 from ..flag_checks import UsageError, refuse
 
-# What was measured is in docs/recipes.md; fewer rows are as good, and cost more on a GPU.
+# Measured, docs/recipes.md; in long runs fewer rows are hardly better, and cost more on a GPU.
 _STEPS_PER_BATCH, _ROWS_PER_STEP, _ROWS_PER_GROUP = 16, 4096, 256
 _SHORT_RUN = 500 * _ROWS_PER_STEP  # tokens, of which steps of half as many rows make more
 _SHORTEST_SILENCE, _LONGEST_SILENCE = 150, 10_000_000  # in L / k tokens, in tokens

@@ -26,6 +26,9 @@ from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
 FIGURES = pytest.StashKey[list[tuple[str, str]]]()
+# What takes long to make: two workers would each make it. The law tests' runs, the kernels for every
+# GPU, a run on the demo's text, the package.
+MADE_ONCE = {"runs", "found", "demo_run", "wheel"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,8 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             wanted = not special
         if wanted:
             kept.append(item)
-        if "runs" in getattr(item, "fixturenames", ()):  # two workers would wait for each other
-            item.add_marker(pytest.mark.xdist_group("launched runs"))
+        for name in MADE_ONCE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 

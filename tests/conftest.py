@@ -26,7 +26,7 @@ from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
 FIGURES = pytest.StashKey[list[tuple[str, str]]]()
-# What takes long to make: two workers would each make it. The law tests' runs, the kernels for every
+# What takes long to make: two workers would each make it. Runs of the law tests, kernels for every
 # GPU, a run on the demo's text, the package.
 MADE_ONCE = {"runs", "found", "demo_run", "wheel"}
 

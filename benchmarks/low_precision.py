@@ -51,23 +51,20 @@ def steps(shape: Shape, repeats: int) -> dict[str, float]:
     return found
 
 
-def trained(choice: KernelChoice, folder: Path, steps: int, num_latents: int) -> dict[str, Any]:
+def trained(choice: KernelChoice, folder: Path, **flags: int) -> dict[str, Any]:
     """The figures of a run on the demo LM."""
-    flags = {
+    of_run = {
         "model": str(ROOT / "demo/lm"),
         "dataset": str(folder / "text/train.jsonl"),
         "hookpoints": (HOOKPOINT,),
         "ctx_len": 256,
-        "max_examples": 32 * steps,
-        "num_latents": num_latents,
-        "eval_tokens": 2**15,
         "kernels": choice,
         "save_dir": str(folder),
         "run_name": choice,
         "log_with": "none",
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        return train(from_flags(TrainConfig, flags))["hookpoints"][HOOKPOINT]
+        return train(from_flags(TrainConfig, of_run | flags))["hookpoints"][HOOKPOINT]
 
 
 @torch.no_grad()
@@ -87,6 +84,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=60, help="of the two runs")
     parser.add_argument("--num_latents", type=int, default=12288, help="of the two runs")
+    parser.add_argument("--eval_tokens", type=int, default=2**15, help="of the two runs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -101,7 +99,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text")
-        runs = {c: trained(c, folder, args.steps, args.num_latents) for c in CHOICES}
+        flags = {name: getattr(args, name) for name in ("num_latents", "eval_tokens")}
+        flags["max_examples"] = 32 * args.steps
+        runs = {choice: trained(choice, folder, **flags) for choice in CHOICES}
         coder = SparseCoder.load_from_disk(runs["auto"]["path"])
         data = DataConfig(str(folder / "text/heldout.jsonl"), ctx_len=256)
         blocks = load_tokens(data, ModelConfig(str(ROOT / "demo/lm")), limits=(4096, 512))

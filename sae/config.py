@@ -333,7 +333,7 @@ class MachineConfig:
     timeout: Annotated[float, MAY_CHANGE] = 10.0
     """Minutes that a rank waits for another before the run ends."""
     shard_latents: Annotated[bool, MAY_CHANGE] = False
-    """Owners that share each coder: --distribute_modules, and by default of all ranks together."""
+    """All ranks hold each coder together, or so many at a time as --ranks_per_coder says."""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -141,8 +141,8 @@ def advice(
         )
     least = fullest
     for each in (n for n in range(1, world + 1) if world % n == 0):
-        machine = {"distribute_modules": True, "layer_to_rank": (), "ranks_per_coder": each}
-        machine["shard_latents"] = False
+        machine = {"distribute_modules": True, "shard_latents": False, "layer_to_rank": ()}
+        machine["ranks_per_coder"] = each
         try:
             other = replace(cfg, machine=replace(cfg.machine, **machine))
             owner = _owners(other, world, widths)

@@ -13,6 +13,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Runs of the tests are so small that threads mostly wait for each other; kernels have several.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait give way to the other process of tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

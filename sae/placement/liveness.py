@@ -142,11 +142,13 @@ def has_had_turn(rank: int, turn: int) -> bool:
 
 
 def wait_for_turn(rank: int, turn: int) -> None:
-    """Look now and then whether a rank has had its turn; end if a rank ended with an error."""
+    """Look, ever less often, whether a rank has had its turn; end if one ended with an error."""
+    pause = 0.005
     while not has_had_turn(rank, turn):
         if found := _liveness.reported():
             end_after(found)
-        time.sleep(_LOOK)
+        time.sleep(pause)
+        pause = min(2 * pause, _LOOK)
 
 
 def why_others_ended(seconds: float = _SILENT + 2) -> Lost | None:

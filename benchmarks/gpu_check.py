@@ -125,6 +125,7 @@ def check_step(report: Report) -> None:
         (1024, 2304, 65536, 64),
         (777, 4096, 16384, 192),
         (1000, 768, 24576, 32),
+        (3000, 768, 8192, 32),
     ):
         x, unit = (
             torch.randn(n, d, device="cuda"),
@@ -132,6 +133,8 @@ def check_step(report: Report) -> None:
         )
         bias, offset = torch.randn(2, d, device="cuda") / 10
         tensors = [unit + 0, torch.randn(width, device="cuda") / 10, unit, bias, offset]
+        if n > 1024:  # active in more rows than are added up in one piece
+            tensors[1][0] = 50.0
         dead = torch.randperm(width, device="cuda")[: width // 3].sort().values
         plain = step_tensors(functional, tensors, k, x, dead, None)
         for dense in (False, True):
@@ -155,6 +158,25 @@ def check_step(report: Report) -> None:
         torch.cuda.empty_cache()
 
 
+def check_entries(report: Report) -> None:
+    """Latents above thresholds, of which each row has a number of its own, and every gradient."""
+    n, d, width = 2048, 2304, 16384
+    x, W = torch.randn(n, d, device="cuda"), torch.randn(width, d, device="cuda")
+    unit, offset = F.normalize(W), torch.randn(d, device="cuda") / 10
+    # Between the 8th and the 9th largest, so that rounding moves none to the other side.
+    ranked = (x.double() @ unit.double().T).topk(9, dim=0).values
+    threshold = ranked[7:].mean(dim=0).float().clamp_min(1e-3)
+    found = []
+    for ops, dtype in ((functional, None), (Kernels(), torch.float32)):
+        leaves = [t.clone().requires_grad_() for t in (unit, 0 * unit[:, 0], unit, offset)]
+        latents = ops.encode_above(x, *leaves[:2], threshold, None, dtype)
+        rebuilt = ops.reconstruct(latents, *leaves[2:], x)
+        rebuilt.squared_error.backward()
+        found.append([rebuilt.sae_out.detach(), *(t.grad for t in leaves if t.grad is not None)])
+    far = max(difference(ours, plain) for plain, ours in zip(*found, strict=True))
+    report.line(f"latents above thresholds, [{n} {d}], L = {width}", f"{far:.1e}", far < 1e-5)
+
+
 def check_updates(report: Report) -> None:
     """Gradients finished, a step of signum, unit norms."""
     fast = Kernels()
@@ -169,7 +191,9 @@ def check_updates(report: Report) -> None:
             square = ops.scale_and_project_(mine[2], scale, mine[0] if matrix else None)
             # Signs of what is almost 0 differ, so the step is taken along the plain gradient.
             ops.signum_step_(mine[0], mine[1], grad, 0.1, 0.95, 0.25, matrix)
-            found.append([*mine, square])
+            rows = grad.view(-1, shape[-1]).clone()
+            ops.normalize_rows_(rows)
+            found.append([*mine, square, rows])
         far = max(difference(a, b) for a, b in zip(*found, strict=True))
         report.line(f"update of {list(shape)}", f"{far:.1e}", far < 1e-5)
 
@@ -178,6 +202,7 @@ def kernels(report: Report) -> None:
     """Every kernel beside the definition, at real sizes."""
     check_selection(report)
     check_step(report)
+    check_entries(report)
     check_updates(report)
 
 
@@ -234,7 +259,7 @@ def launched(
 
 
 def launch(report: Report) -> None:
-    """One GPU, killed and resumed; and all GPUs, as replicas and with an owner for each coder."""
+    """One GPU, killed and resumed; all GPUs: replicas, an owner for each coder, shared coders."""
     if not (ROOT / "demo/text/train.jsonl").exists():
         subprocess.run([sys.executable, "demo/make_text.py", "demo/text"], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -255,8 +280,8 @@ def launch(report: Report) -> None:
         found = f"{sum(same)} of {len(same)} tensors have the same bits"
         report.line("killed after step 20 and resumed", found, bool(same) and all(same))
         count = torch.cuda.device_count()
-        for flags in ((), ("--distribute_modules",)) if count > 1 else ():
-            several = launched("8gpu", folder, f"all{len(flags)}", *flags)
+        for flags in ((), ("--distribute_modules",), ("--shard_latents",)) if count > 1 else ():
+            several = launched("8gpu", folder, "-".join(["all", *flags]), *flags)
             fvu = {name: found["fvu"] for name, found in several["hookpoints"].items()}
             shown = " ".join(f"{value:.4f}" for value in fvu.values())
             report.line(

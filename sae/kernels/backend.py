@@ -40,7 +40,7 @@ class Backend:
                 return f"C, {' and '.join(searched)} products too"
             return "C for all but the products"
         if self.in_triton(device):
-            return "PyTorch's operators for the selection, Triton for the products and updates"
+            return "Triton, and cuBLAS for the encoder's product"
         if self.choice == "native":
             raise UsageError(
                 "--kernels native: needs a C compiler on the CPU, Triton on CUDA; use auto or torch"

@@ -17,6 +17,7 @@ from torch import Tensor
 from .backend import Backend
 from .cpu import native
 
+_DOT = 2**30  # elements of one torch.dot, which takes less than 2^31
 # The sampled product goes through a CSR tensor, which warns of its beta state at first use.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 
@@ -55,9 +56,9 @@ def reconstruct(
 
 
 def square_sum(rows: Tensor) -> Tensor:
-    """The sum of squares, at least in float32; torch.dot takes no more than 2^31 elements."""
+    """The sum of squares, at least in float32."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    blocks = wide.flatten().split(2**30)
+    blocks = wide.flatten().split(_DOT)
     return functools.reduce(torch.add, (torch.dot(block, block) for block in blocks))
 
 

@@ -78,7 +78,7 @@ def _with_new_rows(
         return rule.put(name, like, function(x_rows, rows).to(dtype), batch)
     assert rows is not None, "tokens that are no rows keep what they have"
     new = function(x_rows[chosen.numbers], rows[chosen.numbers]).to(dtype)
-    return rule.put(name, like, rows.masked_scatter(chosen.mask.unsqueeze(1), new), batch)
+    return rule.put(name, like, rows.index_copy(0, chosen.numbers, new), batch)
 
 
 def _replaced(

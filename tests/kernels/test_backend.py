@@ -20,6 +20,8 @@ CPU = torch.device("cpu")
 def test_kernels_are_described_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch can always be had; a choice that cannot is a UsageError; auto does without C."""
     assert Kernels("torch").describe(CPU) == "PyTorch's operators"
+    on_gpu = Kernels("auto").describe(torch.device("cuda"))
+    assert on_gpu == "Triton, and cuBLAS for the encoder's product"
     in_words = Kernels("auto").describe(CPU)
     assert in_words.startswith("C" if compiled.library() else "PyTorch")
     monkeypatch.setattr(compiled, "library", lambda: None)

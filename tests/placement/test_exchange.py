@@ -1,5 +1,6 @@
 """Laws of the exchange of rows in one process; many processes are in tests/laws."""
 
+import pytest
 import torch
 
 from sae.placement.exchange import Exchange, no_rows, spread_over_machines
@@ -44,3 +45,24 @@ def test_a_coder_on_several_machines_is_named() -> None:
     assert b.startswith(f"{flags}: b is on ranks 1-2, which are on 2")
     assert d.startswith(f"{flags}: d is on ranks 0-3, which are on 2")
     assert spread_over_machines(owner, [0] * 4) == []
+
+
+def test_a_run_says_which_coders_several_machines_share(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The main rank prints a line for each, when it is known who owns what."""
+
+    class OnTwoMachines(Ranks):
+        def machines(self) -> list[int]:
+            return [0, 1]
+
+        def same(self, named: dict[str, str]) -> None:
+            pass
+
+    monkeypatch.setattr("sae.placement.exchange.connect_groups", lambda owner, ranks: {})
+    for rank, lines in ((0, 1), (1, 0)):
+        ranks = OnTwoMachines(torch.device("cpu"), 1.0)
+        ranks.rank, ranks.world, ranks.main = rank, 2, rank == 0
+        Exchange(ranks, {"a": 1, "b": 1}, True, ("a=0-1", "b=0"))
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == lines and all("a is on ranks 0-1" in line for line in said)

@@ -76,7 +76,9 @@ def test_what_ranks_sum_does_not_depend_on_their_batches(
     hookpoint, cfg = "layers.1.mlp", TranscoderConfig(num_latents=64, k=4)
     bank = CoderBank({hookpoint: Widths(32, 32)}, cfg, (0,), "cpu")
     capture = Capture(causal_lm, [hookpoint], RowRule(excluded))
-    end_to_end = EndToEnd(capture, bank, TrainingConfig(loss_fn="ce"), masked=False)
+    # AuxK would need the rows that modules give whatever the batch holds.
+    training = TrainingConfig(loss_fn="ce", auxk_alpha=0.0, wake_alpha=0.0)
+    end_to_end = EndToEnd(capture, bank, training, masked=False)
     without, having = tokens[:2].where(tokens[:2] != 3, 4), tokens[:2].clone()
     having[0, 5] = 3
     found: list[StepSums] = []

@@ -31,6 +31,7 @@ from sae.batch import TokenBatch
 from sae.data.blocks import TokenBlocks
 from sae.lm.capture import Capture, Pairs
 from sae.lm.rows import RowRule
+from sae.placement.ranks import Ranks
 
 
 def test_coders_start_from_the_means_of_the_first_step(
@@ -301,6 +302,22 @@ def test_less_common_flags_train_to_a_finite_fvu(
         for figures in summary["hookpoints"].values():
             assert 0 < figures["fvu"] < 2
             assert json.loads((Path(figures["path"]) / "cfg.json").read_text())["k"] == 4
+
+
+def test_what_is_fetched_or_read_is_so_by_one_rank_first(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of the LM and tokens come by turns, which no timeout of a collective ends."""
+    in_turn: list[str] = []
+    main_first = Ranks.main_first
+
+    def watched(ranks: Ranks, work: Any, *arguments: Any) -> Any:
+        in_turn.append(getattr(work, "func", work).__name__)
+        return main_first(ranks, work, *arguments)
+
+    monkeypatch.setattr(Ranks, "main_first", watched)
+    run(lm, tokens, settings, run_name="r", max_examples=16)
+    assert in_turn == ["fetch_weights", "load_tokens"]
 
 
 def test_kernels_torch_leaves_linear_layers_to_pytorch(

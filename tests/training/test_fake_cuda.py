@@ -91,7 +91,7 @@ def gpu_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeCuda, list[in
 
     with fake_cuda() as gpu, noted_launches() as launches:
         monkeypatch.setattr(
-            launch, "connect", lambda _, limit, *__: Ranks(torch.device("cuda"), limit)
+            launch, "connect", lambda _, machine: Ranks(torch.device("cuda"), machine.timeout)
         )
         monkeypatch.setattr(launch, "shard", lambda _, lm, *__: lm)
         monkeypatch.setattr(Ranks, "clear_traffic", step_begins)

@@ -89,14 +89,15 @@ class SparseCoderConfig:
     """The hookpoints whose latents a cross-layer transcoder takes in beside its own, in order."""
     targets: Annotated[tuple[str, ...], NO_FLAG, Suppress] = ()
     """The hookpoints ahead that its latents write to, in order."""
+    runner_ups: Annotated[float, AtLeast(0)] = 0.0
+    """Weight of what the k latents that come next to the active ones learn; 0.3 is a good one."""
 
     def __post_init__(self) -> None:
         check_values(self)
         if self.matryoshka and (0 in self.matryoshka or abs(sum(self.matryoshka) - 1) > 1e-6):
             refuse(self, "matryoshka", "must be shares above 0 that sum to 1")
         if self.matryoshka and self.multi_topk:
-            why = "--matryoshka has prefixes in place of 4k latents: drop one of the two"
-            refuse(self, "multi_topk", why)
+            refuse(self, "multi_topk", "--matryoshka has prefixes in place of 4k latents: drop one")
 
     @property
     def has_threshold(self) -> bool:

@@ -81,6 +81,7 @@ FAMILIES = {
     "jumprelu": "--activation jumprelu --no-multi_topk",
     "prefixes": "--no-multi_topk --matryoshka 0.125 0.125 0.25 0.5",
 }
+RUNNER_UPS = "--no-multi_topk --runner_ups 0.3"
 SIX = "--steps_per_batch 6 --max_examples 24"
 OWNERS = "--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2 --distribute_modules"
 SHARDED = {
@@ -215,6 +216,7 @@ def make(folder: Path) -> Runs:
     one |= {"crossed one": CROSSED, "both one": both}
     layered = f"{LAYERED} --finetune {folder}/runs/layered-start"
     one |= {"layered-start": LAYERED, "layered one": layered}
+    one["runner-ups one"] = RUNNER_UPS
     one |= {f"{kind} one": flags for kind, (flags, _) in KINDS.items()}
     one |= {f"{family} one": flags for family, flags in FAMILIES.items()}
     one |= {f"{family} dealt one": f"{flags} {SIX}" for family, flags in FAMILIES.items()}
@@ -231,6 +233,8 @@ def make(folder: Path) -> Runs:
     two = {n: flags for n, flags in REPLICAS_AND_OWNERS.items() if n.startswith("two ")}
     two |= shared[2]
     two |= {n: flags for n, flags in DEALINGS.items() if n.startswith("two ")}
+    two["runner-ups replicas"] = f"--batch_size 2 --grad_acc_steps 3 {RUNNER_UPS}"
+    two["runner-ups shared"] = f"--batch_size 6 {WIDE} 2 {RUNNER_UPS}"
     two["coded owners"] = f"--batch_size 6 {CODED} --distribute_modules"
     two["tuned replicas"] = f"--batch_size 6 {tuned}"
     two["kl replicas"] = f"--batch_size 3 --grad_acc_steps 2 {KL}"

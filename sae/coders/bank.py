@@ -75,7 +75,7 @@ class CoderBank(nn.Module):
                     d_out=width.d_out,
                     generator=torch.Generator().manual_seed(own),
                 )
-                coder.matmul_dtype = matmul_dtype
+                coder.matmul_dtype, coder.runner_ups = matmul_dtype, cfg.runner_ups
                 if isinstance(coder, Crosscoder):
                     coder.on_scaled_rows = True
                 if kernels is not None:

@@ -20,6 +20,7 @@ from .families.family import family_of
 from .moments import Moments, Scale
 from .outputs import CoderErrors, CoderOutput, EncoderOutput
 from .prefixes import prefixes_of
+from .runner_ups import active_alone
 
 
 class SparseCoder(nn.Module):
@@ -48,6 +49,9 @@ class SparseCoder(nn.Module):
 
     piece: Piece | None = None
     """What is here of a coder that several ranks hold; None: all."""
+
+    runner_ups: float = 0.0
+    """Weight of what runner-ups learn, while a run trains this coder."""
 
     prefix: int | None = None
     """How many latents may be active, the first ones, of a coder that `first` returned."""
@@ -221,9 +225,13 @@ class SparseCoder(nn.Module):
         if dead is not None and not len(dead):
             dead = None
 
-        wide_k = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
+        has_runner_ups = self.runner_ups > 0 and torch.is_grad_enabled()
+        wide_k = k * (4 if self.cfg.multi_topk else 2 if has_runner_ups else 1)
+        wide_k = min(wide_k, self.num_latents)
         wide, dead_latents, levels = self.family.select(self, rows, wide_k, dead, groups)
         latents = self.family.narrow(self, rows, wide, k) if self.cfg.multi_topk else wide
+        if has_runner_ups:
+            latents = active_alone(self, wide, k)
         latents, dead_latents = self._passed_on(self._kept(latents), dead_latents)
         offset = self._offset(rows)
         assert self.W_dec is not None, "this coder was loaded with decoder=False"

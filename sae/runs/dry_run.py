@@ -242,7 +242,7 @@ def _rank_memory(
     piece = -(-rows // training.micro_acc_steps)
     working = max((step_bytes(cfg, coder, piece, item, steps) for coder in coders), default=0)
     if groups:  # candidates of 8 bytes: sent, received, in order, sent, received
-        wide = 4 if cfg.coder.multi_topk else 1
+        wide = 4 if cfg.coder.multi_topk else 2 if cfg.coder.runner_ups else 1
         first = Schedule(training, 1, rows)  # where k falls it is largest
         k = max(min(wide * first.k(0, coder), cfg.coder.latents(coder.d_in)) for coder in coders)
         if training.auxk_alpha > 0:
@@ -276,7 +276,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 
     """
     training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
     k = Schedule(training, 1, rows).k(0, coder)
-    wide = 4 if coder.cfg.multi_topk else coder.family.candidates
+    wide = 4 if coder.cfg.multi_topk else 2 if coder.cfg.runner_ups else coder.family.candidates
     active = min(wide * k, coder.num_latents)
     dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
     floats = (1 + max(1, len(coder.prefixes))) * d_out  # the reconstruction; errors, by prefix

@@ -70,6 +70,12 @@ def test_coders_that_ranks_share_are_the_same_of_every_kind(runs: Runs, kind: st
         runs.assert_same(one, shared)
 
 
+@pytest.mark.parametrize("name", ["runner-ups replicas", "runner-ups shared"])
+def test_runner_ups_are_the_same_in_every_placement(runs: Runs, name: str) -> None:
+    """They are those of all latents, whoever holds them, and each learns once."""
+    runs.assert_same("runner-ups one", name)
+
+
 @pytest.mark.parametrize("name", ["soap, three to four", "soap, then whole"])
 def test_an_eigenbasis_is_resumed_by_other_ranks(runs: Runs, name: str) -> None:
     """What soap keeps of a matrix, some cut and some whole, is read by whoever has the coder."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import Activation, SparseCoderConfig
 from ...flag_checks import UsageError, refuse
 from ...kernels.twins import Latents
-from .. import prefixes
+from .. import prefixes, runner_ups
 from ..across.flags import check_flags as check_across
 
 if TYPE_CHECKING:
@@ -43,11 +43,13 @@ class Family(ABC):
         """Raise UsageError for a coder `d_in` wide that cannot be; `where` says which it is."""
         cfg.check(d_in, where)
         prefixes.check_prefixes(cfg, d_in, where)
+        runner_ups.check(cfg)
 
     def check_flags(self, cfg: Any) -> None:
         """Raise UsageError for flags of the script's `TrainConfig` that exclude each other."""
         check_together(cfg)
         prefixes.check_flags(cfg)
+        runner_ups.check_flags(cfg)
         check_across(cfg)
 
     @abstractmethod

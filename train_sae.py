@@ -160,7 +160,7 @@ def train(
         ranks.main_first(bank.load_pretrained, *from_where)
         bank.normalize_decoders_()
     end_to_end = EndToEnd(capture, bank, training, source.masked) if training.uses_lm_loss else None
-    bad_steps = BadSteps(training.max_bad_steps, ranks)
+    bad_steps = BadSteps(training.max_bad_steps, ranks, plan.steps)
     log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
     log.start(len(held_out) * source.block_len, kernels_description)
     forwards = ranks.batches(source, plan.from_step(first_step), training.batch_size)

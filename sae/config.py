@@ -277,7 +277,7 @@ class TrainingConfig:
     group_sequences: Annotated[int | None, AtLeast(1)] = None
     """Sequences whose rows in a step share a selection (batchtopk); default: to give 256 rows."""
     max_bad_steps: Annotated[int, AtLeast(0), MAY_CHANGE] = 10
-    """Steps with NaN or Inf that are skipped before the run ends."""
+    """Steps with NaN or Inf that are skipped before the run ends; those of a batch count as one."""
     allow_pt: Annotated[bool, MAY_CHANGE] = False
     """Open files of --finetune that are pickles (.pt), which can run code: of people you trust."""
 

@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 from ..config import SparseCoderConfig
 from ..flag_checks import refuse
 from ..kernels.twins import Latents
-from .sharded_kernels import row_dots
 
 if TYPE_CHECKING:
     from .sparse_coder import SparseCoder
@@ -24,10 +23,9 @@ def active_alone(coder: "SparseCoder", wide: Latents, k: int) -> Latents:
     in units of squared error, whose gradient reaches the encoder alone: each learns the activation
     with which it alone would explain most of what is left, so that those are chosen that help.
     """
-    assert coder.W_dec is not None
-    squares = None
-    if not coder.rows_are_unit or coder.cfg.transcode or coder.piece is not None:
-        squares = row_dots(coder.W_dec.detach(), coder.W_dec.detach())[wide.indices]
+    # A transcoder's rows start as 0, and stay so until they have been active.
+    unit = coder.rows_are_unit and not coder.cfg.transcode
+    squares = None if unit else coder.decoder_norms().square()[wide.indices]
     acts = _ActiveAlone.apply(wide.acts, k, coder.runner_ups, squares)
     return wide._replace(acts=acts)
 

@@ -263,10 +263,15 @@ def split_blocks(
         )
     used = rest if max_examples is None else max_examples
     if used < per_batch:
+        batch = f"a batch is {per_batch} sequences of {source.block_len} tokens"
+        if used < rest:
+            raise UsageError(
+                f"--max_examples {max_examples}: {batch} (--batch_size times --grad_acc_steps, on "
+                f"all ranks): raise it, or lower --batch_size"
+            )
         raise UsageError(
-            f"--batch_size times --grad_acc_steps is {per_batch} sequences of {source.block_len} "
-            f"tokens, and there are {used} beside the {held} held out: lower --batch_size or "
-            f"--ctx_len, or give more data"
+            f"--batch_size times --grad_acc_steps: {batch}, and there are {used} beside the {held} "
+            f"held out: lower --batch_size or --ctx_len, or give more data"
         )
     return torch.arange(held), range(held, held + used)
 

@@ -34,12 +34,16 @@ def bad_number(metrics: Metrics, ranks: Ranks) -> BadNumber | None:
 class BadSteps:
     """The steps that were skipped because a loss or a gradient was NaN or infinite."""
 
-    def __init__(self, limit: int, ranks: Ranks) -> None:
-        """`limit`: as many are skipped before the run ends."""
-        self._limit, self._ranks = limit, ranks
+    def __init__(self, limit: int, ranks: Ranks, dealt: int = 1) -> None:
+        """`limit`: as many are skipped before the run ends.
+
+        The steps that one batch is `dealt` to have rows of all its sequences: they count as one.
+        """
+        self._limit, self._ranks, self._dealt = limit, ranks, dealt
+        self._batches: set[int] = set()
         self.skipped = 0
         self.verdict: UsageError | None = None
-        """What ends the run, once more than `limit` steps were bad."""
+        """What ends the run, once more than `limit` batches had bad steps."""
 
     def skip(self, bad: BadNumber, step: int, sequences: Tensor) -> None:
         """Count step number `step` as skipped, and say so.
@@ -47,15 +51,16 @@ class BadSteps:
         `sequences` are the numbers of the blocks that it was made of.
         """
         self.skipped += 1
+        self._batches.add((step - 1) // self._dealt)
         metric, _, coder = bad.name.partition("/")
         said = f"step {step}: {metric} at {coder} is {bad.value}"
         made_of = f"it was made of sequences {' '.join(str(int(n)) for n in sequences)}"
-        if self.skipped > self._limit:
+        if len(self._batches) > self._limit:
             self.verdict = UsageError(
                 f"{said}, in the LM's activations there or the loss, or the targets are constant "
-                f"(see --exclude_tokens); {made_of}. {self.skipped} bad steps were skipped, more "
-                f"than --max_bad_steps {self._limit}; what was last good is saved as step {step}. "
-                f"Try --mixed_precision no, a lower --lr, or another hookpoint"
+                f"(see --exclude_tokens); {made_of}. {self.skipped} bad steps were skipped, by "
+                f"batches more than --max_bad_steps {self._limit}; what was last good is saved as "
+                f"step {step}. Try --mixed_precision no, a lower --lr, or another hookpoint"
             )
         elif self._ranks.main:
             print(f"{said}: no update; {made_of}", file=sys.stderr)

@@ -104,7 +104,12 @@ class GivenRows:
 
     @cached_property
     def _first(self) -> Pairs:
-        return self._pairs(next(iter(self.activations)))
+        first = self._pairs(next(iter(self.activations)))
+        if not all(len(y) for _, y in first.values()):
+            raise UsageError(
+                "activations: the first item has no rows; a batch counts as many a time"
+            )
+        return first
 
     @property
     def hookpoints(self) -> list[str]:

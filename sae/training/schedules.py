@@ -41,7 +41,7 @@ def dealing(cfg: Any, sequences: int, length: int, in_run: int | None = None) ->
 
     By default a group is the power of two of sequences that comes nearest to 256 rows. That depends
     on how long they are and on how many steps they are dealt to, and on no placement. Raises
-    UsageError where a forward has no whole groups.
+    UsageError where a forward has no whole groups, or a batch fewer rows than steps need.
     """
     training, steps = cfg.training, cfg.training.steps_per_batch
     in_groups = family_of(cfg.coder).in_groups
@@ -50,6 +50,11 @@ def dealing(cfg: Any, sequences: int, length: int, in_run: int | None = None) ->
         rows = _ROWS_PER_STEP // 2 if short else _ROWS_PER_STEP
         most = 1 if training.uses_lm_loss else _STEPS_PER_BATCH * _ROWS_PER_STEP // rows
         steps = min(most, max(1, sequences * length // rows))
+    elif steps > 1 and 2 * steps > sequences * length:
+        raise UsageError(
+            f"--steps_per_batch {steps}: a batch has {sequences * length} tokens, and a step needs "
+            f"two rows: give at most {max(1, sequences * length // 2)}, or raise --batch_size"
+        )
     if not in_groups:
         return Dealing(steps, None)
     group = training.group_sequences

@@ -81,7 +81,9 @@ def test_a_stream_is_read_once_from_the_first_block_asked_for() -> None:
 def test_a_step_needs_as_many_blocks_as_it_takes() -> None:
     """Less data than a step or --max_examples needs is refused by flag."""
     source = TokenBlocks([np.arange(320)], 32)
-    with pytest.raises(UsageError, match="--batch_size times --grad_acc_steps is 64 sequences"):
+    with pytest.raises(
+        UsageError, match="--batch_size times --grad_acc_steps: a batch is 64 sequences"
+    ):
         split_blocks(source, DataConfig(eval_tokens=1), 64)
     with pytest.raises(UsageError, match="--max_examples 99: the data has 9"):
         split_blocks(source, DataConfig(eval_tokens=1, max_examples=99), 1)

@@ -73,7 +73,17 @@ def test_coders_that_ranks_share_are_the_same_of_every_kind(runs: Runs, kind: st
 @pytest.mark.parametrize("name", ["runner-ups replicas", "runner-ups shared"])
 def test_runner_ups_are_the_same_in_every_placement(runs: Runs, name: str) -> None:
     """They are those of all latents, whoever holds them, and each learns once."""
-    runs.assert_same("runner-ups one", name)
+    one, other = (runs.summary(n)["hookpoints"] for n in ("runner-ups one", name))
+    for hookpoint, figures in one.items():
+        assert other[hookpoint]["fvu"] == pytest.approx(figures["fvu"], rel=1e-5)
+    # Where a runner-up explains what is left its gradient is rounding, which Adam divides by its
+    # own size.
+    for key, tensor in runs.weights("runner-ups one").items():
+        torch.testing.assert_close(runs.weights(name)[key], tensor, rtol=0, atol=2e-5)
+    assert any(
+        (runs.weights("one")[key] - tensor).abs().max() > 1e-3
+        for key, tensor in runs.weights("runner-ups one").items()
+    )
 
 
 @pytest.mark.parametrize("name", ["soap, three to four", "soap, then whole"])

@@ -98,6 +98,11 @@ def test_a_stream_of_rows_resumes(tmp_path: Path) -> None:
         (Items([{"a": torch.ones(4, 8)}]), {"loss_fn": "kl"}, "--loss_fn kl"),
         (Items([{"a": torch.ones(4, 8)}]), {"transcode": True}, "no pair of rows"),
         (Items([{"a": torch.ones(4, 8).long()}]), {}, "floating-point"),
+        (
+            Items([{"a": torch.randn(0, 8)}] + [{"a": torch.randn(4, 8)}] * 9),
+            {},
+            "first item has no",
+        ),
         (Items([{"a": torch.randn(4, 8)}] * 9 + [{"b": torch.ones(4, 8)}] * 3), {}, "rows of b"),
         (Items([{"a": torch.randn(4, 8)}] * 9 + [{"a": torch.ones(4, 9)}] * 3), {}, "one width"),
     ],

@@ -255,6 +255,27 @@ def test_steps_with_bad_numbers_are_skipped_up_to_a_limit(
         assert tensor.isfinite().all(), name
 
 
+def test_bad_steps_of_one_batch_count_as_one(
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch dealt to four steps all may be bad and the run goes on; two such end it."""
+    bad = {0, 1, 2, 3}  # each of a batch's four forwards has a part for each step
+
+    def spoil(forward: int, pairs: Pairs) -> None:
+        if forward in bad:
+            pairs["layers.1"][1][0] = torch.nan
+
+    dealt = {"grad_acc_steps": 4, "steps_per_batch": 4, "max_bad_steps": 1}
+    on_training_forwards(monkeypatch, spoil)
+    done = run(lm, tokens, settings, run_name="one", **dealt, log_with="tensorboard")
+    counted = scalars(Path(settings["save_dir"]) / "one")["skipped_steps"]
+    assert [value for _, value in counted] == [1, 2, 3, 4] and done["step"] == 20
+    bad |= {16}
+    on_training_forwards(monkeypatch, spoil)
+    with pytest.raises(UsageError, match=r"step 5: .*5 bad steps .*more than --max_bad_steps 1"):
+        run(lm, tokens, settings, run_name="two", **dealt)
+
+
 def test_bad_activations_at_the_start_are_refused(
     lm: PreTrainedModel, tokens: Tensor, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,8 @@ def test_help_explains_every_flag(script: Script) -> None:
 
 
 BAD_FLAGS = [
+    ("--loss_fn ce --steps_per_batch 4", "--steps_per_batch 4: --loss_fn ce needs whole sequences"),
+    ("--loss_fn kl --steps_per_batch 2", "--steps_per_batch 2: --loss_fn kl needs whole sequences"),
     ("--hookpoints a --layers 1", "--layers (1,): picks residual streams"),
     ("--hookpoints a --layer_stride 2", "--layer_stride 2"),
     ("--layers 1 --layer_stride 2", "--layer_stride 2"),
@@ -137,6 +139,14 @@ MISTAKES = {
     "more ranks per coder than ranks": (
         f"{LM} TEXT --distribute_modules --ranks_per_coder 2 --ctx_len 64 --batch_size 2",
         "--ranks_per_coder 2: does not divide the number of ranks, 1",
+    ),
+    "more steps than rows": (
+        f"{LM} TEXT --ctx_len 8 --batch_size 2 --steps_per_batch 32",
+        "--steps_per_batch 32: a batch has 16 tokens",
+    ),
+    "examples below a batch": (
+        f"{LM} TEXT --ctx_len 64 --batch_size 8 --max_examples 4",
+        "--max_examples 4: a batch is 8 sequences",
     ),
     "bad flag": (f"{LM} TEXT --batch_size 0", "--batch_size 0"),
     "unwritable": (f"{LM} TEXT --save_dir FILE/x", "--save_dir"),

@@ -1,7 +1,9 @@
 """Optimizers equal what their sources say; a trained coder is what they average."""
 
 import math
+import re
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +143,23 @@ def test_short_runs_take_steps_of_fewer_rows() -> None:
     assert steps(7999, steps_per_batch=4) == 4
     assert steps(7999, activation="batchtopk", group_sequences=2) == 16
     assert steps(7999, loss_fn="ce") == 1
+
+
+def test_the_default_recipe_is_the_one_that_was_measured() -> None:
+    """What docs/recipes.md says of a run without flags is what it does."""
+    cfg, told = TrainingConfig(), Path(__file__).parents[2] / "docs/recipes.md"
+    rows = re.findall(r"^\| (`--.*?`) \| (.*?) \|", told.read_text(), flags=re.MULTILINE)
+    said = dict(
+        rows[: rows.index(("`--rms_units`", "on: the scale of activations changes nothing"))]
+    )
+    betas = f"{cfg.adam_beta1}, {cfg.adam_beta2}"
+    assert said["`--optimizer`"] == f"`{cfg.optimizer}`" and cfg.rms_units
+    assert said["`--adam_beta1`, `--adam_beta2`"] == betas == "0.8, 0.95"
+    assert said["`--lr_warmup`, `--lr_decay`"].startswith(f"{cfg.lr_warmup}, {cfg.lr_decay}:")
+    assert said["`--auxk_alpha`"] == f"{cfg.auxk_alpha:g}" == "1"
+    assert said["`--wake_alpha`"].startswith(f"{cfg.wake_alpha:g}:")
+    assert said["`--dead_feature_threshold`"].startswith(f"{cfg.dead_feature_threshold}:")
+    assert cfg.encoder_lr is None and said["`--encoder_lr`"].startswith("0.5:")
 
 
 def test_default_learning_rates() -> None:

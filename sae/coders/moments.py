@@ -38,8 +38,12 @@ class Moments(NamedTuple):
 
     @property
     def total_variance(self) -> Tensor:
-        """sum ||y - y_mean||^2 = sum ||y||^2 - ||sum y||^2 / count, the denominator of FVU."""
-        return self.total_sq - self.total.square().sum() / self.count
+        """sum ||y - y_mean||^2 = sum ||y||^2 - ||sum y||^2 / count, the denominator of FVU.
+
+        0 where that is rounding: of rows that are equal.
+        """
+        found = self.total_sq - self.total.square().sum() / self.count
+        return torch.where(found > 1e-12 * self.total_sq, found, 0)
 
 
 class Scale(NamedTuple):

@@ -14,7 +14,7 @@ def first_moments(
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """Moments of every hookpoint's inputs and of its outputs over all rows of all ranks' batches.
 
-    Raises UsageError where no row is left.
+    Raises UsageError where no row is left, or all are equal.
     """
     inputs, outputs = dict[str, Moments](), dict[str, Moments]()
     for tokens in batches:
@@ -35,4 +35,10 @@ def first_moments(
             f"--exclude_tokens {some}, --exclude_positions {capture.rule.exclude_positions}, and "
             f"what the data mask, leaves no token of the first step; exclude fewer"
         )
+    for hookpoint, moments in outputs.items():
+        if moments.count > 1 and moments.total_variance == 0:
+            raise UsageError(
+                f"MODEL: its activations at {hookpoint} are equal in all rows of the first step: "
+                f"nothing can be learned from them; choose another hookpoint"
+            )
     return inputs, outputs

@@ -113,3 +113,13 @@ def test_a_config_cannot_be_changed() -> None:
     """The config of a coder is frozen."""
     with pytest.raises(AttributeError):
         SparseCoderConfig().k = 3  # type: ignore[misc]  # that is the test
+
+
+def test_equal_rows_have_no_variance() -> None:
+    """What the difference of two large sums leaves is rounding; far from 0 small ones stay."""
+    for value in (0.1, 1e-20, 3e7):
+        rows = torch.full((5000, 7), value)
+        assert Moments.of(rows).total_variance == 0
+        rows[:, 2] += torch.linspace(0, 0.01 * value, 5000)
+        expected = rows.double().var(0, unbiased=False).sum() * 5000
+        torch.testing.assert_close(Moments.of(rows).total_variance, expected)

@@ -105,6 +105,7 @@ def test_a_stream_of_rows_resumes(tmp_path: Path) -> None:
         ),
         (Items([{"a": torch.randn(4, 8)}] * 9 + [{"b": torch.ones(4, 8)}] * 3), {}, "rows of b"),
         (Items([{"a": torch.randn(4, 8)}] * 9 + [{"a": torch.ones(4, 9)}] * 3), {}, "one width"),
+        (Items([{"a": torch.full((64, 8), 0.1)}] * 12), {}, "at a are equal in all rows"),
     ],
 )
 def test_what_are_no_activations_is_refused(

@@ -36,7 +36,7 @@ def first_moments(
             f"what the data mask, leaves no token of the first step; exclude fewer"
         )
     for hookpoint, moments in outputs.items():
-        if moments.count > 1 and moments.total_variance == 0:
+        if moments.count > 1 and not moments.total_variance > 0:
             raise UsageError(
                 f"MODEL: its activations at {hookpoint} are equal in all rows of the first step: "
                 f"nothing can be learned from them; choose another hookpoint"

@@ -1,5 +1,8 @@
 """Latents next to the active ones learn what is left of the target, and change nothing else."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,10 +64,13 @@ def test_each_runner_up_alone_explains_what_is_left(
         torch.testing.assert_close(grad, right, **close)
 
 
-def test_runner_ups_are_of_training_alone() -> None:
+def test_runner_ups_are_of_training_alone(tmp_path: Path) -> None:
     """A coder by itself, and without gradients, gives what one without them gives."""
     cfg, x = SaeConfig(num_latents=L, k=K, runner_ups=WEIGHT), torch.randn(9, D)
     assert SparseCoder(D, cfg)(x).top_acts.shape == (9, K)
+    SparseCoder(D, cfg).save_to_disk(tmp_path)
+    assert SparseCoder.load_from_disk(tmp_path).cfg == replace(cfg, runner_ups=0.0)
+    assert "runner_ups" not in (tmp_path / "cfg.json").read_text()
     coder = CoderBank({"a": Widths(D, D)}, cfg, (0,), "cpu")["a"]
     assert coder.errors(x, x).top_acts.shape == (9, 2 * K)
     with torch.no_grad():

@@ -106,9 +106,7 @@ class GivenRows:
     def _first(self) -> Pairs:
         first = self._pairs(next(iter(self.activations)))
         if not all(len(y) for _, y in first.values()):
-            raise UsageError(
-                "activations: the first item has no rows; a batch counts as many a time"
-            )
+            raise UsageError("activations: the first item has no rows, which a batch is counted by")
         return first
 
     @property

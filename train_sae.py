@@ -55,7 +55,7 @@ from sae.training.bad_steps import BadSteps, Metrics, ask, bad_number
 from sae.training.end_to_end import EndToEnd
 from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
-from sae.training.losses import auxiliary_loss, divide_gradients_, wake_dead_
+from sae.training.losses import auxiliary_loss, divide_gradients_, runner_ups_weight, wake_dead_
 from sae.training.optim import CoderOptimizer
 from sae.training.schedules import Schedule, dealing, sequences_per_batch
 from sae.training.start import first_moments
@@ -130,8 +130,7 @@ def train(
     held_out, trained_on = split_blocks(source, data, per_batch)
     seed, dealt = data.shuffle_seed, dealing(cfg, per_batch, source.block_len, len(trained_on))
     plan = BatchPlan(source.order(trained_on, seed), per_batch, *dealt, seed)
-    total_steps = plan.total_steps
-    schedule = Schedule(training, total_steps, per_batch * source.block_len // plan.steps)
+    schedule = Schedule(training, plan.total_steps, per_batch * source.block_len // plan.steps)
 
     # Rows too long to be trained on, by those of the first batch.
     first_batches = partial(ranks.batches, source, plan.first, training.batch_size)
@@ -139,7 +138,8 @@ def train(
     capture = scale_parts(capture, first_batches(), folder, resumes, ranks)
 
     # Coders of this rank, by hookpoint and seed, each with an optimizer and a record of what fires.
-    here, how = exchange.trained_here(widths), (dtype, kernels, exchange.groups, exchange.post)
+    here = exchange.trained_here(widths)
+    how = (dtype, kernels, exchange.groups, exchange.post, runner_ups_weight(cfg.coder, training))
     with ranks.together():
         bank = CoderBank(here, coder_config(cfg.coder, capture), seeds, ranks.device, *how)
         optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}
@@ -161,12 +161,12 @@ def train(
         bank.normalize_decoders_()
     end_to_end = EndToEnd(capture, bank, training, source.masked) if training.uses_lm_loss else None
     bad_steps = BadSteps(training.max_bad_steps, ranks, plan.steps)
-    log = RunLog(accelerator, exchange, flags, range(first_step, total_steps), seconds)
+    log = RunLog(accelerator, exchange, flags, range(first_step, plan.total_steps), seconds)
     log.start(len(held_out) * source.block_len, kernels_description)
     forwards = ranks.batches(source, plan.from_step(first_step), training.batch_size)
     dealer = Dealer(capture, exchange, plan, forwards, machine.batch_on_host)
     signals.training_begins()
-    for step in range(first_step, total_steps):
+    for step in range(first_step, plan.total_steps):
         sums = StepSums(bank)
         bank.zero_grad(set_to_none=True)
         ranks.clear_traffic()
@@ -229,7 +229,7 @@ def train(
         if cfg.run.eval_every and (step + 1) % cfg.run.eval_every == 0:
             log.evaluation(step + 1, evaluate().scalars())
         stop = bad_steps.verdict or ranks.stop_reason()
-        if stop or step + 1 == total_steps or (step + 1) % cfg.run.save_every == 0:
+        if stop or step + 1 == plan.total_steps or (step + 1) % cfg.run.save_every == 0:
             if cfg.run.save_best:
                 keep_best(folder, step + 1, evaluate().fvu(), state)
             checkpoint.save(folder, step + 1, log.seconds, source, state, cfg.run.keep_last)
@@ -239,8 +239,8 @@ def train(
             raise stop if isinstance(stop, Exception) else Stopped.saved(stop, step + 1)
 
     evaluation = evaluate()
-    log.evaluation(total_steps, evaluation.scalars())
-    summary = summarize(folder, total_steps, log.seconds, *evaluation.as_json(), state)
+    log.evaluation(plan.total_steps, evaluation.scalars())
+    summary = summarize(folder, plan.total_steps, log.seconds, *evaluation.as_json(), state)
     log.close()
     unlock(folder)
     if ranks.main:

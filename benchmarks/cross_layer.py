@@ -72,6 +72,7 @@ def main() -> None:
     flags = {"ctx_len": 256, "batch_size": 16, "grad_acc_steps": 16, "steps_per_batch": 16}
     flags |= {"num_latents": args.num_latents, "k": args.k, "eval_tokens": args.eval_tokens}
     flags["max_examples"] = args.steps * 16
+    flags["runner_ups"] = 0.0  # which cross-layer transcoders do not have
     if args.steps % 16:  # a short trial: batches of one step
         flags |= {"grad_acc_steps": 1, "steps_per_batch": 1}
     machine = {"torch": torch.__version__, "machine": platform.machine()}

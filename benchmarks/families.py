@@ -3,7 +3,8 @@
     python benchmarks/families.py --out benchmarks/results/families.json
 
 Every kind that --activation names, topk with the prefixes of --matryoshka, and a crosscoder over
-three layers are trained on the demo LM with each --k, by the script itself and its default recipe.
+three layers are trained on the demo LM with each --k, by the script itself and its default recipe,
+but without runner-ups, which not all have; then topk with them.
 A plot of the same name ends in .svg. Results are added to the file as they come, and what is there
 already is not trained again.
 """
@@ -28,12 +29,16 @@ from sae.config import Activation
 from sae.flag_checks import from_flags
 from train_sae import TrainConfig, train
 
-COLOURS = ("#1b6ca8", "#d1495b", "#3a9d5d", "#8e5ea2", "#e08e29", "#555555")
+COLOURS = ("#1b6ca8", "#d1495b", "#3a9d5d", "#8e5ea2", "#e08e29", "#555555", "#17becf")
 MATRYOSHKA = (0.0625, 0.0625, 0.125, 0.25, 0.5)
-KINDS: dict[str, dict[str, Any]] = {kind: {"activation": kind} for kind in get_args(Activation)}
+WITHOUT = {"runner_ups": 0.0}  # which the other kinds do not have
+KINDS: dict[str, dict[str, Any]] = {
+    kind: {"activation": kind, **WITHOUT} for kind in get_args(Activation)
+}
 KINDS["matryoshka"] = {"matryoshka": MATRYOSHKA}
 # Over the hookpoint and the layers beside it; FVU and CE recovered are those at the hookpoint.
-KINDS["crosscoder"] = {"crosscoder": True}
+KINDS["crosscoder"] = {"crosscoder": True, **WITHOUT}
+KINDS["topk, runner-ups"] = {}
 PANELS = {"ce_recovered": "CE recovered", "fvu": "FVU"}
 
 
@@ -75,7 +80,7 @@ def plot(results: list[dict[str, Any]]) -> str:
         for i, (figure, title) in enumerate(PANELS.items())
     ]
     for i, kind in enumerate(kinds):
-        x = 60 + 130 * i
+        x = 40 + 100 * i
         drawn.append(f'<rect x="{x}" y="300" width="12" height="4" fill="{COLOURS[i]}"/>')
         drawn.append(f'<text x="{x + 18}" y="306">{kind}</text>')
     style = 'font-family="sans-serif" font-size="12"'

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from itertools import product
 from math import log, nan
 from pathlib import Path
@@ -206,7 +207,8 @@ def run(job: Job, work: Path) -> dict[str, Any]:
         | {"ce_recovered": (f.get("predictions") or {}).get("ce_recovered")}
         for h, f in found.items()
     }
-    return {**asdict(job), "seconds": seconds, "trained_on": tokens, "hookpoints": figures}
+    made = {"date": date.today().isoformat(), "seconds": seconds, "trained_on": tokens}
+    return {**asdict(job), **made, "hookpoints": figures}
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -225,6 +227,9 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             best = min(theirs, key=lambda f: f["fvu"])
             row: dict[str, Any] = {"kind": job.kind, "hookpoint": hookpoint, "k": job.k}
             row |= {"x": job.expansion, "lm": job.lm}
+            dates = [run.get("date") for run in (result, third) if run]
+            row["date"] = None if None in dates else min(dates)
+            row |= {"seconds": result["seconds"], "their_seconds": best["s"]}
             row |= {"tokens": job.tokens, "fvu": figures["fvu"], "theirs": best["fvu"]}
             row |= {"ratio": figures["fvu"] / best["fvu"], "dead": figures["dead_share"]}
             row |= {"their_dead": best["dead_share"], "ce": figures["ce_recovered"]}
@@ -241,13 +246,14 @@ def show(results: dict[str, Any]) -> None:
     table = rows(results)
     print(f"{results['machine']}; of the reference the better of signum and adam")
     head = "kind       hookpoint     k   x     tokens    FVU  theirs  ratio   dead  theirs"
-    print(f"{head}     CE  theirs  third  its seconds")
+    print(f"{head}     CE  theirs  seconds  theirs  third  its time")
     for r in table:
         print(
             f"{r['kind']:10} {r['hookpoint']:12} {r['k']:2} {r['x']:3} {r['tokens']:10,} "
             f"{r['fvu']:6.4f}  {r['theirs']:6.4f}  {r['ratio']:5.3f} {r['dead']:6.2%} "
             f"{r['their_dead']:7.2%} {r['ce'] or nan:6.4f}  {r['their_ce'] or nan:6.4f}  "
-            f"{r.get('third', nan):5.3f}  {r.get('third_seconds', nan):11.3f}"
+            f"{r['seconds']:7.0f} {r['their_seconds']:7.0f}  {r.get('third', nan):5.3f}  "
+            f"{r.get('third_seconds', nan):8.3f}"
             + ("" if r["optimizers"] == 2 else "  (one of its optimizers)")
         )
     if table:
@@ -255,6 +261,12 @@ def show(results: dict[str, Any]) -> None:
         print(f"ratio  mean {mean(ratios):.3f} (goal {GOALS['mean fvu']}), worst {max(ratios):.3f}")
         print(f"dead   worst {max(r['dead'] for r in table):.2%} (goal {GOALS['dead_share']:.0%})")
         heads = [r for r in table if r["ce"] is not None]
+        times = [r["third_seconds"] for r in table if r.get("third", nan) <= 1]
+        if times:
+            print(
+                f"time   of the reference's to its FVU, from a third of its tokens: mean "
+                f"{mean(times):.3f}, worst {max(times):.3f} (goal {GOALS['seconds']})"
+            )
         print(f"CE     higher in {sum(r['ce'] > r['their_ce'] for r in heads)} of {len(heads)}")
 
 

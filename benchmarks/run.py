@@ -58,7 +58,7 @@ DEFAULTS |= {"batch_size": 32, "steps": 60, "eval_tokens": 2**15, "shuffle_seed"
 DEFAULTS |= {"init_seed": 0}
 # The reference's recipe: both sides are to do the same.
 RECIPE = {"optimizer": "signum", "steps_per_batch": 1, "encoder_lr": 1.0, "rms_units": False}
-RECIPE |= {"auxk_alpha": 0.0, "wake_alpha": 0.0, "dead_feature_threshold": 1e7}
+RECIPE |= {"auxk_alpha": 0.0, "wake_alpha": 0.0, "runner_ups": 0.0, "dead_feature_threshold": 1e7}
 # What the median of ours / theirs should be.
 TARGETS = {"tokens_per_second": (">=", 2.5), "peak_mb": ("<=", 0.6), "fvu": ("<=", 1.0)}
 

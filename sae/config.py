@@ -89,8 +89,6 @@ class SparseCoderConfig:
     """The hookpoints whose latents a cross-layer transcoder takes in beside its own, in order."""
     targets: Annotated[tuple[str, ...], NO_FLAG, Suppress] = ()
     """The hookpoints ahead that its latents write to, in order."""
-    runner_ups: Annotated[float, AtLeast(0)] = 0.0
-    """Weight of what the k latents that come next to the active ones learn; 0.3 is a good one."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -280,6 +278,8 @@ class TrainingConfig:
     """Steps with NaN or Inf that are skipped before the run ends; those of a batch count as one."""
     allow_pt: Annotated[bool, MAY_CHANGE] = False
     """Open files of --finetune that are pickles (.pt), which can run code: of people you trust."""
+    runner_ups: Annotated[float | None, AtLeast(0)] = None
+    """Weight of what the k latents next to the active ones learn; default: 0.3 where it can be."""
 
     @property
     def uses_lm_loss(self) -> bool:

@@ -40,12 +40,13 @@ class CoderBank(nn.Module):
         kernels: Kernels | None = None,
         groups: Mapping[str, Group] | None = None,
         post: Post | None = None,
+        runner_ups: float = 0.0,
     ) -> None:
         """Coders at the hookpoints of `widths`.
 
         `matmul_dtype`: the encoders' products, forward and backward; weights are float32. Of the
         coders at the hookpoints in `groups` only what this rank of the group holds. Without `post`
-        all layers of a cross-layer transcoder are here.
+        all layers of a cross-layer transcoder are here. `runner_ups`: the weight of their loss.
         """
         super().__init__()
         self.transcode = cfg.transcode
@@ -75,7 +76,7 @@ class CoderBank(nn.Module):
                     d_out=width.d_out,
                     generator=torch.Generator().manual_seed(own),
                 )
-                coder.matmul_dtype, coder.runner_ups = matmul_dtype, cfg.runner_ups
+                coder.matmul_dtype, coder.runner_ups = matmul_dtype, runner_ups
                 if isinstance(coder, Crosscoder):
                     coder.on_scaled_rows = True
                 if kernels is not None:

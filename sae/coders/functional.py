@@ -247,6 +247,11 @@ def encode_in_int8(
     return Latents(top_acts.relu(), found.gather(1, columns))
 
 
+def largest_columns(values: Float[Tensor, "N W"], k: int) -> Int[Tensor, "N K"]:
+    """Where in every row of `values` its k largest are, in no order."""
+    return values.topk(k, dim=1).indices
+
+
 def decode(latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"]:
     """Sum the active latents' decoder rows: out_n = sum_j acts_nj W_dec[indices_nj]."""
     return torch.einsum("nk,nkd->nd", latents.acts, W_dec[latents.indices])

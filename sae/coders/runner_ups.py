@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..config import SparseCoderConfig
+from ..config import SparseCoderConfig, TrainingConfig
 from ..flag_checks import refuse
 from ..kernels.twins import Latents
 
@@ -26,19 +26,19 @@ def active_alone(coder: "SparseCoder", wide: Latents, k: int) -> Latents:
     # A transcoder's rows start as 0, and stay so until they have been active.
     unit = coder.rows_are_unit and not coder.cfg.transcode
     squares = None if unit else coder.decoder_norms().square()[wide.indices]
-    acts = _ActiveAlone.apply(wide.acts, k, coder.runner_ups, squares)
+    active = coder.kernels.largest_columns(wide.acts.detach(), k)
+    acts = _ActiveAlone.apply(wide.acts, active, coder.runner_ups, squares)
     return wide._replace(acts=acts)
 
 
 class _ActiveAlone(torch.autograd.Function):
-    """Activations of each row, but 0 where they are not among its k largest."""
+    """Activations of each row, but 0 outside its `active` columns."""
 
     @staticmethod
     def forward(
-        ctx: Any, acts: Float[Tensor, "N W"], k: int, weight: float, squares: Tensor | None
+        ctx: Any, acts: Tensor, active: Tensor, weight: float, squares: Tensor | None
     ) -> Float[Tensor, "N W"]:
-        largest = acts.topk(k, dim=1).indices
-        active = torch.zeros_like(acts, dtype=torch.bool).scatter_(1, largest, True)
+        active = torch.zeros_like(acts, dtype=torch.bool).scatter_(1, active, True)
         ctx.save_for_backward(acts, active)
         ctx.weight, ctx.squares = weight, squares
         return torch.where(active, acts, 0)
@@ -52,20 +52,29 @@ class _ActiveAlone(torch.autograd.Function):
         return torch.where(active, grad, ctx.weight * (grad + slope)), None, None, None
 
 
+def selected(coder: "SparseCoder") -> int:
+    """How many latents of a row are selected, over k: those of every loss that is asked for."""
+    if coder.cfg.multi_topk:
+        return 4
+    return 2 if coder.runner_ups > 0 and torch.is_grad_enabled() else 1
+
+
+def excluded_by(coder: SparseCoderConfig, training: TrainingConfig) -> str:
+    """The flag of a run whose coders have no runner-ups, or of its loss; of others nothing."""
+    for excludes, flag in (
+        (coder.activation != "topk", f"--activation {coder.activation}"),
+        (coder.multi_topk, "--multi_topk"),
+        (coder.matryoshka, "--matryoshka"),
+        (coder.cross_layer, f"--cross_layer {coder.cross_layer}"),
+        (training.uses_lm_loss, f"--loss_fn {training.loss_fn}"),
+    ):
+        if excludes:
+            return flag
+    return ""
+
+
 def check_flags(cfg: Any) -> None:
     """Raise UsageError for flags of the script's `TrainConfig` that runner-ups do not go with."""
-    check(cfg.coder)
-    if cfg.coder.runner_ups and cfg.training.uses_lm_loss:
-        refuse(cfg.coder, "runner_ups", "is a part of the FVU loss: use --loss_fn fvu, or drop it")
-
-
-def check(cfg: SparseCoderConfig) -> None:
-    """Raise UsageError for a kind of coder that has no runner-ups."""
-    for excluded, name in (
-        (cfg.activation != "topk", f"--activation {cfg.activation}"),
-        (cfg.multi_topk, "--multi_topk"),
-        (cfg.matryoshka, "--matryoshka"),
-        (cfg.cross_layer, f"--cross_layer {cfg.cross_layer}"),
-    ):
-        if cfg.runner_ups and excluded:
-            refuse(cfg, "runner_ups", f"does not go with {name}: drop one of the two")
+    other = excluded_by(cfg.coder, cfg.training)
+    if cfg.training.runner_ups and other:
+        refuse(cfg.training, "runner_ups", f"does not go with {other}: drop one of the two")

@@ -86,13 +86,9 @@ def read_config(path: Path) -> tuple[SparseCoderConfig, dict[str, Any]]:
 
 
 def write_config(path: Path, cfg: SparseCoderConfig, d_in: int, d_out: int) -> None:
-    """Write `cfg.json`: the config, with the number of latents itself, and the widths.
-
-    Without `runner_ups`, which is of training and changes nothing that the coder computes.
-    """
+    """Write `cfg.json`: the config, with the number of latents itself, and the widths."""
     sizes = {"num_latents": cfg.latents(d_in), "d_in": d_in, "d_out": d_out}
     said = {name: value for name, value in asdict(cfg).items() if value != ()}
-    said.pop("runner_ups")
     said = {n: v for n, v in said.items() if v or n not in ("crosscoder", "cross_layer")}
     text = json.dumps({**said, **sizes}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")

@@ -170,6 +170,20 @@ def _are_dense(backend: Backend, inputs: Tensor, k: int, latents: int) -> bool:
     return dense_products.pays(backend, inputs, inputs.dtype, k, latents)
 
 
+def largest_columns(backend: Backend, values: Float[Tensor, "N W"], k: int) -> Int[Tensor, "N K"]:
+    """Twin of `functional.largest_columns`, of values of at least 0."""
+    shape = len(values), k
+    top, columns = values.new_empty(shape), values.new_empty(shape, dtype=torch.int64)
+    if backend.in_c(values):
+        no_bias = values.new_zeros(values.shape[1])
+        native.select_largest(values, native.Wanted(None, no_bias, top, columns))
+    elif triton := _triton(backend, values):
+        triton.largest(values, k, top, columns)
+    else:
+        columns = values.topk(k, dim=1, sorted=False).indices
+    return columns
+
+
 def keep_largest_(backend: Backend, values: Float[Tensor, "N W"], k: int) -> None:
     """Set all but the k largest entries of every row, and those below 0, to 0."""
     triton = _triton(backend, values)

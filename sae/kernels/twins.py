@@ -28,6 +28,7 @@ from .dense_products import AllOf, Linear
 from .entries import Around
 from .latents import Latents, above, around, in_groups, largest
 from .prefixes import ReconstructPrefixes
+from .selection import largest_columns
 from .sparse_products import ByLatent, reconstruct, square_sum
 
 
@@ -143,6 +144,10 @@ class Kernels:
         """Those selected, with a gradient."""
         found = _apply(_Encode, select, *arguments)
         return [Latents(*found[i : i + 3]) for i in range(0, len(found), 3)]
+
+    def largest_columns(self, values: Float[Tensor, "N W"], k: int) -> Int[Tensor, "N K"]:
+        """Twin of `functional.largest_columns`."""
+        return largest_columns(self.backend, values, k)
 
     def decode(self, latents: Latents, W_dec: Float[Tensor, "L D"]) -> Float[Tensor, "N D"]:
         """Twin of `functional.decode`."""

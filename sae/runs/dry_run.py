@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank, costs
 from ..coders.functional import k_aux
+from ..coders.runner_ups import selected
 from ..coders.sharded import ShardedCoder
 from ..coders.sparse_coder import SparseCoder
 from ..config import DENSE_WEIGHTS, Widths
@@ -27,6 +28,7 @@ from ..lm.loading import find_hookpoints
 from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
 from ..placement.owners import Placement, owned_by, plan_owners, read_owners
+from ..training.losses import runner_ups_weight
 from ..training.optim import check_optimizer, state_bytes, update_bytes
 from ..training.schedules import Schedule, dealing, sequences_per_batch
 
@@ -217,7 +219,10 @@ def _rank_memory(
     post = None
     if rank is not None and cfg.coder.cross_layer:
         post = Layers(rank, {name: ranks.start for name, ranks in owner.items()})
-    bank = CoderBank(mine, cfg.coder, training.init_seeds, "meta", groups=groups, post=post)
+    weight = runner_ups_weight(cfg.coder, training)
+    bank = CoderBank(
+        mine, cfg.coder, training.init_seeds, "meta", groups=groups, post=post, runner_ups=weight
+    )
     coders = [coder for _, coder in bank.items()]
     for coder in coders:
         check_optimizer(training, coder)
@@ -242,9 +247,11 @@ def _rank_memory(
     piece = -(-rows // training.micro_acc_steps)
     working = max((step_bytes(cfg, coder, piece, item, steps) for coder in coders), default=0)
     if groups:  # candidates of 8 bytes: sent, received, in order, sent, received
-        wide = 4 if cfg.coder.multi_topk else 2 if cfg.coder.runner_ups else 1
         first = Schedule(training, 1, rows)  # where k falls it is largest
-        k = max(min(wide * first.k(0, coder), cfg.coder.latents(coder.d_in)) for coder in coders)
+        k = max(
+            min(selected(coder) * first.k(0, coder), cfg.coder.latents(coder.d_in))
+            for coder in coders
+        )
         if training.auxk_alpha > 0:
             k += max(k_aux(coder.d_out) for coder in coders)
         working += 5 * 8 * k * piece
@@ -276,7 +283,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 
     """
     training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
     k = Schedule(training, 1, rows).k(0, coder)
-    wide = 4 if coder.cfg.multi_topk else 2 if coder.cfg.runner_ups else coder.family.candidates
+    wide = max(selected(coder), coder.family.candidates)
     active = min(wide * k, coder.num_latents)
     dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
     floats = (1 + max(1, len(coder.prefixes))) * d_out  # the reconstruction; errors, by prefix

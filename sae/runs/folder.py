@@ -14,6 +14,7 @@ from typing import Any
 
 from natsort import natsorted
 
+from ..coders.runner_ups import excluded_by
 from ..flag_checks import MAY_CHANGE, UsageError, flags_marked, flags_of
 from ..placement.launch import sharded
 from ..placement.ranks import Ranks
@@ -112,7 +113,7 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
     A flag that run.json does not name is newer than the run, which had its default, or did what
     was done then.
     """
-    before = {**flags_of(type(cfg)()), **_as_done_then(read_json(folder / "run.json"))}
+    before = {**flags_of(type(cfg)()), **_as_done_then(read_json(folder / "run.json"), cfg)}
     if flags["sequences_per_batch"] != _sequences_per_batch(before):
         raise UsageError(
             f"--resume: --batch_size times --grad_acc_steps times the number of ranks is "
@@ -134,11 +135,13 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
             )
 
 
-def _as_done_then(recorded: dict[str, Any]) -> dict[str, Any]:
+def _as_done_then(recorded: dict[str, Any], cfg: Any) -> dict[str, Any]:
     """A run's flags, with what was done where a flag is newer, or had another default then."""
+    none = None if excluded_by(cfg.coder, cfg.training) else 0.0  # as the default is there
+    done: dict[str, Any] = {"runner_ups": none, **recorded}
     if "wake_alpha" in recorded:
-        return recorded
-    done: dict[str, Any] = {**recorded, "wake_alpha": 0.0}
+        return done
+    done["wake_alpha"] = 0.0
     if recorded.get("activation") == "batchtopk" and recorded.get("steps_per_batch") is None:
         done["steps_per_batch"] = 1  # its rows were not dealt
     if "lr_warmup_steps" not in recorded:

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from ..coders.moments import Moments
 from ..coders.outputs import CoderErrors
+from ..coders.runner_ups import excluded_by
 from ..coders.sparse_coder import SparseCoder
+from ..config import SparseCoderConfig, TrainingConfig
 
 
 def auxiliary_loss(errors: CoderErrors, auxk_alpha: float) -> Tensor:
@@ -14,6 +16,13 @@ def auxiliary_loss(errors: CoderErrors, auxk_alpha: float) -> Tensor:
     Source: Gao et al., appendix A.2 (AuxK) and section 5.3 (Multi-TopK).
     """
     return auxk_alpha * errors.auxk_error + errors.multi_topk_error / 8
+
+
+def runner_ups_weight(coder: SparseCoderConfig, training: TrainingConfig) -> float:
+    """--runner_ups; where that is not given 0.3, of coders and losses that have such."""
+    if training.runner_ups is not None:
+        return training.runner_ups
+    return 0.0 if excluded_by(coder, training) else 0.3
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Latents next to the active ones learn what is left of the target, and change nothing else."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +7,16 @@ import torch
 from torch import Tensor
 
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, UsageError
+from sae.coders import functional
 from sae.coders.bank import CoderBank
-from sae.config import TrainingConfig, Widths
+from sae.config import KernelChoice, TrainingConfig, Widths
+from sae.kernels.twins import Kernels
+from sae.training.losses import runner_ups_weight
 from train_sae import TrainConfig
 
 D, L, K, WEIGHT = 12, 40, 3, 0.3
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_A_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
 
 
 def by_definition(coder: SparseCoder, x: Tensor, y: Tensor) -> Tensor:
@@ -25,6 +29,10 @@ def by_definition(coder: SparseCoder, x: Tensor, y: Tensor) -> Tensor:
     missing = y - active @ coder.W_dec - coder.b_dec
     alone = acts[:, K:, None] * coder.W_dec.detach()[latents[:, K:]]
     return missing.square().sum() + WEIGHT * (missing.detach()[:, None] - alone).square().sum()
+
+
+def bank_of(cfg: SparseCoderConfig) -> CoderBank:
+    return CoderBank({"a": Widths(D, D)}, cfg, (0,), "cpu", runner_ups=WEIGHT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -66,17 +74,28 @@ def test_each_runner_up_alone_explains_what_is_left(
 
 def test_runner_ups_are_of_training_alone(tmp_path: Path) -> None:
     """A coder by itself, and without gradients, gives what one without them gives."""
-    cfg, x = SaeConfig(num_latents=L, k=K, runner_ups=WEIGHT), torch.randn(9, D)
-    assert SparseCoder(D, cfg)(x).top_acts.shape == (9, K)
-    SparseCoder(D, cfg).save_to_disk(tmp_path)
-    assert SparseCoder.load_from_disk(tmp_path).cfg == replace(cfg, runner_ups=0.0)
-    assert "runner_ups" not in (tmp_path / "cfg.json").read_text()
-    coder = CoderBank({"a": Widths(D, D)}, cfg, (0,), "cpu")["a"]
+    cfg, x = SaeConfig(num_latents=L, k=K), torch.randn(9, D)
+    coder = bank_of(cfg)["a"]
     assert coder.errors(x, x).top_acts.shape == (9, 2 * K)
     with torch.no_grad():
         assert coder.errors(x, x).top_acts.shape == (9, K)
-    few = CoderBank({"a": Widths(D, D)}, SaeConfig(num_latents=4, k=K, runner_ups=1), (0,), "cpu")
-    few["a"].errors(x, x).objective.backward()
+    coder.save_to_disk(tmp_path)
+    assert SparseCoder.load_from_disk(tmp_path)(x).top_acts.shape == (9, K)
+
+
+def test_there_are_no_more_runner_ups_than_latents() -> None:
+    """Where fewer than k are left those are all."""
+    x = torch.randn(9, D)
+    bank_of(SaeConfig(num_latents=4, k=K))["a"].errors(x, x).objective.backward()
+
+
+def test_runner_ups_weigh_what_the_flag_says() -> None:
+    """By default 0.3 where there are such, and nothing elsewhere."""
+    assert runner_ups_weight(SaeConfig(), TrainingConfig()) == 0.3
+    assert runner_ups_weight(TranscoderConfig(), TrainingConfig()) == 0.3
+    assert runner_ups_weight(SaeConfig(), TrainingConfig(runner_ups=0)) == 0
+    assert runner_ups_weight(SaeConfig(), TrainingConfig(runner_ups=0.1)) == 0.1
+    assert runner_ups_weight(SaeConfig(), TrainingConfig(loss_fn="ce")) == 0
 
 
 @pytest.mark.parametrize(
@@ -87,13 +106,34 @@ def test_runner_ups_are_of_training_alone(tmp_path: Path) -> None:
         {"activation": "groupmax", "num_latents": L, "k": 4},
         {"multi_topk": True},
         {"matryoshka": (0.5, 0.5)},
-        {"transcode": True, "cross_layer": 1},
+        {"cross_layer": 1, "transcode": True},
     ],
 )
 def test_kinds_without_runner_ups_are_refused(flags: dict) -> None:
     """The line names the flag, its value, and what it does not go with."""
-    with pytest.raises(UsageError, match=r"--runner_ups 0.3: does not go with --\w+"):
-        TrainConfig(SparseCoderConfig(runner_ups=0.3, **flags), model="m")
-    with pytest.raises(UsageError, match="--runner_ups 0.3: is a part of the FVU loss"):
-        training = TrainingConfig(loss_fn="kl")
-        TrainConfig(SparseCoderConfig(runner_ups=0.3), model="m", training=training)
+    cfg = SparseCoderConfig(**flags)
+    with pytest.raises(
+        UsageError, match=rf"--runner_ups 0.3: does not go with --{next(iter(flags))}"
+    ):
+        TrainConfig(cfg, training=TrainingConfig(runner_ups=0.3))
+    assert runner_ups_weight(cfg, TrainConfig(cfg).training) == 0
+
+
+def test_an_lms_own_loss_has_no_runner_ups() -> None:
+    """They learn from what is left at the hookpoint."""
+    with pytest.raises(UsageError, match="--runner_ups 0.3: does not go with --loss_fn kl"):
+        TrainConfig(training=TrainingConfig(runner_ups=0.3, loss_fn="kl"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
+@pytest.mark.parametrize("choice", ["native", "torch"])
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (6, 3), (64, 32), (130, 65), (128, 1)])
+def test_the_active_columns_are_those_of_the_k_largest(
+    choice: KernelChoice, width: int, k: int, device: str
+) -> None:
+    """By every backend, and by the definition."""
+    values = torch.rand(37, width, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = values.sort(dim=1, descending=True).values[:, :k]
+    for kernels in (functional, Kernels(choice)):
+        found = values.gather(1, kernels.largest_columns(values, k))
+        assert torch.equal(found.sort(dim=1, descending=True).values, expected)

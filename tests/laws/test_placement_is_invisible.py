@@ -195,7 +195,7 @@ def test_shared_coders_send_rows_once_and_else_what_is_sparse(
 ) -> None:
     """Rows of other ranks; 8 bytes a candidate, 4 a gradient of one; norms; not a byte more."""
     curves, expected = runs.curves("sparse"), torch.zeros(4, STEPS, dtype=torch.int64)
-    d, latents, k = 32, 128, 4
+    d, latents, k = 32, 128, 2 * 4  # the active ones and as many runner-ups
     for found in kept.values():
         for step, by_rank in enumerate(found.view(STEPS, 4, -1).sum(2).tolist()):
             n = sum(by_rank)

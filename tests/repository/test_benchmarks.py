@@ -179,6 +179,7 @@ def test_quality_in_the_documentation_is_what_was_measured() -> None:
         name += "" if row["tokens"] == 3_000_000 else f", {row['tokens'] // 10**6}M tokens"
         name += "" if row["lm"] == "demo" else f", {row['lm']}"
         name += f", expansion {row['x']}" if row["x"] == 64 else ""
+        name += "" if row["date"] else " \\*"  # runs before runner-ups say no date
         goal = "met" if row["ratio"] <= quality.GOALS["fvu"] else "missed"
         assert f"| {name} | {theirs} | {ours} | {ratios} | {goal} |" in text
         more_dead = row["dead"] > quality.GOALS["dead_share"]

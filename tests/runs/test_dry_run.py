@@ -145,6 +145,7 @@ def test_a_batch_that_waits_for_its_steps_is_counted(
     monkeypatch.setattr(dry_run, "asks_for_cpu", lambda: False)
     flags = {"model": model, "dataset": "none", "num_latents": 64, "k": 8, "layers": (0, 1)}
     flags |= {"ctx_len": 512, "batch_size": 4, "grad_acc_steps": 8, "mixed_precision": "no"}
+    flags |= {"runner_ups": 0.0}
     widths = dict.fromkeys(("layers.0", "layers.1"), dry_run.Widths(D, D))
     owner = {"layers.0": range(1), "layers.1": range(1, 2)}
 

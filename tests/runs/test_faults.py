@@ -314,7 +314,7 @@ def test_checkpoints_of_older_versions_resume(
     flags = {"layers": (1,), "num_latents": 32, "optimizer": "adam", "lr": 1e-2, "save_every": 10}
     flags |= {"lr_warmup": 5, "lr_decay": 1.0, "steps_per_batch": 1, "encoder_lr": 1.0}
     flags |= {"rms_units": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "auxk_alpha": 0.0}
-    flags |= {"wake_alpha": 0.0, "dead_feature_threshold": 10_000_000}
+    flags |= {"wake_alpha": 0.0, "runner_ups": 0.0, "dead_feature_threshold": 10_000_000}
     settings = {k: v for k, v in settings.items() if k != "expansion_factor"}
     straight = weights(run(lm, tokens, settings, run_name="straight", **flags))
     old = Path(settings["save_dir"]) / "old"

@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "soap": {"optimizer": "soap"},
     "dealt": {"optimizer": "adam", "steps_per_batch": 2, "batch_size": 8, "max_examples": 72},
-    "runner-ups": {"optimizer": "adam", "runner_ups": 0.3, **LOSSES, "multi_topk": False},
+    "runner-ups": {"optimizer": "adam", **LOSSES, "multi_topk": False},
     "jumprelu": {"optimizer": "adam", "activation": "jumprelu", **LOSSES, "multi_topk": False},
     "batchtopk": {**GROUPS, **LOSSES, "multi_topk": False},
     "prefixes": {"matryoshka": (0.25, 0.75), **LOSSES, "multi_topk": False},

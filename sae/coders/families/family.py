@@ -43,7 +43,6 @@ class Family(ABC):
         """Raise UsageError for a coder `d_in` wide that cannot be; `where` says which it is."""
         cfg.check(d_in, where)
         prefixes.check_prefixes(cfg, d_in, where)
-        runner_ups.check(cfg)
 
     def check_flags(self, cfg: Any) -> None:
         """Raise UsageError for flags of the script's `TrainConfig` that exclude each other."""

@@ -183,7 +183,7 @@ def test_quality_in_the_documentation_is_what_was_measured() -> None:
         goal = "met" if row["ratio"] <= quality.GOALS["fvu"] else "missed"
         assert f"| {name} | {theirs} | {ours} | {ratios} | {goal} |" in text
         more_dead = row["dead"] > quality.GOALS["dead_share"]
-        said = f"never fire at {row['hookpoint']} with expansion {row['x']}." in text
+        said = f"in the {row['kind']} at {row['hookpoint']} with expansion {row['x']}" in text
         assert row["ratio"] < 1 and more_dead == said
         assert row["ce"] is None or row["ce"] > row["their_ce"]
     mean = sum(row["ratio"] for row in found) / len(found)

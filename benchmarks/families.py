@@ -31,13 +31,13 @@ from train_sae import TrainConfig, train
 
 COLOURS = ("#1b6ca8", "#d1495b", "#3a9d5d", "#8e5ea2", "#e08e29", "#555555", "#17becf")
 MATRYOSHKA = (0.0625, 0.0625, 0.125, 0.25, 0.5)
-WITHOUT = {"runner_ups": 0.0}  # which the other kinds do not have
+NO_RUNNER_UPS = {"runner_ups": 0.0}  # since not all kinds have them
 KINDS: dict[str, dict[str, Any]] = {
-    kind: {"activation": kind, **WITHOUT} for kind in get_args(Activation)
+    kind: {"activation": kind, **NO_RUNNER_UPS} for kind in get_args(Activation)
 }
 KINDS["matryoshka"] = {"matryoshka": MATRYOSHKA}
 # Over the hookpoint and the layers beside it; FVU and CE recovered are those at the hookpoint.
-KINDS["crosscoder"] = {"crosscoder": True, **WITHOUT}
+KINDS["crosscoder"] = {"crosscoder": True, **NO_RUNNER_UPS}
 KINDS["topk, runner-ups"] = {}
 PANELS = {"ce_recovered": "CE recovered", "fvu": "FVU"}
 

@@ -260,13 +260,13 @@ def show(results: dict[str, Any]) -> None:
         ratios = [r["ratio"] for r in table]
         print(f"ratio  mean {mean(ratios):.3f} (goal {GOALS['mean fvu']}), worst {max(ratios):.3f}")
         print(f"dead   worst {max(r['dead'] for r in table):.2%} (goal {GOALS['dead_share']:.0%})")
-        heads = [r for r in table if r["ce"] is not None]
         times = [r["third_seconds"] for r in table if r.get("third", nan) <= 1]
         if times:
             print(
                 f"time   of the reference's to its FVU, from a third of its tokens: mean "
                 f"{mean(times):.3f}, worst {max(times):.3f} (goal {GOALS['seconds']})"
             )
+        heads = [r for r in table if r["ce"] is not None]
         print(f"CE     higher in {sum(r['ce'] > r['their_ce'] for r in heads)} of {len(heads)}")
 
 

@@ -52,7 +52,7 @@ class _ActiveAlone(torch.autograd.Function):
         return torch.where(active, grad, ctx.weight * (grad + slope)), None, None, None
 
 
-def selected(coder: "SparseCoder") -> int:
+def selected_over_k(coder: "SparseCoder") -> int:
     """How many latents of a row are selected, over k: those of every loss that is asked for."""
     if coder.cfg.multi_topk:
         return 4

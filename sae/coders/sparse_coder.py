@@ -20,7 +20,7 @@ from .families.family import family_of
 from .moments import Moments, Scale
 from .outputs import CoderErrors, CoderOutput, EncoderOutput
 from .prefixes import prefixes_of
-from .runner_ups import active_alone, selected
+from .runner_ups import active_alone, selected_over_k
 
 
 class SparseCoder(nn.Module):
@@ -225,12 +225,12 @@ class SparseCoder(nn.Module):
         if dead is not None and not len(dead):
             dead = None
 
-        wide_k = min(selected(self) * k, self.num_latents)
+        wide_k = min(selected_over_k(self) * k, self.num_latents)
         wide, dead_latents, levels = self.family.select(self, rows, wide_k, dead, groups)
         latents = wide
         if self.cfg.multi_topk:
             latents = self.family.narrow(self, rows, wide, k)
-        elif selected(self) > 1:
+        elif selected_over_k(self) > 1:
             latents = active_alone(self, wide, k)
         latents, dead_latents = self._passed_on(self._kept(latents), dead_latents)
         offset = self._offset(rows)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank, costs
 from ..coders.functional import k_aux
-from ..coders.runner_ups import selected
+from ..coders.runner_ups import selected_over_k
 from ..coders.sharded import ShardedCoder
 from ..coders.sparse_coder import SparseCoder
 from ..config import DENSE_WEIGHTS, Widths
@@ -249,7 +249,7 @@ def _rank_memory(
     if groups:  # candidates of 8 bytes: sent, received, in order, sent, received
         first = Schedule(training, 1, rows)  # where k falls it is largest
         k = max(
-            min(selected(coder) * first.k(0, coder), cfg.coder.latents(coder.d_in))
+            min(selected_over_k(coder) * first.k(0, coder), cfg.coder.latents(coder.d_in))
             for coder in coders
         )
         if training.auxk_alpha > 0:
@@ -283,7 +283,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 
     """
     training, d_in, d_out = cfg.training, coder.d_in, coder.d_out
     k = Schedule(training, 1, rows).k(0, coder)
-    wide = max(selected(coder), coder.family.candidates)
+    wide = max(selected_over_k(coder), coder.family.candidates)
     active = min(wide * k, coder.num_latents)
     dead = min(k_aux(d_out), coder.num_latents) if training.auxk_alpha else 0
     floats = (1 + max(1, len(coder.prefixes))) * d_out  # the reconstruction; errors, by prefix

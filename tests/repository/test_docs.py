@@ -326,6 +326,22 @@ def test_sharing_is_computed_and_measured_as_said() -> None:
         assert received == pytest.approx(count * each, rel=1e-6)
 
 
+def test_decoders_cut_either_way_send_what_was_computed() -> None:
+    """Over gloo each cut of a decoder sends its bytes on paper; the docs have what was measured."""
+    from benchmarks.exchange import sharing
+
+    result = json.loads((ROOT / "benchmarks/results/decoder_cut.json").read_text())
+    paper, rows, said = sharing(**result["shape"]), result["shape"]["rows"], []
+    for cut in ("columns", "latents"):
+        moved = rows * paper["bytes_a_row"][f"decoder by {cut}"]
+        moved += paper["bytes_a_step"].get(f"norms, by {cut}", 0)
+        found = result[cut]
+        assert found["received_bytes"] == moved
+        said.append(f"{found['received_bytes'] / 1e6:.1f} MB and {found['ms']:.0f} ms by {cut}")
+    page = " ".join(PAGES["docs/placement.md"].split())
+    assert f"{rows:,} rows take {', '.join(said)}" in page
+
+
 def test_every_start_of_the_quickstart_has_a_name_of_its_own() -> None:
     """What the script gives as the run's name differs from one second to the next."""
     script = (ROOT / "scripts/quickstart.sh").read_text()

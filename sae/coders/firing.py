@@ -79,6 +79,7 @@ class FiringRecord:
             "firing.tokens": torch.tensor(self.tokens),
             "firing.recent": self.recent,
             "firing.recent_rows": torch.tensor(self.recent_rows),
+            "firing.threshold": torch.tensor(self.threshold),
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -88,6 +89,8 @@ class FiringRecord:
         self.dead_count = None
         self.tokens = int(tensors["firing.tokens"])
         self.recent_rows = int(tensors["firing.recent_rows"])
+        # The default's rule may be another one since; runs of before did not write it.
+        self.threshold = int(tensors.get("firing.threshold", self.threshold))
 
 
 def dead_latents(records: dict[str, FiringRecord]) -> dict[str, Int[Tensor, " M"] | None]:

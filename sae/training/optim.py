@@ -32,6 +32,7 @@ class CoderOptimizer:
         self.schedule, self.lr = schedule, 0.0
         self.name: OptimizerName = cfg.optimizer
         self.peak_lr = peak_lr = schedule.peak_lr(coder.num_latents, coder.cfg.transcode)
+        self.encoder_lr = schedule.encoder_lr(coder.cfg.transcode)
         of_matrices = self.name in ("muon", "soap")
         matrices = {n: p for n, p in parameters.items() if of_matrices and p.ndim == 2}
         rest = {n: p for n, p in parameters.items() if n not in matrices}
@@ -60,8 +61,7 @@ class CoderOptimizer:
         for optimizer, names in zip(self.optimizers, self.names, strict=True):
             for name, group in zip(names, optimizer.param_groups, strict=True):
                 unit = self.coder.unit(name)
-                encoder = self.schedule.encoder_lr(self.coder.cfg.transcode)
-                factor = encoder if name == "encoder.weight" else 1.0
+                factor = self.encoder_lr if name == "encoder.weight" else 1.0
                 rate = unit * factor
                 if "weight_decay" in group:  # which the rate multiplies as well
                     group["weight_decay"] = optimizer.defaults["weight_decay"] / unit
@@ -107,6 +107,8 @@ class CoderOptimizer:
         """Everything that resuming needs, by name: the training point and the optimizers' state."""
         found = {f"point.{n}": p.detach() for n, p in self.coder.named_parameters()}
         found["scale"] = torch.tensor(self.coder.scale, dtype=torch.float64)
+        # Rules of defaults may change from version to version, a run's rates do not.
+        found["rates"] = torch.tensor([self.peak_lr, self.encoder_lr], dtype=torch.float64)
         for i, (optimizer, names) in enumerate(zip(self.optimizers, self.names, strict=True)):
             for name, group in zip(names, optimizer.param_groups, strict=True):
                 (parameter,) = group["params"]
@@ -128,6 +130,8 @@ class CoderOptimizer:
             parameter.copy_(stored)
         if "scale" in tensors:  # runs of before had none
             self.coder.scale = Scale(*tensors["scale"].tolist())
+        if "rates" in tensors:
+            self.peak_lr, self.encoder_lr = tensors["rates"].tolist()
         for i, (optimizer, names) in enumerate(zip(self.optimizers, self.names, strict=True)):
             for name, group in zip(names, optimizer.param_groups, strict=True):
                 (parameter,) = group["params"]

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from training_runs import SignDescent, coder_optimizer
 
 from sae import SaeConfig, SparseCoder, TrainingConfig, TranscoderConfig, UsageError
+from sae.coders.firing import FiringRecord
 from sae.coders.moments import Moments, Scale
 from sae.coders.sharded import ShardedCoder
 from sae.config import OptimizerName
@@ -261,6 +262,38 @@ def test_optimizer_state_survives_a_round_trip(name: str) -> None:
     go(second, b, range(5, 10))
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_resumed_run_keeps_its_rates_and_silence_when_the_rules_change() -> None:
+    """Rates and the dead threshold come from the checkpoint; one that has none takes the rules."""
+    coder = SparseCoder(8, SaeConfig(num_latents=32, k=3))
+    then = Schedule(TrainingConfig(lr=0.02, encoder_lr=0.9, dead_feature_threshold=200), 100, 64)
+    now = Schedule(TrainingConfig(lr_warmup=0), 100, 64)
+    began = CoderOptimizer(coder, then), FiringRecord.of(coder, then.dead_threshold(coder))
+    coder(torch.randn(20, 8)).fvu.backward()
+    began[0].step(0)
+    tensors = {**began[0].state_tensors(), **began[1].state_tensors()}
+
+    def resumed(tensors: dict[str, torch.Tensor]) -> tuple[float, float, int]:
+        coder = SparseCoder(8, SaeConfig(num_latents=32, k=3))
+        optimizer, firing = CoderOptimizer(coder, now), FiringRecord.of(coder, 7)
+        optimizer.load_state_tensors(tensors)
+        firing.load_state_tensors(tensors)
+        coder(torch.randn(20, 8)).fvu.backward()
+        optimizer.step(1)
+        (of_encoder,) = [
+            group["lr"] / coder.unit("encoder.weight")
+            for name, group in zip(
+                optimizer.names[0], optimizer.optimizers[0].param_groups, strict=True
+            )
+            if name == "encoder.weight"
+        ]
+        return optimizer.lr, of_encoder, firing.threshold
+
+    assert resumed(tensors) == (0.02, pytest.approx(0.9 * 0.02), 200)
+    older = {n: t for n, t in tensors.items() if n not in ("rates", "firing.threshold")}
+    rule = now.peak_lr(32)
+    assert resumed(older) == (rule, pytest.approx(0.5 * rule), 7)
 
 
 def test_the_silence_of_a_dead_latent_is_a_share_of_the_run_within_bounds() -> None:

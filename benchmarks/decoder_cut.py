@@ -11,11 +11,8 @@ same candidates, and then a sum of whole rows, of which every rank has a part.
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +21,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.exchange import sharing
+from benchmarks.exchange import in_turns, most_of_ranks, sharing
 from benchmarks.step import machine
 from sae.coders.sharded_kernels import share
 from sae.placement.groups import Group, connect_groups
@@ -57,31 +54,17 @@ def by_latents(group: Group, rows: int, k: int, d: int) -> None:
 
 
 def worker(repeats: int) -> dict[str, dict[str, float]]:
-    """Both ways in turns: the median of their milliseconds, and bytes that this rank receives."""
+    """Both ways, in turns, on the ranks of this launch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ranks = Ranks(torch.device("cpu"), 10.0)
     group = connect_groups({"coder": range(ranks.world)}, ranks)["coder"]
     d, latents, k, rows = (SHAPE[n] for n in ("d", "latents", "k", "rows"))
     ways = {
-        "columns": lambda: by_columns(group, rows, k, latents),
-        "latents": lambda: by_latents(group, rows, k, d),
+        "columns": partial(by_columns, group, rows, k, latents),
+        "latents": partial(by_latents, group, rows, k, d),
     }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    received: dict[str, float] = {}
-    for _ in range(repeats + 1):
-        for way, send in ways.items():
-            dist.barrier()
-            ranks.clear_traffic()
-            began = time.perf_counter()
-            send()
-            dist.barrier()
-            seconds[way].append(time.perf_counter() - began)
-            received[way] = ranks.traffic()[f"bytes_received/rank{ranks.rank}"]
-    return {
-        way: {"ms": 1e3 * statistics.median(seconds[way][1:]), "received_bytes": received[way]}
-        for way in ways
-    }
+    return in_turns(ways, ranks, repeats)
 
 
 def main() -> None:
@@ -94,15 +77,7 @@ def main() -> None:
         found = worker(args.repeats)
         (args.worker / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launch += ["--nproc_per_node", str(SHAPE["gpus"]), __file__, "--worker", folder]
-        subprocess.run([*launch, "--repeats", str(args.repeats)], check=True)
-        each = [json.loads(f.read_text()) for f in Path(folder).iterdir()]
-    found = {
-        way: {name: max(rank[way][name] for rank in each) for name in each[0][way]}
-        for way in each[0]
-    }
+    found = most_of_ranks(SHAPE["gpus"], __file__, "--repeats", str(args.repeats))
     paper = sharing(**SHAPE)
     print(f"{SHAPE} on {machine('cpu')}")
     for way, seen in found.items():
@@ -110,7 +85,7 @@ def main() -> None:
         moved += paper["bytes_a_step"].get(f"norms, by {way}", 0)
         print(
             f"decoder by {way:8} {seen['received_bytes'] / 1e6:8.1f} MB received by a rank "
-            f"(on paper {moved / 1e6:.1f}), {seen['ms']:6.0f} ms"
+            f"(on paper {moved / 1e6:.1f}), {seen['step_ms']:6.0f} ms"
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

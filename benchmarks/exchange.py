@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,29 +97,50 @@ def worker(modes: list[str], repeats: int) -> dict[str, dict[str, float]]:
     pairs = {
         name: (torch.randn(rows, w.d_in), torch.randn(rows, w.d_out)) for name, w in widths.items()
     }
-    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    received: dict[str, float] = {}
-    parts = {}
+    steps: dict[str, Callable[[], None]] = {}
     for mode in modes:
         each = ranks.world if mode == SHARED else 1
         exchange = Exchange(ranks, costs(widths, cfg, (0,)), mode != "replicas", (), each)
         here, groups = exchange.trained_here(widths), exchange.groups
         bank = CoderBank(here, cfg, (0,), "cpu", groups=groups)
-        parts[mode] = (exchange, bank, {n: CoderOptimizer(c, SIGNUM) for n, c in bank.items()})
+        rules = {n: CoderOptimizer(c, SIGNUM) for n, c in bank.items()}
+        steps[mode] = partial(train_step, mode, exchange, bank, rules, pairs)
+    return in_turns(steps, ranks, repeats)
+
+
+def in_turns(
+    ways: dict[str, Callable[[], None]], ranks: Ranks, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Of each way the median of its milliseconds, and bytes that this rank receives."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    received: dict[str, float] = {}
     for _ in range(repeats + 1):
-        for mode in modes:
+        for way, run in ways.items():
             if ranks.world > 1:
                 dist.barrier()
             ranks.clear_traffic()
             began = time.perf_counter()
-            train_step(mode, *parts[mode], pairs)
+            run()
             if ranks.world > 1:
                 dist.barrier()
-            seconds[mode].append(time.perf_counter() - began)
-            received[mode] = ranks.traffic().get(f"bytes_received/rank{ranks.rank}", 0.0)
+            seconds[way].append(time.perf_counter() - began)
+            received[way] = ranks.traffic().get(f"bytes_received/rank{ranks.rank}", 0.0)
     return {
-        mode: {"step_ms": 1e3 * statistics.median(seconds[mode][1:]), "received": received[mode]}
-        for mode in modes
+        way: {"step_ms": 1e3 * statistics.median(seconds[way][1:]), "received_bytes": received[way]}
+        for way in ways
+    }
+
+
+def most_of_ranks(world: int, script: str, *arguments: str) -> dict[str, dict[str, float]]:
+    """The largest of each figure that the ranks of a launch of `script` measure."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += ["--nproc_per_node", str(world), script, "--worker", folder, *arguments]
+        subprocess.run(launch, check=True)
+        found = [json.loads(f.read_text()) for f in sorted(Path(folder).iterdir())]
+    return {
+        way: {name: max(rank[way][name] for rank in found) for name in figures}
+        for way, figures in found[0].items()
     }
 
 
@@ -261,21 +284,15 @@ def main() -> None:
         return
     result: dict[str, Any] = {"machine": machine("cpu"), "shape": SHAPE, "assumed": ASSUMED}
     for world in [] if args.paper else args.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            launch += ["--nproc_per_node", str(world), __file__, "--worker", folder]
-            launch += ["--repeats", str(args.repeats), "--modes", *args.modes]
-            subprocess.run(launch, check=True)
-            found = [json.loads(f.read_text()) for f in sorted(Path(folder).iterdir())]
+        arguments = ["--repeats", str(args.repeats), "--modes", *args.modes]
+        found = most_of_ranks(world, __file__, *arguments)
         if world == args.ranks[0]:
             print(f"{SHAPE} on {result['machine']}")
             print(f"{'ranks':>5} {'mode':10} {'MB received by a rank':>22} {'step ms':>9}")
-        result[f"ranks_{world}"] = {}
-        for mode in args.modes:
-            received = max(rank[mode]["received"] for rank in found)
-            step = max(rank[mode]["step_ms"] for rank in found)
-            result[f"ranks_{world}"][mode] = {"received_bytes": received, "step_ms": step}
-            print(f"{world:5} {mode:10} {received / 1e6:22.2f} {step:9.1f}")
+        result[f"ranks_{world}"] = found
+        for mode, seen in found.items():
+            megabytes = seen["received_bytes"] / 1e6
+            print(f"{world:5} {mode:10} {megabytes:22.2f} {seen['step_ms']:9.1f}")
     if SHARED in args.modes:
         result["paper"] = [sharing(4096, 2**20, 64, 8, 16_384), wide_paper()]
         for case in result["paper"]:

@@ -337,7 +337,9 @@ def test_decoders_cut_either_way_send_what_was_computed() -> None:
         moved += paper["bytes_a_step"].get(f"norms, by {cut}", 0)
         found = result[cut]
         assert found["received_bytes"] == moved
-        said.append(f"{found['received_bytes'] / 1e6:.1f} MB and {found['ms']:.0f} ms by {cut}")
+        said.append(
+            f"{found['received_bytes'] / 1e6:.1f} MB and {found['step_ms']:.0f} ms by {cut}"
+        )
     page = " ".join(PAGES["docs/placement.md"].split())
     assert f"{rows:,} rows take {', '.join(said)}" in page
 

@@ -55,7 +55,7 @@ from sae.training.bad_steps import BadSteps, Metrics, ask, bad_number
 from sae.training.end_to_end import EndToEnd
 from sae.training.given_rows import Activations, GivenRows
 from sae.training.logs import RunLog, show_summary
-from sae.training.losses import auxiliary_loss, divide_gradients_, runner_ups_weight, wake_dead_
+from sae.training.losses import auxiliary_loss, divide_gradients_, own_losses, wake_dead_
 from sae.training.optim import CoderOptimizer
 from sae.training.schedules import Schedule, dealing, sequences_per_batch
 from sae.training.start import first_moments
@@ -139,7 +139,7 @@ def train(
 
     # Coders of this rank, by hookpoint and seed, each with an optimizer and a record of what fires.
     here = exchange.trained_here(widths)
-    how = (dtype, kernels, exchange.groups, exchange.post, runner_ups_weight(cfg.coder, training))
+    how = (dtype, kernels, exchange.groups, exchange.post, *own_losses(cfg.coder, training))
     with ranks.together():
         bank = CoderBank(here, coder_config(cfg.coder, capture), seeds, ranks.device, *how)
         optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}

@@ -32,7 +32,7 @@ from sae.flag_checks import from_flags
 from sae.kernels.twins import Kernels
 from sae.lm.capture import Capture
 from sae.lm.loading import find_hookpoints, load_lm, token_limits
-from sae.training.losses import auxiliary_loss, divide_gradients_, runner_ups_weight, wake_dead_
+from sae.training.losses import auxiliary_loss, divide_gradients_, own_losses, wake_dead_
 from sae.training.optim import CoderOptimizer
 from sae.training.schedules import Schedule
 from sae.training.step_sums import StepSums
@@ -65,8 +65,8 @@ def trial(flags: dict[str, Any], train: Rows, held: Rows, rows: int = ROWS) -> d
     kind = from_flags(SparseCoderConfig, {"expansion_factor": 16, **flags})
     (x, y), total = train, len(train[1]) // rows
     widths = {"h": Widths(x.shape[1], y.shape[1])}
-    weight = runner_ups_weight(kind, cfg)
-    bank = CoderBank(widths, kind, cfg.init_seeds, "cpu", kernels=Kernels(), runner_ups=weight)
+    losses = own_losses(kind, cfg)._asdict()
+    bank = CoderBank(widths, kind, cfg.init_seeds, "cpu", kernels=Kernels(), **losses)
     coder, schedule = bank["h"], Schedule(cfg, total, rows)
     first = slice(0, 16 * rows)
     moments = [{"h": Moments.of(tensor[first].float())} for tensor in (x, y)]

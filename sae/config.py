@@ -172,9 +172,7 @@ class ModelConfig:
         if self.per_head and not self.hookpoints:
             refuse(self, "per_head", "residual streams have no heads: name modules by --hookpoints")
         if self.layers and self.layer_stride != 1:
-            refuse(
-                self, "layer_stride", "thins out the default of all layers: drop it, or --layers"
-            )
+            refuse(self, "layer_stride", "thins out the default, all layers: drop it, or --layers")
 
 
 @dataclass(frozen=True)
@@ -280,6 +278,8 @@ class TrainingConfig:
     """Open files of --finetune that are pickles (.pt), which can run code: of people you trust."""
     runner_ups: Annotated[float | None, AtLeast(0)] = None
     """Weight of what the k latents next to the active ones learn; default: 0.3 where it can be."""
+    auxk_alone: bool = False
+    """AuxK teaches each dead latent what it alone would explain, not all of a row together."""
 
     @property
     def uses_lm_loss(self) -> bool:

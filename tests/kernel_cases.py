@@ -60,10 +60,12 @@ def losses_and_gradients(
     device: torch.device | str = "cpu",
     offset_by_row: bool = False,
     through_out: bool = False,
+    alone: bool = False,
 ) -> list[Tensor]:
     """sae_out, both errors, and the gradients of their weighted sum.
 
-    `through_out`: a loss of sae_out itself is added, as in end-to-end training.
+    `through_out`: a loss of sae_out itself is added, as in end-to-end training. `alone`: of dead
+    latents that learn alone.
     """
     moved = [t.detach().to(device, copy=True).requires_grad_() for t in tensors]
     x, W_enc, b_enc, W_dec, pre_bias = moved
@@ -73,7 +75,7 @@ def losses_and_gradients(
     )
     offset = (x * 0.3 + pre_bias) if offset_by_row else pre_bias
     y = (2 * x + 1).detach()
-    out, error, dead_error, _ = ops.reconstruct(latents, W_dec, offset, y, of_dead)
+    out, error, dead_error, _ = ops.reconstruct(latents, W_dec, offset, y, of_dead, alone=alone)
     loss = error + dead_error / 32
     if through_out:
         loss = loss + (out * torch.arange(out.numel(), device=device).view_as(out).cos()).sum()

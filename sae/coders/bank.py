@@ -41,12 +41,14 @@ class CoderBank(nn.Module):
         groups: Mapping[str, Group] | None = None,
         post: Post | None = None,
         runner_ups: float = 0.0,
+        auxk_alone: bool = False,
     ) -> None:
         """Coders at the hookpoints of `widths`.
 
         `matmul_dtype`: the encoders' products, forward and backward; weights are float32. Of the
         coders at the hookpoints in `groups` only what this rank of the group holds. Without `post`
-        all layers of a cross-layer transcoder are here. `runner_ups`: the weight of their loss.
+        all layers of a cross-layer transcoder are here. `runner_ups`: the weight of their loss;
+        `auxk_alone`: as in training.
         """
         super().__init__()
         self.transcode = cfg.transcode
@@ -77,6 +79,7 @@ class CoderBank(nn.Module):
                     generator=torch.Generator().manual_seed(own),
                 )
                 coder.matmul_dtype, coder.runner_ups = matmul_dtype, runner_ups
+                coder.auxk_alone = auxk_alone
                 if isinstance(coder, Crosscoder):
                     coder.on_scaled_rows = True
                 if kernels is not None:

@@ -285,11 +285,13 @@ def reconstruct(
     y: Float[Tensor, "N D"],
     dead_latents: Latents | None = None,
     prefixes: tuple[int, ...] = (),
+    alone: bool = False,
 ) -> Reconstruction:
     """sae_out = decode(latents) + offset beside y, and AuxK's reconstruction of what is missing.
 
-    e = y - sae_out, which gets no gradient here, and e_hat = decode(dead_latents). Of each m of
-    `prefixes`, sae_out_m is the reconstruction from the active ones of the first m latents.
+    e = y - sae_out, which gets no gradient here, and e_hat = decode(dead_latents); `alone`: as in
+    `error_alone`. Of each m of `prefixes`, sae_out_m is the reconstruction from the active ones of
+    the first m latents.
 
     Source: Gao et al., appendix A.2 (AuxK); Bussmann et al., "Learning Multi-Level Features with
     Matryoshka Sparse Autoencoders" (arXiv 2503.17547; prefixes).
@@ -297,11 +299,32 @@ def reconstruct(
     sae_out = decode(latents, W_dec) + offset
     error, dead_error, prefix_errors = squared_error(y, sae_out), None, None
     if dead_latents is not None:
-        dead_error = squared_error(y - sae_out, decode(dead_latents, W_dec))
+        kind = error_alone if alone else error_together
+        dead_error = kind(y - sae_out, dead_latents, W_dec)
     if prefixes:
         outs = [decode(of_prefix(latents, m), W_dec) + offset for m in prefixes]
         prefix_errors = torch.stack([squared_error(y, out) for out in outs])
     return Reconstruction(sae_out, error, dead_error, prefix_errors)
+
+
+def error_together(
+    e: Float[Tensor, "N D"], latents: Latents, W_dec: Float[Tensor, "L D"]
+) -> Float[Tensor, ""]:
+    """sum_n ||e_n - e_hat_n||^2, e_hat = decode(latents)."""
+    return squared_error(e, decode(latents, W_dec))
+
+
+def error_alone(
+    e: Float[Tensor, "N D"], latents: Latents, W_dec: Float[Tensor, "L D"]
+) -> Float[Tensor, ""]:
+    """sum_n ||e_n||^2 - sum_nj (||e_n||^2 - ||e_n - acts_nj W_dec_j||^2).
+
+    What each of the latents alone explains of e, taken from it: below 0 where they overlap.
+    """
+    e, rows = e.detach(), W_dec[latents.indices]
+    gains = 2 * latents.acts * (rows * e.unsqueeze(1)).sum(2)
+    gains = gains - latents.acts.square() * rows.square().sum(2)
+    return squared_error(e, torch.zeros_like(e)) - gains.sum()
 
 
 def of_prefix(latents: Latents, m: int) -> Latents:

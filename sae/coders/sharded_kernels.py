@@ -158,13 +158,14 @@ class ShardedKernels(Kernels):
         y: Tensor,
         dead_latents: Latents | None = None,
         prefixes: tuple[int, ...] = (),
+        alone: bool = False,
     ) -> Reconstruction:
         """Twin of `functional.reconstruct`: this rank's columns, the errors of all columns."""
         found = [latents] if dead_latents is None else [latents, dead_latents]
         acts = copied(self.group, *(each.acts for each in found))
         found = [each._replace(acts=own) for each, own in zip(found, acts, strict=True)]
         of_dead = None if dead_latents is None else found[1]
-        here = super().reconstruct(found[0], W_dec, offset, y, of_dead, prefixes)
+        here = super().reconstruct(found[0], W_dec, offset, y, of_dead, prefixes, alone)
         parts = {n: part for n, part in here._asdict().items() if part is not None}
         del parts["sae_out"]
         return here._replace(**{n: _apply(_Summed, self.group, p) for n, p in parts.items()})

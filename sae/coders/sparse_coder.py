@@ -52,6 +52,7 @@ class SparseCoder(nn.Module):
 
     runner_ups: float = 0.0
     """Weight of what runner-ups learn, while a run trains this coder."""
+    auxk_alone: bool = False
 
     prefix: int | None = None
     """How many latents may be active, the first ones, of a coder that `first` returned."""
@@ -237,7 +238,7 @@ class SparseCoder(nn.Module):
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
         arguments = (self.W_dec, offset, y_rows)
         sae_out, squared_error, dead_error, prefix_errors = self.kernels.reconstruct(
-            latents, *arguments, dead_latents, self.prefixes
+            latents, *arguments, dead_latents, self.prefixes, self.auxk_alone
         )
         auxk_error = multi_topk_error = squared_error.new_zeros(())
         if dead is not None and dead_error is not None:

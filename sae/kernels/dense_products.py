@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -62,6 +63,11 @@ class AllOf:
     ) -> Float[Tensor, "N P"]:
         """out_nm = <rows_n, table[latents_m]>."""
         return rows.to(self.dtype) @ self._rows_of(table).T
+
+    def of_entries(self, values: Float[Tensor, " L"]) -> Float[Tensor, " P"]:
+        """out_m = values[latents_m], of every row."""
+        missing = self.padded(len(self.latents)) - len(self.latents)
+        return F.pad(values[self.latents], (0, missing))
 
     def sort(self, weights: Float[Tensor, "N P"]) -> Float[Tensor, "N P"]:
         """The weights as they are: there are no entries to put into order."""

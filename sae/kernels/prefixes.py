@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .auxk import AuxK
 from .backend import Backend
 from .dense_products import AllOf
 from .entries import Entries
@@ -72,6 +73,7 @@ class ReconstructPrefixes(torch.autograd.Function):
     def forward(
         ctx: Any,
         backend: Backend,
+        alone: bool,
         ends: tuple[int, ...],
         W_dec: Float[Tensor, "L D"],
         offset: Float[Tensor, "*N D"],
@@ -92,14 +94,14 @@ class ReconstructPrefixes(torch.autograd.Function):
         sae_out = differences[-1].clone()
         differences.sub_(y)
         errors = torch.stack([square_sum(difference) for difference in differences])
-        found, missing = [sae_out, errors[-1].clone(), errors], None
+        found, auxk = [sae_out, errors[-1].clone(), errors], None
         if dead_acts is not None:
             assert dead_indices is not None
             dead_order = dead_order or ByLatent(backend, dead_indices, len(W_dec))
-            missing = dead_order.weighted_rows(dead_acts, W_dec).add_(differences[-1])
-            found.append(square_sum(missing))
+            auxk = AuxK(dead_order, dead_acts, W_dec, differences[-1], alone)
+            found.append(auxk.error)
         ctx.save_for_backward(W_dec, acts, dead_acts)
-        ctx.orders, ctx.rows, ctx.offset = (order, dead_order), (differences, missing), offset.ndim
+        ctx.order, ctx.auxk, ctx.differences, ctx.offset = order, auxk, differences, offset.ndim
         ctx.set_materialize_grads(False)
         return tuple(found)
 
@@ -114,11 +116,14 @@ class ReconstructPrefixes(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         """The gradients of W_dec, the offset and activations."""
         W_dec, acts, dead_acts = ctx.saved_tensors
-        (order, dead_order), (differences, missing) = ctx.orders, ctx.rows
+        order, differences, auxk = ctx.order, ctx.differences, ctx.auxk
         assert differences is not None, "the gradient of an error is taken once"
-        ctx.rows = None, None
-        grad_W, grad_offset, _, grad_acts, *_ = ctx.needs_input_grad[2:]
+        ctx.differences = ctx.auxk = None
+        grad_W, grad_offset, _, grad_acts, *_ = ctx.needs_input_grad[3:]
         d_W = d_offset = d_acts = d_dead = None
+        left = differences[-1]
+        if grad_dead is not None and auxk.alone:  # of the differences as they are
+            d_dead, d_W = auxk.gradients(grad_dead, dead_acts, W_dec, left, grad_W)
         if not grad_out is grad_error is grad_errors is None:
             factors = differences.new_zeros(len(differences))
             factors += 0 if grad_errors is None else grad_errors
@@ -130,12 +135,10 @@ class ReconstructPrefixes(torch.autograd.Function):
                 shorter.add_(longer)
             rows = differences.flatten(0, 1)
             d_acts = order.sampled_product(rows, W_dec) if grad_acts else None
-            d_W = order.sum_rows(order.sort(acts), rows) if grad_W else None
+            if grad_W:
+                d_W = order.sum_rows(order.sort(acts), rows, add_to=d_W)
             if grad_offset:
                 d_offset = differences[0] if ctx.offset == 2 else differences[0].sum(0)
-        if grad_dead is not None:
-            rows = missing.mul_(2 * grad_dead)
-            d_dead = dead_order.sampled_product(rows, W_dec)
-            if grad_W:
-                d_W = dead_order.sum_rows(dead_order.sort(dead_acts), rows, add_to=d_W)
-        return None, None, d_W, d_offset, None, d_acts, None, None, d_dead, None, None
+        if grad_dead is not None and not auxk.alone:
+            d_dead, d_W = auxk.gradients(grad_dead, dead_acts, W_dec, left, grad_W, d_W)
+        return None, None, None, d_W, d_offset, None, d_acts, None, None, d_dead, None, None

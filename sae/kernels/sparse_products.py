@@ -217,6 +217,10 @@ class ByLatent:
         """out_nj = <rows_n, table[indices_nj]>."""
         return sampled_product(self.backend, rows, table, self.indices)
 
+    def of_entries(self, values: Float[Tensor, " L"]) -> Float[Tensor, "N K"]:
+        """out_nj = values[indices_nj]."""
+        return values[self.indices]
+
     def sort(self, values: Float[Tensor, "N K"]) -> Float[Tensor, " E"]:
         """The entries' values in that order."""
         order = self._sorted.order

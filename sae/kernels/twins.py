@@ -23,13 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from ..config import Activation, KernelChoice
 from . import updates
+from .auxk import AuxK
 from .backend import Backend
 from .dense_products import AllOf, Linear
 from .entries import Around
 from .latents import Latents, above, around, in_groups, largest
 from .prefixes import ReconstructPrefixes
 from .selection import largest_columns
-from .sparse_products import ByLatent, reconstruct, square_sum
+from .sparse_products import ByLatent, reconstruct
 
 
 class Reconstruction(NamedTuple):
@@ -161,13 +162,14 @@ class Kernels:
         y: Float[Tensor, "N D"],
         dead_latents: Latents | None = None,
         prefixes: tuple[int, ...] = (),
+        alone: bool = False,
     ) -> Reconstruction:
         """Twin of `functional.reconstruct`: both share the gradient of W_dec."""
         arguments: tuple[Any, ...] = (W_dec, offset, y.detach(), *latents, *(dead_latents or ()))
         if prefixes:
-            found = _apply(ReconstructPrefixes, self.backend, prefixes, *arguments)
+            found = _apply(ReconstructPrefixes, self.backend, alone, prefixes, *arguments)
             return Reconstruction(found[0], found[1], (*found, None)[3], found[2])
-        found = _apply(_Reconstruct, self.backend, *arguments)
+        found = _apply(_Reconstruct, self.backend, alone, *arguments)
         return Reconstruction(found[0], found[1], found[2] if dead_latents else None)
 
     def linear(
@@ -314,57 +316,72 @@ class _Reconstruct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: Backend, W_dec: Tensor, offset: Tensor, y: Tensor, *latents: Any
+        ctx: Any,
+        backend: Backend,
+        alone: bool,
+        W_dec: Tensor,
+        offset: Tensor,
+        y: Tensor,
+        acts: Tensor,
+        indices: Tensor,
+        order: ByLatent | None,
+        dead_acts: Tensor | None = None,
+        dead_indices: Tensor | None = None,
+        dead_order: ByLatent | AllOf | None = None,
     ) -> tuple[Tensor, ...]:
-        acts, indices, orders = latents[::3], latents[1::3], latents[2::3]
-        ctx.orders = [
-            order or ByLatent(backend, i, len(W_dec))
-            for i, order in zip(indices, orders, strict=True)
-        ]
-        found = reconstruct(ctx.orders[0], acts[0], W_dec, offset, y)
-        differences, errors = [found.difference], [found.squared_error]
-        if len(acts) > 1:  # AuxK reconstructs what is missing, y - sae_out
-            e_hat = ctx.orders[1].weighted_rows(acts[1], W_dec)
-            differences.append(e_hat.add_(found.difference))
-            errors.append(square_sum(differences[1]))
-        ctx.save_for_backward(W_dec, *acts)
-        ctx.differences, ctx.products, ctx.offset = differences, found.products, offset.ndim
+        ctx.order, ctx.auxk = order or ByLatent(backend, indices, len(W_dec)), None
+        found = reconstruct(ctx.order, acts, W_dec, offset, y)
+        errors = [found.squared_error]
+        if dead_acts is not None:
+            assert dead_indices is not None
+            dead_order = dead_order or ByLatent(backend, dead_indices, len(W_dec))
+            ctx.auxk = AuxK(dead_order, dead_acts, W_dec, found.difference, alone)
+            errors.append(ctx.auxk.error)
+        ctx.save_for_backward(W_dec, acts, dead_acts)
+        ctx.difference, ctx.products, ctx.offset = found.difference, found.products, offset.ndim
         ctx.set_materialize_grads(False)
         return found.sae_out, *errors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> Any:
-        W_dec, *acts = ctx.saved_tensors
-        _, grad_W, grad_offset, *_ = ctx.needs_input_grad
-        d_W = d_offset = None
-        d_latents = list[Tensor | None]([None] * 3 * len(acts))
-        for i, (top_acts, order, grad) in enumerate(zip(acts, ctx.orders, grads, strict=True)):
-            towards_out = grad_out if i == 0 else None
-            if grad is None and towards_out is None:
-                continue
-            # The gradient of sae_out, or e_hat, is factor * rows.
-            rows, products, factor = towards_out, None, 1.0
-            if grad is not None:
-                rows, ctx.differences[i] = ctx.differences[i], None
-                assert rows is not None, "the gradient of an error is taken once"
-                products = ctx.products if i == 0 and towards_out is None else None
-                factor = 2 * grad
+    def backward(
+        ctx: Any,
+        grad_out: Tensor | None,
+        grad_error: Tensor | None,
+        grad_dead: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        W_dec, acts, dead_acts = ctx.saved_tensors
+        grad_W, grad_offset, _, grad_acts, *_ = ctx.needs_input_grad[2:]
+        d_W = d_offset = d_acts = d_dead = None
+        difference, ctx.difference, auxk, ctx.auxk = ctx.difference, None, ctx.auxk, None
+        if grad_dead is not None and auxk.alone:  # of the difference as it is
+            d_dead, d_W = auxk.gradients(grad_dead, dead_acts, W_dec, difference, grad_W)
+        if not grad_out is grad_error is None:
+            # The gradient of sae_out is factor * rows.
+            rows, products, factor = grad_out, None, 1.0
+            if grad_error is not None:
+                assert difference is not None, "the gradient of an error is taken once"
+                rows, factor = difference, 2 * grad_error
+                products = ctx.products if grad_out is None else None
                 if products is None:
                     rows, factor = rows.mul_(factor), 1.0
-                    rows = rows if towards_out is None else rows.add_(towards_out)
+                    rows = rows if grad_out is None else rows.add_(grad_out)
             assert rows is not None
-            if ctx.needs_input_grad[4 + 3 * i]:
-                d_latents[3 * i] = (
-                    order.sampled_product(rows, W_dec) if products is None else products * factor
+            if grad_acts:
+                d_acts = (
+                    ctx.order.sampled_product(rows, W_dec)
+                    if products is None
+                    else products * factor
                 )
             if grad_W:
-                weights = top_acts if products is None else top_acts * factor
-                d_W = order.sum_rows(order.sort(weights), rows.contiguous(), add_to=d_W)
-            if grad_offset and i == 0:
+                weights = acts if products is None else acts * factor
+                d_W = ctx.order.sum_rows(ctx.order.sort(weights), rows.contiguous(), add_to=d_W)
+            if grad_offset:
                 d_offset = rows if ctx.offset == 2 else rows.sum(0)
                 d_offset = d_offset if products is None else d_offset * factor
-        return None, d_W, d_offset, None, *d_latents
+        if grad_dead is not None and not auxk.alone:
+            d_dead, d_W = auxk.gradients(grad_dead, dead_acts, W_dec, difference, grad_W, d_W)
+        return None, None, d_W, d_offset, None, d_acts, None, None, d_dead, None, None
 
 
 def _within(indices: Tensor, limit: int) -> bool:

@@ -28,7 +28,7 @@ from ..lm.loading import find_hookpoints
 from ..placement.groups import Group
 from ..placement.launch import asks_for_cpu, on_cpu, read_mpi, sharded, working_dtype
 from ..placement.owners import Placement, owned_by, plan_owners, read_owners
-from ..training.losses import runner_ups_weight
+from ..training.losses import own_losses
 from ..training.optim import check_optimizer, state_bytes, update_bytes
 from ..training.schedules import Schedule, dealing, sequences_per_batch
 
@@ -219,7 +219,7 @@ def _rank_memory(
     post = None
     if rank is not None and cfg.coder.cross_layer:
         post = Layers(rank, {name: ranks.start for name, ranks in owner.items()})
-    weight = runner_ups_weight(cfg.coder, training)
+    weight = own_losses(cfg.coder, training).runner_ups
     bank = CoderBank(
         mine, cfg.coder, training.init_seeds, "meta", groups=groups, post=post, runner_ups=weight
     )

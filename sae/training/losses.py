@@ -1,5 +1,7 @@
 """The losses of a step beside the one at hand, and how sums of squared errors become FVU."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,19 @@ def auxiliary_loss(errors: CoderErrors, auxk_alpha: float) -> Tensor:
     return auxk_alpha * errors.auxk_error + errors.multi_topk_error / 8
 
 
-def runner_ups_weight(coder: SparseCoderConfig, training: TrainingConfig) -> float:
+class OwnLosses(NamedTuple):
+    """What a coder has to know of the losses that are part of its own forward."""
+
+    runner_ups: float
     """--runner_ups; where that is not given 0.3, of coders and losses that have such."""
-    if training.runner_ups is not None:
-        return training.runner_ups
-    return 0.0 if excluded_by(coder, training) else 0.3
+    auxk_alone: bool
+
+
+def own_losses(coder: SparseCoderConfig, training: TrainingConfig) -> OwnLosses:
+    """Those of a run."""
+    default = 0.0 if excluded_by(coder, training) else 0.3
+    weight = default if training.runner_ups is None else training.runner_ups
+    return OwnLosses(weight, training.auxk_alone)
 
 
 @torch.no_grad()

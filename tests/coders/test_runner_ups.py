@@ -11,7 +11,7 @@ from sae.coders import functional
 from sae.coders.bank import CoderBank
 from sae.config import KernelChoice, TrainingConfig, Widths
 from sae.kernels.twins import Kernels
-from sae.training.losses import runner_ups_weight
+from sae.training.losses import own_losses
 from train_sae import TrainConfig
 
 D, L, K, WEIGHT = 12, 40, 3, 0.3
@@ -91,11 +91,11 @@ def test_there_are_no_more_runner_ups_than_latents() -> None:
 
 def test_runner_ups_weigh_what_the_flag_says() -> None:
     """By default 0.3 where there are such, and nothing elsewhere."""
-    assert runner_ups_weight(SaeConfig(), TrainingConfig()) == 0.3
-    assert runner_ups_weight(TranscoderConfig(), TrainingConfig()) == 0.3
-    assert runner_ups_weight(SaeConfig(), TrainingConfig(runner_ups=0)) == 0
-    assert runner_ups_weight(SaeConfig(), TrainingConfig(runner_ups=0.1)) == 0.1
-    assert runner_ups_weight(SaeConfig(), TrainingConfig(loss_fn="ce")) == 0
+    assert own_losses(SaeConfig(), TrainingConfig()).runner_ups == 0.3
+    assert own_losses(TranscoderConfig(), TrainingConfig()).runner_ups == 0.3
+    assert own_losses(SaeConfig(), TrainingConfig(runner_ups=0)).runner_ups == 0
+    assert own_losses(SaeConfig(), TrainingConfig(runner_ups=0.1)).runner_ups == 0.1
+    assert own_losses(SaeConfig(), TrainingConfig(loss_fn="ce")).runner_ups == 0
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_kinds_without_runner_ups_are_refused(flags: dict) -> None:
         UsageError, match=rf"--runner_ups 0.3: does not go with --{next(iter(flags))}"
     ):
         TrainConfig(cfg, training=TrainingConfig(runner_ups=0.3))
-    assert runner_ups_weight(cfg, TrainConfig(cfg).training) == 0
+    assert own_losses(cfg, TrainConfig(cfg).training).runner_ups == 0
 
 
 def test_an_lms_own_loss_has_no_runner_ups() -> None:

@@ -74,9 +74,13 @@ def learn(coder: SparseCoder, dead: Tensor | None) -> tuple[Any, Tensor, Tensor]
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_shared_coders_compute_what_the_definition_says(kind: str, size: int) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_shared_coders_compute_what_the_definition_says(
+    kind: str, size: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Errors, active latents, output and every gradient; dead latents here, there or nowhere."""
     cfg = KINDS[kind]
+    monkeypatch.setattr(SparseCoder, "auxk_alone", alone)
     for dead in (None, torch.tensor([1, 2]), torch.arange(3, L, 4)):
         one = made(cfg)
         one.kernels = functional  # type: ignore[assignment]  # the specification, as a module
@@ -108,8 +112,9 @@ def test_shared_coders_compute_what_the_definition_says(kind: str, size: int) ->
 
 @pytest.mark.parametrize("k_dead", [4, 9])  # some of them, or all
 @pytest.mark.parametrize("kind", ["topk", "multi", "prefixes", "skip"])
+@pytest.mark.parametrize("alone", [False, True])
 def test_shared_auxk_by_dense_products_is_the_same(
-    kind: str, k_dead: int, monkeypatch: pytest.MonkeyPatch
+    alone: bool, kind: str, k_dead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As CUDA takes it: errors and gradients, with many dead latents on some ranks, none on one."""
     cfg, dead = KINDS[kind], torch.tensor([0, 3, 4, 5, 9, 30, 33, 38, 39])
@@ -121,6 +126,7 @@ def test_shared_auxk_by_dense_products_is_the_same(
     monkeypatch.setattr("sae.kernels.selection.keep_largest_", keep_largest_)
     monkeypatch.setattr("sae.coders.sharded_kernels.keep_largest_", keep_largest_)
     monkeypatch.setattr("sae.coders.families.topk.k_dead", lambda *_: k_dead)
+    monkeypatch.setattr(SparseCoder, "auxk_alone", alone)
     one = made(cfg)
     one.kernels = functional  # type: ignore[assignment]
     expected, norm, d_x = learn(one, dead)

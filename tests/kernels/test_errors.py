@@ -16,12 +16,13 @@ BOTH = pytest.mark.parametrize("choice", ["torch", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("offset_by_row", [False, True])
 @pytest.mark.parametrize("through_out", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
 def test_errors_and_their_gradients_equal_the_definitions(
-    through_out: bool, offset_by_row: bool, dtype: torch.dtype, choice: KernelChoice
+    alone: bool, through_out: bool, offset_by_row: bool, dtype: torch.dtype, choice: KernelChoice
 ) -> None:
-    """FVU's and AuxK's errors, one offset or one per row, with or without a loss of sae_out."""
+    """FVU's and both AuxK errors, one offset or one per row, with or without a loss of sae_out."""
     tensors = [t.to(dtype) for t in leaves(37, 13, 67)]
-    arguments = (tensors, 5, torch.arange(0, 67, 3), 6, "cpu", offset_by_row, through_out)
+    arguments = (tensors, 5, torch.arange(0, 67, 3), 6, "cpu", offset_by_row, through_out, alone)
     plain = losses_and_gradients(functional, *arguments)
     fast = losses_and_gradients(Kernels(choice), *arguments)
     close = 1e-9 if dtype == torch.float64 else 2e-4
@@ -55,6 +56,7 @@ def test_dense_products_equal_sums_of_entries(shared: bool) -> None:
             which.weighted_rows(a, table),
             which.sampled_product(rows, table)[:, :4],
             which.sum(which.sort(a)),
+            which.of_entries(table[:, 0]).expand(7, -1)[:, :4],
             which.sum_rows(which.sort(a), rows, None if add_to is None else add_to.clone()),
         ]
         for which, a in ((dense, padded), (sparse, acts))

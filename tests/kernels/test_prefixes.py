@@ -19,7 +19,13 @@ def ends_of(latents: int) -> tuple[int, ...]:
 
 
 def found(
-    ops: Any, tensors: list[Tensor], k: int, activation: str, whole: bool, uneven: bool
+    ops: Any,
+    tensors: list[Tensor],
+    k: int,
+    activation: str,
+    whole: bool,
+    uneven: bool,
+    alone: bool = False,
 ) -> list[Tensor]:
     """Errors of all kinds, and the gradients of their sum, each weighed differently."""
     x, W_enc, b_enc, W_dec, bias = moved = [t.detach().clone().requires_grad_() for t in tensors]
@@ -32,7 +38,7 @@ def found(
         latents, of_dead = ops.encode_with_dead(*arguments)
     offset = x * 0.3 + bias if whole else bias
     ends = ends_of(len(W_enc))
-    made = ops.reconstruct(latents, W_dec, offset, (2 * x + 1).detach(), of_dead, ends)
+    made = ops.reconstruct(latents, W_dec, offset, (2 * x + 1).detach(), of_dead, ends, alone)
     weights = torch.tensor([0.7, -0.1, 1.3, 0.4], dtype=x.dtype)
     loss = (made.prefix_errors * weights).sum() + made.dead_error / 32
     if whole:  # as in a loss of the reconstruction itself
@@ -46,15 +52,21 @@ def found(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prefixes_equal_their_definition(
-    shape: tuple[Any, ...], uneven: bool, whole: bool, dtype: torch.dtype, choice: KernelChoice
+    shape: tuple[Any, ...],
+    alone: bool,
+    uneven: bool,
+    whole: bool,
+    dtype: torch.dtype,
+    choice: KernelChoice,
 ) -> None:
     """Errors and all gradients, of as many latents in every row or of numbers of their own."""
     n, d, latents, k, activation = shape
     tensors = [t.to(dtype) for t in leaves(n, d, latents)]
-    plain = found(functional, tensors, k, activation, whole, uneven)
-    fast = found(Kernels(choice), tensors, k, activation, whole, uneven)
+    plain = found(functional, tensors, k, activation, whole, uneven, alone)
+    fast = found(Kernels(choice), tensors, k, activation, whole, uneven, alone)
     close = 1e-9 if dtype == torch.float64 else 3e-4
     for ours, expected in zip(fast, plain, strict=True):
         scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0

@@ -173,17 +173,22 @@ def test_the_largest_are_exact(triton_products: ModuleType, width: int, dtype: t
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dead", [3, 40])
+@pytest.mark.parametrize("alone", [False, True])
 def test_losses_with_auxk_equal_the_definitions(
-    triton_products: ModuleType, dense: bool, dead: int, monkeypatch: pytest.MonkeyPatch
+    triton_products: ModuleType,
+    dense: bool,
+    dead: int,
+    alone: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """FVU, AuxK and every gradient, with AuxK by entries and by dense products."""
+    """FVU, both kinds of AuxK and every gradient, with AuxK by entries and by dense products."""
     monkeypatch.setattr(dense_products, "pays", lambda *_: dense)
     monkeypatch.setattr(dense_products, "ALIGNED", 16)
     tensors = [t.float() for t in leaves(37, 13, 67)]
     numbers = torch.arange(0, 67)[:dead] if dead == 40 else torch.tensor([5, 7, 66])
-    plain = losses_and_gradients(functional, tensors, 5, numbers, 6)
+    plain = losses_and_gradients(functional, tensors, 5, numbers, 6, alone=alone)
     kernels = Kernels("auto" if DEVICE.type == "cuda" else "torch")  # C would search by itself
-    fast = losses_and_gradients(kernels, tensors, 5, numbers.to(DEVICE), 6, DEVICE)
+    fast = losses_and_gradients(kernels, tensors, 5, numbers.to(DEVICE), 6, DEVICE, alone=alone)
     for ours, expected in zip(fast, plain, strict=True):
         torch.testing.assert_close(ours.cpu(), expected, rtol=2e-4, atol=2e-4)
 

@@ -19,7 +19,7 @@ from sae.coders.outputs import CoderErrors
 from sae.config import MachineConfig, TrainingConfig, Widths
 from sae.lm.capture import Pairs
 from sae.runs.dry_run import step_bytes
-from sae.training.losses import auxiliary_loss, runner_ups_weight
+from sae.training.losses import auxiliary_loss, own_losses
 from train_sae import TrainConfig
 
 
@@ -116,7 +116,7 @@ def test_the_dry_run_knows_what_a_step_holds(
     gradients = sum(p.nbytes for p in coder.parameters())
     pre_acts = 1024 * 512 * dtype.itemsize  # a block, which is not in the plan
     plan = TrainConfig(coder=cfg, training=TrainingConfig(auxk_alpha=auxk_alpha))
-    coder.runner_ups = runner_ups_weight(cfg, plan.training)
+    coder.runner_ups = own_losses(cfg, plan.training).runner_ups
     expected = step_bytes(plan, coder, rows, dtype.itemsize)
     found = peak_bytes(step) - gradients
     assert 0.65 * expected < found < 1.02 * expected + pre_acts

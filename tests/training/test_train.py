@@ -179,16 +179,16 @@ def test_every_optimizer_lowers_the_held_out_fvu(
             assert fvu < 0.9 * untrained["hookpoints"]["layers.1"]["fvu"], name
 
 
-@pytest.mark.parametrize("loss", ["auxk_alpha", "wake_alpha"])
+@pytest.mark.parametrize("loss, alone", [("auxk_alpha", 0), ("auxk_alpha", 1), ("wake_alpha", 0)])
 def test_dead_latents_are_revived(
-    lm: PreTrainedModel, tokens: Tensor, settings: Settings, loss: str
+    lm: PreTrainedModel, tokens: Tensor, settings: Settings, loss: str, alone: int
 ) -> None:
-    """By either of the two losses for them fewer latents are dead at the end than by none."""
+    """By any of the losses for them fewer latents are dead at the end than by none."""
     flags = {"dead_feature_threshold": 400, "layers": (1,), "encoder_lr": 1.0, "lr": 0.02}
     flags |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "lr_decay": 1.0, "rms_units": False}
     shares, none = [], {"auxk_alpha": 0.0, "wake_alpha": 0.0}
     for alpha in (0.0, 1.0):
-        flags |= none | {loss: alpha}
+        flags |= none | {loss: alpha, "auxk_alone": bool(alone)}
         summary = run(lm, tokens, settings, run_name=f"a{alpha}", **flags)
         shares.append(summary["hookpoints"]["layers.1"]["dead_share"])
     assert shares[1] < shares[0]

@@ -139,7 +139,7 @@ def train(
 
     # Coders of this rank, by hookpoint and seed, each with an optimizer and a record of what fires.
     here = exchange.trained_here(widths)
-    how = (dtype, kernels, exchange.groups, exchange.post, *own_losses(cfg.coder, training))
+    how = (dtype, kernels, exchange.groups, exchange.post, own_losses(cfg.coder, training))
     with ranks.together():
         bank = CoderBank(here, coder_config(cfg.coder, capture), seeds, ranks.device, *how)
         optimizers = {name: CoderOptimizer(coder, schedule) for name, coder in bank.items()}

@@ -65,8 +65,8 @@ def trial(flags: dict[str, Any], train: Rows, held: Rows, rows: int = ROWS) -> d
     kind = from_flags(SparseCoderConfig, {"expansion_factor": 16, **flags})
     (x, y), total = train, len(train[1]) // rows
     widths = {"h": Widths(x.shape[1], y.shape[1])}
-    losses = own_losses(kind, cfg)._asdict()
-    bank = CoderBank(widths, kind, cfg.init_seeds, "cpu", kernels=Kernels(), **losses)
+    losses = own_losses(kind, cfg)
+    bank = CoderBank(widths, kind, cfg.init_seeds, "cpu", kernels=Kernels(), losses=losses)
     coder, schedule = bank["h"], Schedule(cfg, total, rows)
     first = slice(0, 16 * rows)
     moments = [{"h": Moments.of(tensor[first].float())} for tensor in (x, y)]

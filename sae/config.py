@@ -278,8 +278,8 @@ class TrainingConfig:
     """Open files of --finetune that are pickles (.pt), which can run code: of people you trust."""
     runner_ups: Annotated[float | None, AtLeast(0)] = None
     """Weight of what the k latents next to the active ones learn; default: 0.3 where it can be."""
-    auxk_alone: bool = False
-    """AuxK teaches each dead latent what it alone would explain, not all of a row together."""
+    auxk_alone: bool | None = None
+    """AuxK teaches each dead latent alone, not a row's together; default: where L / k >= 512."""
 
     @property
     def uses_lm_loss(self) -> bool:

@@ -20,6 +20,7 @@ from .across.crosscoder import Crosscoder, unfolded
 from .across.passing import Post
 from .families.family import family_of
 from .moments import Moments, Scale
+from .own_losses import NONE, OwnLosses
 from .sharded import Group, ShardedCoder
 from .sparse_coder import SparseCoder
 
@@ -40,15 +41,13 @@ class CoderBank(nn.Module):
         kernels: Kernels | None = None,
         groups: Mapping[str, Group] | None = None,
         post: Post | None = None,
-        runner_ups: float = 0.0,
-        auxk_alone: bool = False,
+        losses: OwnLosses = NONE,
     ) -> None:
         """Coders at the hookpoints of `widths`.
 
         `matmul_dtype`: the encoders' products, forward and backward; weights are float32. Of the
         coders at the hookpoints in `groups` only what this rank of the group holds. Without `post`
-        all layers of a cross-layer transcoder are here. `runner_ups`: the weight of their loss;
-        `auxk_alone`: as in training.
+        all layers of a cross-layer transcoder are here. `losses`: what they are trained on.
         """
         super().__init__()
         self.transcode = cfg.transcode
@@ -78,8 +77,7 @@ class CoderBank(nn.Module):
                     d_out=width.d_out,
                     generator=torch.Generator().manual_seed(own),
                 )
-                coder.matmul_dtype, coder.runner_ups = matmul_dtype, runner_ups
-                coder.auxk_alone = auxk_alone
+                coder.matmul_dtype, coder.own_losses = matmul_dtype, losses
                 if isinstance(coder, Crosscoder):
                     coder.on_scaled_rows = True
                 if kernels is not None:

@@ -19,8 +19,8 @@ from . import functional
 from .families.family import family_of
 from .moments import Moments, Scale
 from .outputs import CoderErrors, CoderOutput, EncoderOutput
+from .own_losses import OwnLosses, active_alone, dead_learn_alone, selected_over_k
 from .prefixes import prefixes_of
-from .runner_ups import active_alone, selected_over_k
 
 
 class SparseCoder(nn.Module):
@@ -50,9 +50,8 @@ class SparseCoder(nn.Module):
     piece: Piece | None = None
     """What is here of a coder that several ranks hold; None: all."""
 
-    runner_ups: float = 0.0
-    """Weight of what runner-ups learn, while a run trains this coder."""
-    auxk_alone: bool = False
+    own_losses: OwnLosses = OwnLosses()
+    """Of the run that trains this coder."""
 
     prefix: int | None = None
     """How many latents may be active, the first ones, of a coder that `first` returned."""
@@ -238,7 +237,7 @@ class SparseCoder(nn.Module):
         assert self.W_dec is not None, "this coder was loaded with decoder=False"
         arguments = (self.W_dec, offset, y_rows)
         sae_out, squared_error, dead_error, prefix_errors = self.kernels.reconstruct(
-            latents, *arguments, dead_latents, self.prefixes, self.auxk_alone
+            latents, *arguments, dead_latents, self.prefixes, dead_learn_alone(self)
         )
         auxk_error = multi_topk_error = squared_error.new_zeros(())
         if dead is not None and dead_error is not None:

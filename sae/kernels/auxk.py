@@ -54,9 +54,10 @@ class AuxK:
         else:
             rows = difference
             d_acts, weights = self._slope.mul_(factor), acts * factor
-        if of_weights:
-            d_W = order.sum_rows(order.sort(weights), rows.contiguous(), add_to=d_W)
-        if of_weights and self.alone:
+        if not of_weights:
+            return d_acts, d_W
+        d_W = order.sum_rows(order.sort(weights), rows.contiguous(), add_to=d_W)
+        if self.alone:
             squares = order.sum(order.sort(weights * acts))
-            d_W = d_W.addcmul_(W_dec, squares.unsqueeze(1))
+            d_W.addcmul_(W_dec, squares.unsqueeze(1))
         return d_acts, d_W

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank, costs
 from ..coders.functional import k_aux
-from ..coders.runner_ups import selected_over_k
+from ..coders.own_losses import selected_over_k
 from ..coders.sharded import ShardedCoder
 from ..coders.sparse_coder import SparseCoder
 from ..config import DENSE_WEIGHTS, Widths
@@ -219,9 +219,9 @@ def _rank_memory(
     post = None
     if rank is not None and cfg.coder.cross_layer:
         post = Layers(rank, {name: ranks.start for name, ranks in owner.items()})
-    weight = own_losses(cfg.coder, training).runner_ups
+    losses = own_losses(cfg.coder, training)
     bank = CoderBank(
-        mine, cfg.coder, training.init_seeds, "meta", groups=groups, post=post, runner_ups=weight
+        mine, cfg.coder, training.init_seeds, "meta", groups=groups, post=post, losses=losses
     )
     coders = [coder for _, coder in bank.items()]
     for coder in coders:

@@ -14,7 +14,7 @@ from typing import Any
 
 from natsort import natsorted
 
-from ..coders.runner_ups import excluded_by
+from ..coders.own_losses import excluded_by
 from ..flag_checks import MAY_CHANGE, UsageError, flags_marked, flags_of
 from ..placement.launch import sharded
 from ..placement.ranks import Ranks

@@ -1,13 +1,11 @@
 """The losses of a step beside the one at hand, and how sums of squared errors become FVU."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..coders.moments import Moments
 from ..coders.outputs import CoderErrors
-from ..coders.runner_ups import excluded_by
+from ..coders.own_losses import OwnLosses, excluded_by
 from ..coders.sparse_coder import SparseCoder
 from ..config import SparseCoderConfig, TrainingConfig
 
@@ -20,16 +18,8 @@ def auxiliary_loss(errors: CoderErrors, auxk_alpha: float) -> Tensor:
     return auxk_alpha * errors.auxk_error + errors.multi_topk_error / 8
 
 
-class OwnLosses(NamedTuple):
-    """What a coder has to know of the losses that are part of its own forward."""
-
-    runner_ups: float
-    """--runner_ups; where that is not given 0.3, of coders and losses that have such."""
-    auxk_alone: bool
-
-
 def own_losses(coder: SparseCoderConfig, training: TrainingConfig) -> OwnLosses:
-    """Those of a run."""
+    """Those of a run; --runner_ups is 0.3 by default, of coders and losses that have such."""
     default = 0.0 if excluded_by(coder, training) else 0.3
     weight = default if training.runner_ups is None else training.runner_ups
     return OwnLosses(weight, training.auxk_alone)

@@ -9,10 +9,11 @@ from torch import Tensor
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig
 from sae.coders.bank import CoderBank
 from sae.coders.moments import Moments
-from sae.config import Widths
-from sae.training.losses import divide_gradients_
+from sae.coders.own_losses import OwnLosses, dead_learn_alone
+from sae.config import TrainingConfig, Widths
+from sae.training.losses import divide_gradients_, own_losses
 
-D, L, K, DEAD = 12, 40, 3, torch.arange(1, 40, 4)
+D, L, K, DEAD, ALONE = 12, 40, 3, torch.arange(1, 40, 4), OwnLosses(auxk_alone=True)
 KINDS: dict[str, SparseCoderConfig] = {
     "sae": SaeConfig(num_latents=L, k=K),
     "rows of any length": SaeConfig(num_latents=L, k=K, normalize_decoder=False),
@@ -27,8 +28,7 @@ KINDS: dict[str, SparseCoderConfig] = {
 def made(cfg: SparseCoderConfig) -> SparseCoder:
     """A coder with weights at random."""
     torch.manual_seed(0)
-    how = {"matmul_dtype": torch.float64, "auxk_alone": True}
-    bank = CoderBank({"a": Widths(D, D)}, cfg, (0,), "cpu", **how).double()
+    bank = CoderBank({"a": Widths(D, D)}, cfg, (0,), "cpu", torch.float64, losses=ALONE).double()
     rows = {"a": Moments.of(torch.randn(50, D, dtype=torch.float64))}
     bank.center_(rows, rows, rms_units=True)
     coder = bank["a"]
@@ -74,15 +74,29 @@ def test_a_latent_alone_learns_as_if_it_were_the_only_dead_one() -> None:
     coder = made(KINDS["sae"])
     x = torch.randn(50, D, dtype=torch.float64)
     found = dict[bool, list[Tensor]]()
-    for coder.auxk_alone in (False, True):
-        found[coder.auxk_alone] = rows = []
+    for alone in (False, True):
+        coder.own_losses, found[alone] = OwnLosses(auxk_alone=alone), []
         for dead in (DEAD[:1], DEAD[: D // 2]):
             error = coder.errors(x, x, dead).auxk_error * max(1, D // 2 // len(dead))
             error.backward()
             divide_gradients_(coder, torch.tensor(1.0, dtype=torch.float64))
             grad = coder.encoder.weight.grad
             assert grad is not None
-            rows.append(grad[DEAD[0]])
+            found[alone].append(grad[DEAD[0]])
             coder.zero_grad()
     torch.testing.assert_close(*found[True])
     assert not torch.allclose(*found[False], rtol=0.1)
+
+
+@pytest.mark.parametrize("latents, expected", [(1535, False), (1536, True)])
+def test_where_latents_are_many_they_learn_alone(latents: int, expected: bool) -> None:
+    """By default, and of TopK alone: from 512 latents per active one on."""
+    by_default = own_losses(SaeConfig(), TrainingConfig())
+    for activation, alone in (("topk", expected), ("batchtopk", False)):
+        cfg = SaeConfig(num_latents=latents, k=K, activation=activation)
+        coder = CoderBank({"a": Widths(D, D)}, cfg, (0,), "cpu", losses=by_default)["a"]
+        assert dead_learn_alone(coder) == alone
+    for given in (False, True):
+        coder.own_losses = own_losses(SaeConfig(), TrainingConfig(auxk_alone=given))
+        assert dead_learn_alone(coder) == given
+    assert not dead_learn_alone(SparseCoder(D, SaeConfig(num_latents=latents, k=K)))

@@ -9,6 +9,7 @@ from torch import Tensor
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, UsageError
 from sae.coders import functional
 from sae.coders.bank import CoderBank
+from sae.coders.own_losses import OwnLosses
 from sae.config import KernelChoice, TrainingConfig, Widths
 from sae.kernels.twins import Kernels
 from sae.training.losses import own_losses
@@ -32,7 +33,7 @@ def by_definition(coder: SparseCoder, x: Tensor, y: Tensor) -> Tensor:
 
 
 def bank_of(cfg: SparseCoderConfig) -> CoderBank:
-    return CoderBank({"a": Widths(D, D)}, cfg, (0,), "cpu", runner_ups=WEIGHT)
+    return CoderBank({"a": Widths(D, D)}, cfg, (0,), "cpu", losses=OwnLosses(WEIGHT))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -59,7 +60,7 @@ def test_each_runner_up_alone_explains_what_is_left(
     x, y = torch.randn(2, 50, D, dtype=dtype)
     y = y if cfg.transcode else x
     without = coder.errors(x, y)
-    coder.runner_ups = WEIGHT
+    coder.own_losses = OwnLosses(WEIGHT)
     found = coder.errors(x, y)
     close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(found.squared_error, without.squared_error)

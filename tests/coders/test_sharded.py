@@ -15,6 +15,7 @@ from training_runs import coder_optimizer
 
 from sae import SaeConfig, SparseCoder, SparseCoderConfig, TranscoderConfig, UsageError
 from sae.coders import functional
+from sae.coders.own_losses import OwnLosses
 from sae.coders.sharded import ShardedCoder
 from sae.kernels.twins import Kernels
 from sae.training.losses import auxiliary_loss, divide_gradients_
@@ -80,7 +81,7 @@ def test_shared_coders_compute_what_the_definition_says(
 ) -> None:
     """Errors, active latents, output and every gradient; dead latents here, there or nowhere."""
     cfg = KINDS[kind]
-    monkeypatch.setattr(SparseCoder, "auxk_alone", alone)
+    monkeypatch.setattr(SparseCoder, "own_losses", OwnLosses(auxk_alone=alone))
     for dead in (None, torch.tensor([1, 2]), torch.arange(3, L, 4)):
         one = made(cfg)
         one.kernels = functional  # type: ignore[assignment]  # the specification, as a module
@@ -126,7 +127,7 @@ def test_shared_auxk_by_dense_products_is_the_same(
     monkeypatch.setattr("sae.kernels.selection.keep_largest_", keep_largest_)
     monkeypatch.setattr("sae.coders.sharded_kernels.keep_largest_", keep_largest_)
     monkeypatch.setattr("sae.coders.families.topk.k_dead", lambda *_: k_dead)
-    monkeypatch.setattr(SparseCoder, "auxk_alone", alone)
+    monkeypatch.setattr(SparseCoder, "own_losses", OwnLosses(auxk_alone=alone))
     one = made(cfg)
     one.kernels = functional  # type: ignore[assignment]
     expected, norm, d_x = learn(one, dead)

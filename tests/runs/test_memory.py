@@ -116,7 +116,7 @@ def test_the_dry_run_knows_what_a_step_holds(
     gradients = sum(p.nbytes for p in coder.parameters())
     pre_acts = 1024 * 512 * dtype.itemsize  # a block, which is not in the plan
     plan = TrainConfig(coder=cfg, training=TrainingConfig(auxk_alpha=auxk_alpha))
-    coder.runner_ups = own_losses(cfg, plan.training).runner_ups
+    coder.own_losses = own_losses(cfg, plan.training)
     expected = step_bytes(plan, coder, rows, dtype.itemsize)
     found = peak_bytes(step) - gradients
     assert 0.65 * expected < found < 1.02 * expected + pre_acts

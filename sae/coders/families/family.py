@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import Activation, SparseCoderConfig
 from ...flag_checks import UsageError, refuse
 from ...kernels.twins import Latents
-from .. import prefixes, runner_ups
+from .. import own_losses, prefixes
 from ..across.flags import check_flags as check_across
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Family(ABC):
         """Raise UsageError for flags of the script's `TrainConfig` that exclude each other."""
         check_together(cfg)
         prefixes.check_flags(cfg)
-        runner_ups.check_flags(cfg)
+        own_losses.check_flags(cfg)
         check_across(cfg)
 
     @abstractmethod

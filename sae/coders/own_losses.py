@@ -1,6 +1,6 @@
-"""Runner-ups: what the latents that come next to the active ones learn from a row."""
+"""Losses that a coder's own forward takes part in: runner-ups, and dead latents learning alone."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,31 @@ if TYPE_CHECKING:
     from .sparse_coder import SparseCoder
 
 
+# Measured, docs/recipes.md: of 768 latents per active one a third stays dead otherwise, at 384 and
+# below either does.
+_MANY = 512
+
+
+class OwnLosses(NamedTuple):
+    """Flags of a run; a coder by itself has none of these losses."""
+
+    runner_ups: float = 0.0
+    """Weight of what runner-ups learn."""
+    auxk_alone: bool | None = False
+    """Whether AuxK's latents learn alone; None: where a coder has many."""
+
+
+NONE = OwnLosses()
+
+
+def dead_learn_alone(coder: "SparseCoder") -> bool:
+    """--auxk_alone; where that is not given, of TopK coders with 512 latents per active one."""
+    given, cfg = coder.own_losses.auxk_alone, coder.cfg
+    if given is None:
+        return cfg.activation == "topk" and coder.num_latents >= _MANY * cfg.k
+    return given
+
+
 def active_alone(coder: "SparseCoder", wide: Latents, k: int) -> Latents:
     """The k largest of `wide`; the others, the runner-ups R, are 0 and have a loss of their own:
 
@@ -27,7 +52,7 @@ def active_alone(coder: "SparseCoder", wide: Latents, k: int) -> Latents:
     unit = coder.rows_are_unit and not coder.cfg.transcode
     squares = None if unit else coder.decoder_norms().square()[wide.indices]
     active = coder.kernels.largest_columns(wide.acts.detach(), k)
-    acts = _ActiveAlone.apply(wide.acts, active, coder.runner_ups, squares)
+    acts = _ActiveAlone.apply(wide.acts, active, coder.own_losses.runner_ups, squares)
     return wide._replace(acts=acts)
 
 
@@ -56,7 +81,7 @@ def selected_over_k(coder: "SparseCoder") -> int:
     """How many latents of a row are selected, over k: those of every loss that is asked for."""
     if coder.cfg.multi_topk:
         return 4
-    return 2 if coder.runner_ups > 0 and torch.is_grad_enabled() else 1
+    return 2 if coder.own_losses.runner_ups > 0 and torch.is_grad_enabled() else 1
 
 
 def excluded_by(coder: SparseCoderConfig, training: TrainingConfig) -> str:

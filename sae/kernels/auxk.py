@@ -1,5 +1,6 @@
 """AuxK: how well dead latents reconstruct what a coder misses, e = y - sae_out."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,11 +32,14 @@ class AuxK:
             self._missing = order.weighted_rows(acts, W_dec).add_(difference)
             self.error = square_sum(self._missing)
             return
-        # Of -(||e||^2 - ||e - a W||^2) = a (a ||W||^2 + 2 <-e, W>) half the slope by a is kept.
-        products = order.sampled_product(difference, W_dec)
-        own = order.of_entries(W_dec.square().sum(1)).to(acts.dtype) * acts
-        self.error = square_sum(difference) + (acts * (own + 2 * products)).sum()
-        self._slope = own.add_(products)
+        # ||e - a W||^2 - ||e||^2 = 2 a slope - a^2 ||W||^2, slope = a ||W||^2 - <e, W>, which is
+        # half the derivative by a. Nothing else of the size of the activations is held on the way.
+        norms = torch.linalg.vector_norm(W_dec, dim=1).square()
+        self._squares = order.sum(order.sort(acts.square()))
+        self._slope = order.sampled_product(difference, W_dec)
+        self._slope.addcmul_(order.of_entries(norms.to(acts.dtype)), acts)
+        gains = (norms * self._squares).sum() - 2 * (acts * self._slope).sum(dtype=norms.dtype)
+        self.error = square_sum(difference) - gains
 
     def gradients(
         self,
@@ -58,6 +62,5 @@ class AuxK:
             return d_acts, d_W
         d_W = order.sum_rows(order.sort(weights), rows.contiguous(), add_to=d_W)
         if self.alone:
-            squares = order.sum(order.sort(weights * acts))
-            d_W.addcmul_(W_dec, squares.unsqueeze(1))
+            d_W.addcmul_(W_dec, (self._squares * factor).unsqueeze(1))
         return d_acts, d_W

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..coders.bank import CoderBank, costs
 from ..coders.functional import k_aux
-from ..coders.own_losses import selected_over_k
+from ..coders.own_losses import dead_learn_alone, selected_over_k
 from ..coders.sharded import ShardedCoder
 from ..coders.sparse_coder import SparseCoder
 from ..config import DENSE_WEIGHTS, Widths
@@ -296,6 +296,7 @@ def step_bytes(cfg: Any, coder: SparseCoder, rows: int, item: int, dealt: int = 
     of_dead = rows * _ENTRY * dead
     if dead and in_triton:  # activations and gradients of all dead latents, at worst of all
         held = 4 if isinstance(coder, ShardedCoder) else 2  # as they are sent and received, too
+        held += dead_learn_alone(coder)  # and their products
         of_dead = max(of_dead, held * item * min(rows * coder.num_latents, DENSE_WEIGHTS))
     entry = _LOOSE_ENTRY if coder.cfg.has_threshold else _ENTRY
     inputs = 0 if coder.cfg.transcode and item == 4 else item * d_in  # less b_dec, or rounded

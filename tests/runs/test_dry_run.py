@@ -173,7 +173,7 @@ def test_what_shared_coders_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(dry_run, "asks_for_cpu", lambda: True)
     flags = {"model": "m", "dataset": "d", "hookpoints": ("layers.0",), "num_latents": 4096, "k": 4}
     flags |= {"ctx_len": 512, "batch_size": 4, "steps_per_batch": 1, "mixed_precision": "no"}
-    flags |= {"distribute_modules": True, "ranks_per_coder": 2}
+    flags |= {"distribute_modules": True, "ranks_per_coder": 2, "auxk_alone": False}
     widths, owner = {"layers.0": dry_run.Widths(D, D)}, {"layers.0": range(2)}
 
     def held(**more: Any) -> int:
@@ -191,3 +191,4 @@ def test_what_shared_coders_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     of_all = 4 * 4 * rows * 4096  # float32, as sent, received, put together, and of gradients
     more = held(auxk_alpha=1) - held(auxk_alpha=0)
     assert of_all <= more <= 1.1 * of_all
+    assert held(auxk_alpha=1, auxk_alone=True) - held(auxk_alpha=1) == 4 * rows * 4096

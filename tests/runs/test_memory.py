@@ -86,6 +86,7 @@ def peak_bytes(call: Any) -> int:
     [
         (SaeConfig(num_latents=512, k=16), 0.0),
         (SaeConfig(num_latents=512, k=16), 1 / 32),
+        (SaeConfig(num_latents=512, k=1), 1 / 32),  # whose dead latents learn alone
         (SaeConfig(num_latents=512, k=16, multi_topk=True), 1 / 32),
         (SaeConfig(num_latents=512, k=16, matryoshka=(0.125, 0.125, 0.25, 0.5)), 0.0),
         (SaeConfig(num_latents=512, k=16, matryoshka=(0.25, 0.75)), 1 / 32),

@@ -81,7 +81,7 @@ FAMILIES = {
     "jumprelu": "--activation jumprelu --no-multi_topk",
     "prefixes": "--no-multi_topk --matryoshka 0.125 0.125 0.25 0.5",
 }
-RUNNER_UPS = "--auxk_alone --no-multi_topk"  # with which there are no runner-ups
+RUNNER_UPS = "--auxk_alone True --no-multi_topk"  # with which there are no runner-ups
 SIX = "--steps_per_batch 6 --max_examples 24"
 OWNERS = "--batch_size 2 --grad_acc_steps 3 --micro_acc_steps 2 --distribute_modules"
 SHARDED = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SAEs on the residual stream after every tenth layer of Llama 3 70B, one on each GPU;
 # the LM in eight shards.
-# Hardware: 8 GPUs. Memory: 52 GiB per GPU (--dry_run), and what the LM's forward needs. Tokens: 512 M.
+# Hardware: 8 GPUs. Memory: 53 GiB per GPU (--dry_run), and what the LM's forward needs. Tokens: 512 M.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec accelerate launch --config_file accelerate_configs/8gpu_zero3.yaml train_sae.py \

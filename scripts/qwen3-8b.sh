@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Transcoders with a skip connection on eight MLPs of Qwen3 8B, one on each GPU.
-# Hardware: 8 GPUs. Memory: 32 GiB per GPU (--dry_run), and what the LM's forward needs. Tokens: 1024 M.
+# Hardware: 8 GPUs. Memory: 33 GiB per GPU (--dry_run), and what the LM's forward needs. Tokens: 1024 M.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec accelerate launch --config_file accelerate_configs/8gpu.yaml train_sae.py \

@@ -138,7 +138,8 @@ def _check_same_run(folder: Path, flags: dict[str, Any], cfg: Any) -> None:
 def _as_done_then(recorded: dict[str, Any], cfg: Any) -> dict[str, Any]:
     """A run's flags, with what was done where a flag is newer, or had another default then."""
     none = None if excluded_by(cfg.coder, cfg.training) else 0.0  # as the default is there
-    done: dict[str, Any] = {"runner_ups": none, "auxk_alone": False, **recorded}
+    together = False if cfg.training.auxk_alpha else None
+    done: dict[str, Any] = {"runner_ups": none, "auxk_alone": together, **recorded}
     if "wake_alpha" in recorded:
         return done
     done["wake_alpha"] = 0.0

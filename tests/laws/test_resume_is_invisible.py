@@ -191,7 +191,7 @@ def test_a_run_with_the_older_recipe_goes_on_with_it(
     older = {
         **{"steps_per_batch": 1, "lr_warmup": 5, "lr_decay": 1.0, "encoder_lr": 1.0, "lr": 2e-3},
         **{"rms_units": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "wake_alpha": 0.0},
-        "runner_ups": 0.0,
+        **{"runner_ups": 0.0, "auxk_alone": False},
     }
     straight = run(lm, tokens, settings, run_name="r", save_every=10, **older)
     shutil.rmtree(folder / "r" / "step_20")
